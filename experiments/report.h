@@ -1,0 +1,28 @@
+// Results directory: plan.yaml, trials/<hash8>-<name>/{config.yaml, metrics.jsonl, status.json,
+// ...}. Reads whatever is there, half-written trials too, and writes summary.csv, summary.md,
+// report.html.
+#pragma once
+#include <map>
+#include <string>
+#include <vector>
+
+#include "experiments/sweep.h"
+
+namespace qlab {
+
+/// plan.yaml: the sweep, one entry per trial with its directory name (under trials/), and the
+/// environment: the report shows version, commit, date, device, model and data where given.
+void write_plan(const std::string& dir, const Sweep& sweep,
+                const std::vector<std::string>& directories,
+                const std::map<std::string, std::string>& environment);
+
+struct ReportResult {
+  std::vector<std::string> files;  // written
+  std::vector<std::string> notes;  // to be printed
+};
+ReportResult write_report(const std::string& dir);
+
+/// The summary for a terminal, sorted by the metric.
+std::string summary_table(const std::string& dir);
+
+}  // namespace qlab
