@@ -1,0 +1,73 @@
+// Devices, and the ports through which everything above reaches CUDA. cuda/device.cu defines them;
+// without a CUDA compiler cuda/unavailable.cpp does, and reports no device.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+#include <string>
+#include <string_view>
+
+namespace qlab {
+
+enum class DeviceType : uint8_t { cpu, cuda, meta };
+
+/// Where a tensor lives. A meta tensor has a shape and bytes but no memory; it stands for the
+/// device `target`, since scratch and workspace depend on that.
+struct Device {
+  DeviceType type = DeviceType::cpu;
+  DeviceType target = DeviceType::cpu;  // equals type unless type is meta
+  int8_t index = 0;
+
+  static Device cpu() { return {}; }
+  static Device cuda(int index = 0) {
+    return {DeviceType::cuda, DeviceType::cuda, static_cast<int8_t>(index)};
+  }
+  Device meta() const { return {DeviceType::meta, target, index}; }
+
+  bool is_cpu() const { return type == DeviceType::cpu; }
+  bool is_cuda() const { return type == DeviceType::cuda; }
+  bool is_meta() const { return type == DeviceType::meta; }
+  bool operator==(const Device&) const = default;
+  std::string str() const;  // "cpu", "cuda:0", "meta(cuda:0)"
+};
+
+/// "cpu", "cuda", "cuda:N", or "auto" (the first GPU where there is one). Error when absent.
+Device parse_device(std::string_view text);
+
+/// Runs the port of the device; a meta device runs neither.
+template <class Cpu, class Cuda>
+void on_device(Device device, Cpu&& cpu, Cuda&& cuda) {
+  if (device.is_cpu()) cpu();
+  if (device.is_cuda()) cuda();
+}
+
+/// Blocks until everything issued on the device has finished. Never called inside a step.
+void synchronize(Device device);
+
+/// "AMD EPYC ... (2 threads)" or "NVIDIA H100 80GB HBM3".
+std::string device_description(Device device);
+
+namespace cuda {
+
+struct MemoryInfo {
+  size_t free_bytes, total_bytes;
+};
+
+int device_count();           // 0 when built without CUDA or no GPU is there
+std::string build_version();  // CUDA toolkit version, or "" when built without
+std::string device_name(int index);
+MemoryInfo memory_info(int index);
+void set_device(int index);
+void* allocate(size_t bytes, int index);  // nullptr when it does not fit
+void release(void* pointer, int index);
+void* allocate_pinned(size_t bytes);  // page-locked host memory; nullptr when it does not fit
+void release_pinned(void* pointer);
+/// Copies in stream order, either direction; asynchronous for pinned host memory.
+void copy_async(void* destination, const void* source, size_t bytes);
+/// Rows of `row_bytes`, pitches in bytes; in stream order.
+void copy_rows(void* destination, size_t destination_pitch, const void* source, size_t source_pitch,
+               size_t row_bytes, size_t rows);
+void fill_zero(void* pointer, size_t bytes);
+void synchronize();
+
+}  // namespace cuda
+}  // namespace qlab

@@ -1,0 +1,38 @@
+// Matrix products. C = alpha op(A) op(B) + beta C, row-major, any row pitch; products accumulate in
+// fp32 (fp64 for f64). A and B share a dtype; C has that dtype or f32.
+//
+// CPU: every element of C is one chain of fused multiply-adds over k in increasing order, whatever
+// M, N, the tile it falls in or the number of threads: a row's bits depend on that row alone, which
+// is what lets trials train together (docs/design.md, "Same seed, same bits").
+#pragma once
+#include "core/tensor.h"
+
+namespace qlab {
+
+enum class Op : uint8_t { none, transpose };
+
+/// op(A) is [M, K], op(B) is [K, N], C is [M, N].
+void gemm(const Tensor& c, const Tensor& a, Op op_a, const Tensor& b, Op op_b, float alpha = 1.0f,
+          float beta = 0.0f);
+
+/// x [M, K] times w [N, K] transposed: a linear layer's forward. The result has x's dtype.
+Tensor matmul_nt(const Tensor& x, const Tensor& w);
+/// dy [M, N] times w [N, K]: the gradient of its input.
+Tensor matmul_nn(const Tensor& dy, const Tensor& w);
+
+/// Products issued since the start of the program, on this thread: tests count them.
+int64_t gemm_count();
+
+namespace cpu {
+/// Bytes for the packed operands.
+int64_t gemm_workspace(int64_t m, int64_t n, int64_t k, DType dtype);
+void gemm(const Tensor& c, const Tensor& a, Op op_a, const Tensor& b, Op op_b, float alpha,
+          float beta, const Tensor& workspace);
+}  // namespace cpu
+namespace cuda {
+/// Scratch for the library; the same for every product.
+int64_t gemm_workspace(int64_t m, int64_t n, int64_t k, DType dtype);
+void gemm(const Tensor& c, const Tensor& a, Op op_a, const Tensor& b, Op op_b, float alpha,
+          float beta, const Tensor& workspace);
+}  // namespace cuda
+}  // namespace qlab

@@ -1,0 +1,52 @@
+// AdamW with 32-bit states (Loshchilov and Hutter 2019, algorithm 2; PyTorch's order of
+// operations):
+//   p = p (1 - lr wd);  m = b1 m + (1 - b1) g;  v = b2 v + (1 - b2) g^2
+//   p = p - (lr / c1) m / (sqrt(v) / sqrt(c2) + eps),  c1 = 1 - b1^t,  c2 = 1 - b2^t
+// with g scaled by min(1, max_grad_norm / (norm + 1e-6)), as torch's clip_grad_norm_ does.
+// All adapters of a trial are one flat fp32 buffer, so a step is one norm and one update launch.
+// A step whose gradient norm is not finite is skipped on the device: nothing is written, and the
+// host, which reads the norm later, fails that trial alone.
+#pragma once
+#include "core/tensor.h"
+
+namespace qlab {
+
+/// What one step needs, computed on the host and kept on the device as fp32 [8], in this order.
+struct AdamWStep {
+  float lr = 0, beta1 = 0.9f, beta2 = 0.999f, eps = 1e-8f, weight_decay = 0;
+  float correction1 = 1;       // 1 - beta1^t
+  float correction2_sqrt = 1;  // sqrt(1 - beta2^t)
+  float max_grad_norm = 0;     // 0: no clipping
+};
+
+/// One element; `clip` is the gradient's factor. Written once for both devices.
+QLAB_HD inline void adamw_rule(float& p, float& m, float& v, float g, const AdamWStep& s,
+                               float clip) {
+  g *= clip;
+  p *= 1.0f - s.lr * s.weight_decay;
+  m = s.beta1 * m + (1.0f - s.beta1) * g;
+  v = s.beta2 * v + (1.0f - s.beta2) * g * g;
+  const float denominator = __builtin_sqrtf(v) / s.correction2_sqrt + s.eps;
+  p -= s.lr / s.correction1 * m / denominator;
+}
+
+/// norm [1] fp32 = sqrt(sum g^2), in a fixed order; partial sums in `workspace` (fp64 on both
+/// devices), which the entry allocates.
+void grad_norm(const Tensor& norm, const Tensor& grad);
+/// param, grad, m, v: fp32 [n]. step: fp32 [8] on the same device. norm: fp32 [1].
+void adamw(const Tensor& param, const Tensor& m, const Tensor& v, const Tensor& grad,
+           const Tensor& step, const Tensor& norm);
+
+inline constexpr int64_t grad_norm_partials = 1024;
+
+namespace cpu {
+void grad_norm(const Tensor& norm, const Tensor& grad, const Tensor& workspace);
+void adamw(const Tensor& param, const Tensor& m, const Tensor& v, const Tensor& grad,
+           const Tensor& step, const Tensor& norm);
+}  // namespace cpu
+namespace cuda {
+void grad_norm(const Tensor& norm, const Tensor& grad, const Tensor& workspace);
+void adamw(const Tensor& param, const Tensor& m, const Tensor& v, const Tensor& grad,
+           const Tensor& step, const Tensor& norm);
+}  // namespace cuda
+}  // namespace qlab
