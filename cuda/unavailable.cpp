@@ -1,0 +1,71 @@
+// What the program links where there is no fitting CUDA compiler: no device is reported, and every
+// port that a device would be needed for throws. One line per function.
+#include "core/device.h"
+#include "core/error.h"
+#include "core/ops/add.h"
+#include "core/ops/attention.h"
+#include "core/ops/copy.h"
+#include "core/ops/cross_entropy.h"
+#include "core/ops/dropout.h"
+#include "core/ops/gemm.h"
+#include "core/ops/rms_norm.h"
+#include "core/ops/rope.h"
+#include "core/ops/rows.h"
+#include "core/ops/swiglu.h"
+#include "optim/adamw.h"
+#include "quant/quantize.h"
+
+namespace qlab::cuda {
+namespace {
+
+using In = const Tensor&;
+
+[[noreturn]] void missing() {
+  fail(
+      "this qlab was built without CUDA: install the CUDA Toolkit 12.4 or newer (its nvcc in PATH, "
+      "in /usr/local/cuda or named by CUDACXX) and run `make` again, or use --device cpu");
+}
+
+}  // namespace
+
+// core/device.h
+int device_count() { return 0; }
+std::string build_version() { return ""; }
+std::string device_name(int) { missing(); }
+MemoryInfo memory_info(int) { missing(); }
+void set_device(int) { missing(); }
+void* allocate(size_t, int) { missing(); }
+void release(void*, int) { missing(); }
+void* allocate_pinned(size_t) { missing(); }
+void release_pinned(void*) { missing(); }
+void copy_async(void*, const void*, size_t) { missing(); }
+void copy_rows(void*, size_t, const void*, size_t, size_t, size_t) { missing(); }
+void fill_zero(void*, size_t) { missing(); }
+void synchronize() { missing(); }
+
+// core/ops
+void add(In, In, In) { missing(); }
+void add_bias(In, In) { missing(); }
+void attention(In, In, In, In, In, In, In, const AttentionShape&, In) { missing(); }
+void attention_backward(In, In, In, In, In, In, In, In, In, In, In, const AttentionShape&, In) {
+  missing();
+}
+void cast(In, In) { missing(); }
+void cross_entropy(In, In, In, In) { missing(); }
+void dropout(In, In, In, In, DropoutKey, bool) { missing(); }
+void gemm(In, In, Op, In, Op, float, float, In) { missing(); }
+void rms_norm(In, In, In, In, float) { missing(); }
+void rms_norm_backward(In, In, In, In, In) { missing(); }
+void rope(In, In, In, In, In, int64_t, bool) { missing(); }
+void gather_rows(In, In, In) { missing(); }
+void scatter_rows(In, In, In) { missing(); }
+void swiglu(In, In, In) { missing(); }
+void swiglu_backward(In, In, In, In, In) { missing(); }
+
+// quant and optim
+void quantize_nf4(In, In, In, int64_t) { missing(); }
+void dequantize_nf4(In, const Nf4Tensor&) { missing(); }
+void grad_norm(In, In, In) { missing(); }
+void adamw(In, In, In, In, In, In) { missing(); }
+
+}  // namespace qlab::cuda
