@@ -1,5 +1,8 @@
 // The one exception type, and the check macro used wherever a user can cause a failure.
 #pragma once
+#if defined(__CUDACC__)
+#define FMT_USE_CONSTEXPR 1  // fmt 9 turns it off for nvcc, which then fails on fmt itself
+#endif
 #include <fmt/format.h>
 
 #include <stdexcept>

@@ -1,0 +1,152 @@
+#include "core/device.h"
+
+#include <array>
+#include <mutex>
+
+#include "cuda/launch.cuh"
+
+namespace qlab::cuda {
+namespace {
+
+constexpr int max_devices = 64;
+
+int current_device() {
+  int index = 0;
+  check(cudaGetDevice(&index), "cudaGetDevice");
+  QLAB_CHECK(index < max_devices, "at most {} GPUs are supported, asked for number {}", max_devices,
+             index);
+  return index;
+}
+
+/// Makes a device current in its scope.
+class DeviceScope {
+ public:
+  explicit DeviceScope(int index) {
+    check(cudaGetDevice(&previous_), "cudaGetDevice");
+    changed_ = previous_ != index;
+    if (changed_) set_device(index);
+  }
+  ~DeviceScope() {
+    if (changed_) cudaSetDevice(previous_);
+  }
+  DeviceScope(const DeviceScope&) = delete;
+  DeviceScope& operator=(const DeviceScope&) = delete;
+
+ private:
+  int previous_ = 0;
+  bool changed_ = false;
+};
+
+/// nullptr when the memory does not fit. The runtime remembers an error until it is read.
+void* pointer_or_null(void* pointer, cudaError_t status, const char* call) {
+  if (status == cudaErrorMemoryAllocation) {
+    cudaGetLastError();
+    return nullptr;
+  }
+  check(status, call);
+  return pointer;
+}
+
+}  // namespace
+
+cudaStream_t current_stream() {
+  static std::mutex mutex;
+  static std::array<cudaStream_t, max_devices> streams{};
+  const int index = current_device();
+  const std::lock_guard lock(mutex);
+  if (streams[index] == nullptr)
+    check(cudaStreamCreateWithFlags(&streams[index], cudaStreamNonBlocking), "cudaStreamCreate");
+  return streams[index];
+}
+
+int multiprocessor_count() {
+  int count = 0;
+  check(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, current_device()),
+        "cudaDeviceGetAttribute");
+  return count;
+}
+
+void check(cudaError_t status, const char* call) {
+  if (status == cudaSuccess) return;
+  cudaGetLastError();
+  fail("CUDA: {} failed: {} ({})", call, cudaGetErrorString(status), cudaGetErrorName(status));
+}
+
+void check_launch(const char* op) {
+  check(cudaGetLastError(), op);
+#if defined(QLAB_SYNC_LAUNCHES)
+  check(cudaStreamSynchronize(current_stream()), op);
+#endif
+}
+
+unsigned grid_of(const char* op, int64_t blocks) {
+  QLAB_CHECK(blocks > 0 && blocks <= INT32_MAX, "[{}] the tensor is too large for one launch", op);
+  return static_cast<unsigned>(blocks);
+}
+
+int device_count() {
+  int count = 0;
+  if (cudaGetDeviceCount(&count) == cudaSuccess) return count;
+  cudaGetLastError();
+  return 0;
+}
+
+std::string build_version() {
+  return fmt::format("{}.{}", CUDART_VERSION / 1000, CUDART_VERSION % 1000 / 10);
+}
+
+std::string device_name(int index) {
+  cudaDeviceProp properties;
+  check(cudaGetDeviceProperties(&properties, index), "cudaGetDeviceProperties");
+  return properties.name;
+}
+
+MemoryInfo memory_info(int index) {
+  const DeviceScope scope(index);
+  MemoryInfo info{};
+  check(cudaMemGetInfo(&info.free_bytes, &info.total_bytes), "cudaMemGetInfo");
+  return info;
+}
+
+void set_device(int index) { check(cudaSetDevice(index), "cudaSetDevice"); }
+
+void* allocate(size_t bytes, int index) {
+  const DeviceScope scope(index);
+  void* pointer = nullptr;
+  const cudaError_t status = cudaMalloc(&pointer, bytes == 0 ? 1 : bytes);
+  return pointer_or_null(pointer, status, "cudaMalloc");
+}
+
+// Runs in destructors, also while the process ends: a status has nowhere to go.
+void release(void* pointer, int) { cudaFree(pointer); }
+
+void* allocate_pinned(size_t bytes) {
+  void* pointer = nullptr;
+  const cudaError_t status = cudaHostAlloc(&pointer, bytes == 0 ? 1 : bytes, cudaHostAllocDefault);
+  return pointer_or_null(pointer, status, "cudaHostAlloc");
+}
+
+void release_pinned(void* pointer) { cudaFreeHost(pointer); }
+
+void copy_async(void* destination, const void* source, size_t bytes) {
+  if (bytes == 0) return;
+  check(cudaMemcpyAsync(destination, source, bytes, cudaMemcpyDefault, current_stream()),
+        "cudaMemcpyAsync");
+}
+
+void copy_rows(void* destination, size_t destination_pitch, const void* source,
+               size_t source_pitch, size_t row_bytes, size_t rows) {
+  if (row_bytes == 0 || rows == 0) return;
+  check(cudaMemcpy2DAsync(destination, destination_pitch, source, source_pitch, row_bytes, rows,
+                          cudaMemcpyDefault, current_stream()),
+        "cudaMemcpy2DAsync");
+}
+
+void fill_zero(void* pointer, size_t bytes) {
+  if (bytes == 0) return;
+  check(cudaMemsetAsync(pointer, 0, bytes, current_stream()), "cudaMemsetAsync");
+}
+
+void synchronize() { check(cudaDeviceSynchronize(), "cudaDeviceSynchronize"); }
+
+}  // namespace qlab::cuda

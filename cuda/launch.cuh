@@ -1,0 +1,88 @@
+// What every .cu file needs: the stream, status checks, and vector access to f32 and bf16.
+#pragma once
+#include <cuda_bf16.h>
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+#include "core/dtype.h"
+#include "core/tensor.h"
+
+namespace qlab::cuda {
+
+/// The one stream of the current device, on which everything is issued.
+cudaStream_t current_stream();
+int multiprocessor_count();
+
+/// Throws qlab::Error naming `call` unless the status is success.
+void check(cudaError_t status, const char* call);
+/// Throws when the launch just made was refused; with QLAB_SYNC_LAUNCHES also when it failed.
+void check_launch(const char* op);
+
+template <class I>
+constexpr I ceil_div(I a, I b) {
+  return (a + b - 1) / b;
+}
+
+/// A one-dimensional grid; throws where the device cannot count that far.
+unsigned grid_of(const char* op, int64_t blocks);
+
+inline constexpr int vector_width = 8;
+
+inline bool aligned16(const void* pointer) {
+  return reinterpret_cast<uintptr_t>(pointer) % 16 == 0;
+}
+/// Every row starts at a multiple of 16 bytes.
+inline bool rows_aligned16(const Tensor& x) {
+  return aligned16(x.raw()) &&
+         (x.rows() <= 1 || x.pitch() * static_cast<int64_t>(size_of(x.dtype())) % 16 == 0);
+}
+/// Rows of `cols` elements can be read and written eight elements at a time in all tensors.
+template <class... Tensors>
+bool vectorizable(int64_t cols, const Tensors&... tensors) {
+  return cols % vector_width == 0 && (rows_aligned16(tensors) && ...);
+}
+template <class... Tensors>
+bool all_contiguous(const Tensors&... tensors) {
+  return (tensors.contiguous() && ...);
+}
+
+template <class T>
+__device__ inline void load(float (&v)[1], const T* p) {
+  v[0] = static_cast<float>(*p);
+}
+template <class T>
+__device__ inline void store(T* p, const float (&v)[1]) {
+  *p = static_cast<T>(v[0]);
+}
+__device__ inline void load(float (&v)[vector_width], const float* p) {
+  const float4 a = reinterpret_cast<const float4*>(p)[0], b = reinterpret_cast<const float4*>(p)[1];
+  v[0] = a.x, v[1] = a.y, v[2] = a.z, v[3] = a.w;
+  v[4] = b.x, v[5] = b.y, v[6] = b.z, v[7] = b.w;
+}
+__device__ inline void store(float* p, const float (&v)[vector_width]) {
+  reinterpret_cast<float4*>(p)[0] = make_float4(v[0], v[1], v[2], v[3]);
+  reinterpret_cast<float4*>(p)[1] = make_float4(v[4], v[5], v[6], v[7]);
+}
+/// The two bf16 of a 32-bit word, the first in the low half.
+__device__ inline void unpack(float& first, float& second, uint32_t word) {
+  first = __uint_as_float(word << 16);
+  second = __uint_as_float(word & 0xffff0000u);
+}
+__device__ inline uint32_t pack(float first, float second) {
+  const __nv_bfloat162 pair = __floats2bfloat162_rn(first, second);
+  return *reinterpret_cast<const uint32_t*>(&pair);
+}
+__device__ inline void load(float (&v)[vector_width], const bf16* p) {
+  const uint4 words = *reinterpret_cast<const uint4*>(p);
+  unpack(v[0], v[1], words.x);
+  unpack(v[2], v[3], words.y);
+  unpack(v[4], v[5], words.z);
+  unpack(v[6], v[7], words.w);
+}
+__device__ inline void store(bf16* p, const float (&v)[vector_width]) {
+  *reinterpret_cast<uint4*>(p) =
+      make_uint4(pack(v[0], v[1]), pack(v[2], v[3]), pack(v[4], v[5]), pack(v[6], v[7]));
+}
+
+}  // namespace qlab::cuda
