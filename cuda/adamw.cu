@@ -1,0 +1,79 @@
+#include "optim/adamw.h"
+
+#include "cuda/reduce.cuh"
+
+namespace qlab::cuda {
+namespace {
+
+constexpr int threads = 256;
+
+// One block per partial sum: block b owns elements b * chunk onwards, chunk = ceil(n / partials).
+__global__ void __launch_bounds__(threads)
+    sum_of_squares_kernel(double* partials, const float* grad, int64_t n, int64_t chunk) {
+  __shared__ double scratch[warp_size];
+  const int64_t begin = blockIdx.x * chunk, end = begin + chunk < n ? begin + chunk : n;
+  double sum = 0;
+  for (int64_t i = begin + threadIdx.x; i < end; i += threads) {
+    const double g = grad[i];
+    sum = fma(g, g, sum);
+  }
+  sum = block_sum(sum, scratch);
+  if (threadIdx.x == 0) partials[blockIdx.x] = sum;
+}
+
+// One block adds all partial sums.
+__global__ void __launch_bounds__(threads) norm_kernel(float* norm, const double* partials) {
+  __shared__ double scratch[warp_size];
+  double sum = 0;
+  for (int i = threadIdx.x; i < grad_norm_partials; i += threads) sum += partials[i];
+  sum = block_sum(sum, scratch);
+  if (threadIdx.x == 0) *norm = static_cast<float>(sqrt(sum));
+}
+
+// One thread per element; four reads, three writes of 4 bytes.
+__global__ void __launch_bounds__(threads)
+    adamw_kernel(float* param, float* m, float* v, const float* grad, const float* step,
+                 const float* norm, int64_t n) {
+  const float gradient_norm = *norm;
+  if (!isfinite(gradient_norm)) return;
+  const int64_t i = static_cast<int64_t>(blockIdx.x) * threads + threadIdx.x;
+  if (i >= n) return;
+  const AdamWStep s{.lr = step[0],
+                    .beta1 = step[1],
+                    .beta2 = step[2],
+                    .eps = step[3],
+                    .weight_decay = step[4],
+                    .correction1 = step[5],
+                    .correction2_sqrt = step[6],
+                    .max_grad_norm = step[7]};
+  const float clip =
+      s.max_grad_norm > 0 ? fminf(1.0f, s.max_grad_norm / (gradient_norm + 1e-6f)) : 1.0f;
+  float p = param[i], first = m[i], second = v[i];
+  adamw_rule(p, first, second, grad[i], s, clip);
+  param[i] = p;
+  m[i] = first;
+  v[i] = second;
+}
+
+}  // namespace
+
+void grad_norm(const Tensor& norm, const Tensor& grad, const Tensor& workspace) {
+  const int64_t n = grad.numel();
+  double* const partials = workspace.data<double>();
+  sum_of_squares_kernel<<<grad_norm_partials, threads, 0, current_stream()>>>(
+      partials, grad.data<float>(), n, ceil_div(n, grad_norm_partials));
+  norm_kernel<<<1, threads, 0, current_stream()>>>(norm.data<float>(), partials);
+  check_launch("grad_norm");
+}
+
+void adamw(const Tensor& param, const Tensor& m, const Tensor& v, const Tensor& grad,
+           const Tensor& step, const Tensor& norm) {
+  const int64_t n = param.numel();
+  if (n == 0) return;
+  adamw_kernel<<<grid_of("adamw", ceil_div<int64_t>(n, threads)), threads, 0, current_stream()>>>(
+      param.data<float>(), m.data<float>(), v.data<float>(), grad.data<float>(),
+      step.data<float>(), norm.data<float>(), n);
+  check_launch("adamw");
+}
+
+}  // namespace qlab::cuda
