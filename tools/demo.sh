@@ -1,0 +1,28 @@
+#!/bin/bash
+# Runs the demo sweep and shows its results. Arguments: build folder, the demo model's file.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+build=$1
+model=$2
+
+sweep=demo
+if [[ ! -f $model ]]; then
+  sweep=demo-scratch
+  echo
+  echo "The demo model is not there ($model), so the demo trains a small Llama from"
+  echo "scratch on the same data instead. With a network, \`make demo\` runs the real one."
+fi
+printf '\n==> Running the sweep experiments/%s.yaml\n' "$sweep"
+"$build/qlab" sweep "experiments/$sweep.yaml" --out "runs/$sweep" || {
+  echo "The sweep did not finish; the lines above and runs/$sweep/trials/*/log.txt say why."
+  echo "\`make demo\` goes on with the trials that are not done; \`rm -r runs/$sweep\` starts over."
+  exit 1
+}
+printf '\n==> Results\n'
+cat "runs/$sweep/summary.md"
+if [[ -f runs/$sweep/report.html ]]; then
+  printf '\nReport: %s/runs/%s/report.html (open it in a browser)\n' "$PWD" "$sweep"
+else
+  printf '\nNo report was written: it needs the package libjs-chart.js (then: %s report runs/%s)\n' \
+    "$build/qlab" "$sweep"
+fi
