@@ -43,7 +43,7 @@ without_installing() {
     echo "What is optional among them (PCRE2, Chart.js, ccache) is left out; see README.md."
     exit 0
   fi
-  grep -A3 -m1 'CMake Error' "$log" | sed -n '2,4p'
+  grep -oE -m1 'No CMAKE_CXX_COMPILER could be found|[A-Za-z0-9_-]+ was not found|.* not in PATH' "$log"
   echo "What to do: $2"
   exit 1
 }
