@@ -1,0 +1,339 @@
+#include "experiments/config.h"
+
+#include <fmt/ranges.h>
+
+#include <algorithm>
+#include <cctype>
+#include <cmath>
+
+#include "core/error.h"
+#include "experiments/config_fields.h"
+#include "experiments/yaml_input.h"
+
+namespace qlab {
+namespace {
+
+const std::vector<std::string> kTargetKeywords{"attention", "mlp", "all-linear", "qk", "qv"};
+const std::vector<std::string> kSweepKeys{"base",   "method",  "metric",  "seeds",   "parameters",
+                                          "paired", "exclude", "include", "derived", "run_cap"};
+
+/// Reads a node into the place of a key.
+struct Reader {
+  const Field& field;
+  const YAML::Node& node;
+  const std::string& where;
+  const std::string& spelled;
+
+  [[noreturn]] void refuse(const std::string& expected) const {
+    fail("{}: {}: expected {}, got {}", where, spelled, expected, describe(node));
+  }
+
+  template <class T>
+  void check_range(T value, const char* kind) const {
+    if (!field.range.contains(static_cast<double>(value))) {
+      refuse(fmt::format("{} {}", kind, field.range.str()));
+    }
+  }
+
+  void check_allowed(const std::string& text) const {
+    const auto& allowed = field.allowed;
+    if (!allowed.empty() && std::find(allowed.begin(), allowed.end(), text) == allowed.end()) {
+      refuse(allowed.size() == 1 ? allowed[0] : fmt::format("one of {}", fmt::join(allowed, ", ")));
+    }
+  }
+
+  void operator()(std::string* out) const {
+    if (node.IsNull() && out->empty()) return;
+    if (!node.IsScalar()) refuse("text");
+    std::string text = node.Scalar();
+    if (!field.allowed.empty()) {
+      if (text.starts_with("torch.")) text = text.substr(6);
+      if (text == "bfloat16") text = "bf16";
+      if (text == "float32") text = "fp32";
+    }
+    check_allowed(text);
+    *out = text;
+  }
+
+  void operator()(int64_t* out) const {
+    const auto n = node.IsScalar() ? parse_whole(node.Scalar()) : std::nullopt;
+    if (!n) refuse("a whole number");
+    check_range(*n, "a whole number");
+    check_allowed(std::to_string(*n));
+    *out = *n;
+  }
+
+  void operator()(double* out) const {
+    const auto x = node.IsScalar() ? parse_number(node.Scalar()) : std::nullopt;
+    if (!x) refuse("a number");
+    check_range(*x, "a number");
+    *out = *x;
+  }
+
+  void operator()(bool* out) const {
+    const auto b = node.IsScalar() ? parse_bool(node.Scalar()) : std::nullopt;
+    if (!b) refuse("true or false");
+    *out = *b;
+  }
+
+  template <class T>
+  void operator()(std::optional<T>* out) const {
+    if (node.IsNull()) return out->reset();
+    T value{};
+    (*this)(&value);
+    *out = value;
+  }
+
+  void operator()(std::array<double, 2>* out) const {
+    const char* expected = "two numbers, for example [0.9, 0.999]";
+    if (!node.IsSequence() || node.size() != 2) refuse(expected);
+    for (size_t i = 0; i < 2; ++i) Reader{field, node[i], where, spelled}(&(*out)[i]);
+  }
+
+  void operator()(Targets* out) const {
+    const char* expected = "attention, mlp, all-linear, qk, qv, a list of module names, or a regex";
+    Targets targets{.pattern = "", .names = {}};
+    if (node.IsSequence()) {
+      for (const auto& name : node) {
+        if (!name.IsScalar() || name.Scalar().empty()) refuse(expected);
+        targets.names.push_back(name.Scalar());
+      }
+      if (targets.names.empty()) refuse(expected);
+    } else if (node.IsScalar() && !node.Scalar().empty()) {
+      read_target(node.Scalar(), targets);
+    } else {
+      refuse(expected);
+    }
+    *out = targets;
+  }
+
+  void read_target(const std::string& text, Targets& targets) const {
+    std::string lower = text;
+    for (char& c : lower) c = static_cast<char>(std::tolower(static_cast<unsigned char>(c)));
+    if (std::find(kTargetKeywords.begin(), kTargetKeywords.end(), lower) != kTargetKeywords.end()) {
+      targets.pattern = lower;
+      return;
+    }
+    if (text.find_first_of(".*+?()[]{}|^$\\") != std::string::npos) {
+      targets.pattern = text;
+      return;
+    }
+    const std::string keyword = nearest(lower, kTargetKeywords);
+    if (!keyword.empty() && keyword.size() > 2) {
+      fail("{}: {}: \"{}\" is no known set of modules; did you mean \"{}\"?", where, spelled, text,
+           keyword);
+    }
+    targets.names.push_back(text);
+  }
+};
+
+struct Entry {
+  const Field* field;
+  YAML::Node value;
+  std::string where, spelled, text;
+};
+
+const Field* find_known(const std::string& name, const std::string& where) {
+  const Field* field = find_field(name);
+  if (field == nullptr || field->hidden) {
+    fail("{}: unknown key \"{}\"{}", where, name, suggest_key(name));
+  }
+  return field;
+}
+
+/// Settings that come from one place (a file, the options, a point of a sweep) and may not
+/// contradict each other; later layers replace earlier ones.
+class Layer {
+ public:
+  /// A key, an alias, or a block of them; `where` is file:line or the option.
+  void add(const std::string& name, const YAML::Node& value, const std::string& where,
+           const std::string& file) {
+    const auto& blocks = config_blocks();
+    const bool block = std::find(blocks.begin(), blocks.end(), name) != blocks.end();
+    if (block && (value.IsMap() || value.IsNull())) {
+      lora_ = lora_ || name == "lora";
+      if (!value.IsMap()) return;
+      for (const YamlItem& item : map_items(value, file)) {
+        add(name + "." + item.key, item.value, item.where, file);
+      }
+      return;
+    }
+    if (block && name != "optim") {
+      fail("{}: {} is a block of keys, got {}", where, name, describe(value));
+    }
+    add_key(name, value, where);
+  }
+
+  void apply(Config& config) const {
+    for (const Entry& e : entries_) {
+      std::visit(Reader{*e.field, e.value, e.where, e.spelled}, e.field->slot(config));
+    }
+    if (lora_) config.lora.present = true;
+    if (has("train.steps")) config.train.epochs.reset();
+    if (has("train.epochs")) config.train.steps.reset();
+    if (has("optim.warmup_steps")) config.optim.warmup_ratio.reset();
+    if (has("optim.warmup_ratio")) config.optim.warmup_steps.reset();
+  }
+
+  void use_paths_beside(Config& config, const std::string& file) const {
+    for (const Entry& e : entries_) {
+      if (!e.field->is_path) continue;
+      std::string& path = *std::get<std::string*>(e.field->slot(config));
+      path = beside(path, file);
+    }
+  }
+
+ private:
+  bool has(const std::string& key) const { return find(key) != nullptr; }
+
+  const Entry* find(const std::string& key) const {
+    for (const Entry& e : entries_) {
+      if (e.field->key == key && !e.text.empty()) return &e;
+    }
+    return nullptr;
+  }
+
+  void add_key(const std::string& name, const YAML::Node& value, const std::string& where) {
+    const Alias* alias = find_alias(name);
+    if (alias == nullptr) return insert({find_known(name, where), value, where, name, ""});
+    YAML::Node meant(value);
+    const std::string text = value.IsScalar() ? value.Scalar() : "";
+    const std::optional<bool> flag = parse_bool(text);
+    const std::string given = flag ? (*flag ? "true" : "false") : text;
+    for (const auto& [from, to] : alias->values) {
+      if (given != from) continue;
+      if (to == nullptr) return;
+      meant.reset(YAML::Node(to));
+    }
+    if (alias->name == "load_in_8bit") {
+      fail("{}: {}: 8-bit base weights are not supported; set quant.type to nf4, bf16 or fp32",
+           where, name);
+    }
+    insert({find_field(alias->key), meant, where, name, ""});
+  }
+
+  void insert(Entry entry) {
+    Config scratch;
+    std::visit(Reader{*entry.field, entry.value, entry.where, entry.spelled},
+               entry.field->slot(scratch));
+    entry.text = field_text(*entry.field, scratch);
+    for (const Entry& e : entries_) {
+      if (e.field != entry.field || e.text == entry.text) continue;
+      fail("{}: {} contradicts {} ({}): keep one", entry.where, entry.spelled, e.spelled, e.where);
+    }
+    static const std::vector<std::pair<std::string, std::string>> exclusive{
+        {"train.steps", "train.epochs"},
+        {"optim.warmup_steps", "optim.warmup_ratio"},
+        {"optim.betas", "optim.beta1"},
+        {"optim.betas", "optim.beta2"}};
+    for (const auto& [a, b] : exclusive) {
+      const std::string& key = entry.field->key;
+      if ((key != a && key != b) || entry.text.empty()) continue;
+      if (const Entry* other = find(key == a ? b : a)) {
+        fail("{}: {} excludes {} ({}): keep one", entry.where, entry.spelled, other->spelled,
+             other->where);
+      }
+    }
+    if (entry.field->key.starts_with("lora.")) lora_ = true;
+    entries_.push_back(std::move(entry));
+  }
+
+  std::vector<Entry> entries_;
+  bool lora_ = false;
+};
+
+}  // namespace
+
+std::string Targets::str() const {
+  return pattern.empty() ? fmt::format("[{}]", fmt::join(names, ", ")) : pattern;
+}
+
+double LoraConfig::scale() const {
+  const double rank = static_cast<double>(r);
+  return alpha.value_or(2 * rank) / (scaling == "alpha/r" ? rank : std::sqrt(rank));
+}
+
+Config parse_config(const YAML::Node& document, const std::string& file) {
+  Layer layer;
+  for (const YamlItem& item : map_items(document, file)) {
+    if (std::find(kSweepKeys.begin(), kSweepKeys.end(), item.key) != kSweepKeys.end()) {
+      fail("{}: \"{}\" belongs to a sweep, and one run is expected here: use qlab sweep {}",
+           item.where, item.key, file);
+    }
+    layer.add(item.key, item.value, item.where, file);
+  }
+  Config config;
+  layer.apply(config);
+  layer.use_paths_beside(config, file);
+  return config;
+}
+
+void set_key(Config& config, const std::string& key, const YAML::Node& value,
+             const std::string& origin) {
+  Layer layer;
+  layer.add(key, value, place(origin, value), origin);
+  layer.apply(config);
+}
+
+void apply_sets(Config& config, const std::vector<std::string>& sets) {
+  Layer layer;
+  for (const std::string& set : sets) {
+    const auto [key, text] = split_option(set);
+    const Alias* alias = find_alias(key);
+    const Field* field = find_field(alias == nullptr ? key : alias->key);
+    const bool is_text =
+        field != nullptr && std::holds_alternative<std::string*>(field->slot(config));
+    const std::string where = "--set " + set;
+    layer.add(key, is_text && !text.empty() ? YAML::Node(text) : option_value(text), where, where);
+  }
+  layer.apply(config);
+}
+
+Config load_config(const std::string& file, const std::vector<std::string>& sets) {
+  Config config;
+  if (!file.empty()) config = parse_config(load_yaml(file), file);
+  apply_sets(config, sets);
+  resolve(config);
+  return config;
+}
+
+void resolve(Config& config) {
+  LoraConfig& lora = config.lora;
+  TrainConfig& train = config.train;
+  OptimConfig& optim = config.optim;
+  if (!lora.alpha) lora.alpha = 2.0 * static_cast<double>(lora.r);
+  if (!train.steps && !train.epochs) train.epochs = 1;
+  if (!optim.warmup_steps && !optim.warmup_ratio) optim.warmup_ratio = 0.03;
+  for (std::optional<int64_t>* seed : {&train.init_seed, &train.data_seed, &train.dropout_seed}) {
+    if (!*seed) *seed = train.seed;
+  }
+}
+
+void check_trainable(const Config& config, const std::string& origin) {
+  if (config.model.path.empty()) fail("{}: model.path is missing: what is to be trained?", origin);
+  if (config.data.train.empty()) {
+    fail("{}: data.train is missing: a JSONL file, or \"synthetic\"", origin);
+  }
+  if (!config.lora.present) {
+    fail(
+        "{}: there is no lora block, so nothing would be trained: add for example\n"
+        "  lora: {{r: 16, targets: all-linear}}",
+        origin);
+  }
+}
+
+std::string get_key(const Config& config, const std::string& key) {
+  return field_text(*find_field(canonical_key(key, "configuration")), config);
+}
+
+std::string canonical_key(const std::string& key, const std::string& origin) {
+  if (const Alias* alias = find_alias(key)) return alias->key;
+  if (const Field* field = find_field(key)) return field->key;
+  return find_known(key, origin)->key;
+}
+
+bool changes_numbers(const std::string& key) {
+  return find_field(key) != nullptr && find_field(key)->effect == Effect::numbers;
+}
+
+}  // namespace qlab

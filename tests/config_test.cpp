@@ -1,0 +1,312 @@
+#include "experiments/config.h"
+
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+
+#include <filesystem>
+#include <fstream>
+#include <sstream>
+
+#include "core/error.h"
+
+namespace qlab {
+namespace {
+
+using testing::HasSubstr;
+
+Config parse(const std::string& text) {
+  Config config = parse_config(YAML::Load(text), "run.yaml");
+  resolve(config);
+  return config;
+}
+
+std::string error_of(const std::string& text) {
+  try {
+    parse(text);
+  } catch (const Error& e) {
+    return e.what();
+  }
+  return "";
+}
+
+std::string set_error(const std::vector<std::string>& sets) {
+  try {
+    load_config("", sets);
+  } catch (const Error& e) {
+    return e.what();
+  }
+  return "";
+}
+
+TEST(Config, Defaults) {
+  const Config c = load_config("", {});
+  EXPECT_EQ(c.quant.type, "nf4");
+  EXPECT_EQ(c.quant.block_size, 64);
+  EXPECT_TRUE(c.quant.double_quant);
+  EXPECT_FALSE(c.lora.present);
+  EXPECT_EQ(c.lora.r, 16);
+  EXPECT_EQ(c.lora.alpha, 32);
+  EXPECT_EQ(c.lora.targets.str(), "all-linear");
+  EXPECT_EQ(c.optim.lr, 2e-4);
+  EXPECT_EQ(c.optim.betas, (std::array{0.9, 0.999}));
+  EXPECT_EQ(c.optim.warmup_ratio, 0.03);
+  EXPECT_FALSE(c.optim.warmup_steps);
+  EXPECT_EQ(c.optim.schedule, "cosine");
+  EXPECT_EQ(c.train.epochs, 1);
+  EXPECT_FALSE(c.train.steps);
+  EXPECT_EQ(c.train.dropout_seed, 0);
+}
+
+TEST(Config, ReadsBlocksAndDottedKeys) {
+  const Config c = parse(R"(
+model: {path: "synthetic:tiny"}
+quant.type: bf16
+lora: {r: 8, targets: [q_proj, v_proj], dropout: 0.05}
+train: {steps: 1e3, seed: 7, init_seed: 3}
+optim: {lr: 1e-4, betas: [0.8, 0.95], warmup_steps: 5}
+)");
+  EXPECT_EQ(c.model.path, "synthetic:tiny");
+  EXPECT_EQ(c.quant.type, "bf16");
+  EXPECT_TRUE(c.lora.present);
+  EXPECT_EQ(c.lora.alpha, 16);
+  EXPECT_EQ(c.lora.targets.names, (std::vector<std::string>{"q_proj", "v_proj"}));
+  EXPECT_EQ(c.lora.targets.pattern, "");
+  EXPECT_EQ(c.train.steps, 1000);
+  EXPECT_FALSE(c.train.epochs);
+  EXPECT_EQ(c.train.init_seed, 3);
+  EXPECT_EQ(c.train.data_seed, 7);
+  EXPECT_EQ(c.optim.betas, (std::array{0.8, 0.95}));
+  EXPECT_EQ(c.optim.warmup_steps, 5);
+  EXPECT_FALSE(c.optim.warmup_ratio);
+}
+
+TEST(Config, AnEmptyLoraBlockCounts) {
+  EXPECT_TRUE(parse("lora:").lora.present);
+  EXPECT_TRUE(parse("lora: {}").lora.present);
+  EXPECT_TRUE(parse("lora_alpha: 4").lora.present);
+  EXPECT_FALSE(parse("train: {steps: 1}").lora.present);
+}
+
+TEST(Config, AliasesOfPeftTransformersAndTrl) {
+  const Config c = parse(R"(
+model_name_or_path: synthetic:tiny
+load_in_4bit: true
+bnb_4bit_quant_type: nf4
+bnb_4bit_use_double_quant: False
+bnb_4bit_compute_dtype: torch.bfloat16
+load_in_8bit: false
+lora: {r: 4, lora_alpha: 8, target_modules: ALL-LINEAR, use_rslora: true}
+lora_dropout: 0.1
+per_device_train_batch_size: 2
+gradient_accumulation_steps: 3
+gradient_checkpointing: true
+max_length: 128
+max_steps: -1
+num_train_epochs: 2
+learning_rate: 1e-5
+lr_scheduler_type: constant_with_warmup
+optim: adamw_torch
+adam_beta1: 0.85
+adam_epsilon: 1e-6
+data_seed: 9
+)");
+  EXPECT_EQ(c.quant.type, "nf4");
+  EXPECT_FALSE(c.quant.double_quant);
+  EXPECT_EQ(c.quant.compute_dtype, "bf16");
+  EXPECT_EQ(c.lora.alpha, 8);
+  EXPECT_EQ(c.lora.scale(), 4);
+  EXPECT_EQ(c.lora.targets.pattern, "all-linear");
+  EXPECT_EQ(c.lora.dropout, 0.1);
+  EXPECT_EQ(c.train.batch_size, 2);
+  EXPECT_EQ(c.train.grad_accum, 3);
+  EXPECT_EQ(c.train.recompute, "full");
+  EXPECT_EQ(c.data.seq_len, 128);
+  EXPECT_EQ(c.data.eval_seq_len, 512);
+  EXPECT_EQ(c.train.epochs, 2);
+  EXPECT_EQ(c.optim.schedule, "constant");
+  EXPECT_EQ(c.optim.betas, (std::array{0.85, 0.999}));
+  EXPECT_EQ(c.optim.eps, 1e-6);
+  EXPECT_EQ(c.train.data_seed, 9);
+}
+
+TEST(Config, Targets) {
+  EXPECT_EQ(parse("lora: {targets: mlp}").lora.targets.pattern, "mlp");
+  EXPECT_EQ(parse("lora: {targets: q_proj}").lora.targets.names,
+            std::vector<std::string>{"q_proj"});
+  const std::string regex = R"(model\.layers\.[0-3]\..*_proj)";
+  EXPECT_EQ(load_config("", {"lora.targets=" + regex}).lora.targets.pattern, regex);
+  EXPECT_EQ(load_config("", {"lora.targets=[q_proj, o_proj]"}).lora.targets.str(),
+            "[q_proj, o_proj]");
+  EXPECT_THAT(error_of("lora: {targets: all-linar}"), HasSubstr("did you mean \"all-linear\"?"));
+  EXPECT_THAT(error_of("lora: {targets: []}"), HasSubstr("a list of module names"));
+}
+
+TEST(Config, UnknownKeysNameLineAndNearest) {
+  EXPECT_EQ(error_of("model: {path: x}\ntrain:\n  steps: 3\n  bacth_size: 4\n")
+                .substr(0, std::string("run.yaml:4: unknown key \"train.bacth_size\"; did you mean "
+                                       "\"train.batch_size\"?")
+                               .size()),
+            "run.yaml:4: unknown key \"train.bacth_size\"; did you mean \"train.batch_size\"?");
+  EXPECT_THAT(error_of("train: {lr: 1}"), HasSubstr("did you mean \"optim.lr\"?"));
+  EXPECT_THAT(error_of("learning_rte: 1"), HasSubstr("did you mean \"learning_rate\"?"));
+  EXPECT_THAT(error_of("lora: {rank: 8}"), HasSubstr("keys of lora: r, alpha"));
+  EXPECT_THAT(error_of("trian: {steps: 1}"), HasSubstr("did you mean \"train\"?"));
+  EXPECT_THAT(error_of("zzzzzzzz: 1"), HasSubstr("blocks: model, quant"));
+  EXPECT_THAT(set_error({"lora.alhpa=8"}), HasSubstr("--set lora.alhpa=8: unknown key"));
+}
+
+TEST(Config, WrongTypesNameLineAndValue) {
+  EXPECT_EQ(error_of("lora:\n  r: eight"),
+            "run.yaml:2: lora.r: expected a whole number, got \"eight\"");
+  EXPECT_EQ(error_of("lora: {r: 2.5}"), "run.yaml:1: lora.r: expected a whole number, got \"2.5\"");
+  EXPECT_EQ(error_of("lora_alpha: [1]"), "run.yaml:1: lora_alpha: expected a number, got a list");
+  EXPECT_EQ(error_of("quant: {double_quant: 1}"),
+            "run.yaml:1: quant.double_quant: expected true or false, got \"1\"");
+  EXPECT_EQ(error_of("quant: {type: fp4}"),
+            "run.yaml:1: quant.type: expected one of nf4, bf16, fp32, got \"fp4\"");
+  EXPECT_EQ(error_of("quant: nf4"), "run.yaml:1: quant is a block of keys, got \"nf4\"");
+  EXPECT_EQ(error_of("optim: {lr: }"), "run.yaml:1: optim.lr: expected a number, got nothing");
+  EXPECT_THAT(error_of("optim: {betas: 0.9}"), HasSubstr("expected two numbers"));
+  EXPECT_THAT(error_of("optim: {lr: .nan}"), HasSubstr("expected a number"));
+  EXPECT_THAT(error_of("train: {steps: 1_000}"), HasSubstr("got \"1_000\""));
+  EXPECT_THAT(error_of("load_in_8bit: true"), HasSubstr("8-bit base weights are not supported"));
+  EXPECT_EQ(set_error({"lora.r=x"}), "--set lora.r=x: lora.r: expected a whole number, got \"x\"");
+  EXPECT_THAT(set_error({"lora.r"}), HasSubstr("expected key=value"));
+}
+
+TEST(Config, OutOfRange) {
+  EXPECT_EQ(error_of("lora: {r: 0}"),
+            "run.yaml:1: lora.r: expected a whole number at least 1, got \"0\"");
+  EXPECT_THAT(error_of("lora: {dropout: 1}"), HasSubstr("in [0, 1)"));
+  EXPECT_THAT(error_of("optim: {lr: 0}"), HasSubstr("above 0"));
+  EXPECT_THAT(error_of("quant: {block_size: 100}"), HasSubstr("one of 32, 64"));
+  EXPECT_THAT(error_of("train: {seed: -1}"), HasSubstr("at least 0"));
+}
+
+TEST(Config, Contradictions) {
+  EXPECT_THAT(error_of("train:\n  steps: 10\n  epochs: 2\n"),
+              HasSubstr("run.yaml:3: train.epochs excludes train.steps (run.yaml:2)"));
+  EXPECT_THAT(error_of("optim: {warmup_steps: 1, warmup_ratio: 0.1}"), HasSubstr("excludes"));
+  EXPECT_THAT(error_of("lora: {alpha: 8}\nlora_alpha: 16\n"),
+              HasSubstr("run.yaml:2: lora_alpha contradicts lora.alpha (run.yaml:1)"));
+  EXPECT_THAT(error_of("lora:\n  r: 8\n  r: 8\n"),
+              HasSubstr("run.yaml:3: \"r\" stands twice, first at run.yaml:2"));
+  EXPECT_EQ(error_of("lora: {alpha: 8}\nlora_alpha: 8.0\n"), "");
+  EXPECT_THAT(set_error({"lora.r=8", "lora.r=4"}), HasSubstr("contradicts"));
+}
+
+TEST(Config, OptionsReplaceWhatTheFileSays) {
+  Config c = parse_config(YAML::Load("train: {epochs: 3}\noptim: {warmup_ratio: 0.1}"), "run.yaml");
+  apply_sets(c, {"train.steps=20", "warmup_steps=2", "lora.r=4", "quant={type: fp32}"});
+  resolve(c);
+  EXPECT_EQ(c.train.steps, 20);
+  EXPECT_FALSE(c.train.epochs);
+  EXPECT_EQ(c.optim.warmup_steps, 2);
+  EXPECT_FALSE(c.optim.warmup_ratio);
+  EXPECT_EQ(c.lora.alpha, 8);
+  EXPECT_EQ(c.quant.type, "fp32");
+}
+
+TEST(Config, SweepFilesAreRefused) {
+  EXPECT_THAT(error_of("base: x.yaml\nparameters: {}"), HasSubstr("use qlab sweep run.yaml"));
+}
+
+TEST(Config, ResolvedYamlReadsBackEqual) {
+  const Config c = parse(R"(
+model: {path: "models/a: b #1.gguf"}
+lora: {r: 8, targets: '.*\.q_proj', scaling: alpha/sqrt(r), adapter: "7"}
+data: {train: synthetic, eval: "true"}
+train: {steps: 12, seed: 3}
+optim: {lr: 3.14159265358979e-7, betas: [0.91, 0.98]}
+)");
+  const std::string text = to_yaml(c);
+  const Config again = parse(text);
+  EXPECT_EQ(to_yaml(again), text);
+  EXPECT_EQ(canonical(again), canonical(c));
+  EXPECT_EQ(again.optim.lr, c.optim.lr);
+  EXPECT_EQ(again.model.path, c.model.path);
+  EXPECT_EQ(again.lora.targets, c.lora.targets);
+  EXPECT_EQ(to_yaml(parse(to_yaml(parse("")))), to_yaml(parse("")));
+}
+
+TEST(Config, CanonicalTextSeesNumbersNotSpelling) {
+  const std::string base = canonical(parse("lora: {r: 8}\noptim: {lr: 2e-4}"));
+  EXPECT_EQ(base, canonical(parse("lora: {r: 8, alpha: 16.0}\nlearning_rate: 0.0002")));
+  EXPECT_EQ(base, canonical(parse("lora: {r: 8}\ntrain: {recompute: full, log_every: 5}")));
+  EXPECT_EQ(base, canonical(parse("lora: {r: 8}\ntrain: {dropout_seed: 5}")));
+  EXPECT_NE(base, canonical(parse("lora: {r: 8, alpha: 8}")));
+  EXPECT_NE(base, canonical(parse("lora: {r: 8}\ntrain: {data_seed: 5}")));
+  EXPECT_EQ(canonical(parse("quant: {type: bf16}")),
+            canonical(parse("quant: {type: bf16, block_size: 128}")));
+  EXPECT_EQ(canonical(parse("lora: {targets: [q_proj, v_proj]}")),
+            canonical(parse("lora: {targets: [v_proj, q_proj]}")));
+}
+
+TEST(Config, KeysAsText) {
+  const Config c = parse("lora: {r: 8}");
+  EXPECT_EQ(get_key(c, "lora_alpha"), "16");
+  EXPECT_EQ(get_key(c, "optim.lr"), "0.0002");
+  EXPECT_EQ(get_key(c, "optim.betas"), "[0.9, 0.999]");
+  EXPECT_EQ(get_key(c, "train.steps"), "");
+  EXPECT_EQ(canonical_key("learning_rate", "x"), "optim.lr");
+  EXPECT_THROW(canonical_key("lora.q", "x"), Error);
+  EXPECT_TRUE(changes_numbers("lora.r"));
+  EXPECT_FALSE(changes_numbers("train.recompute"));
+}
+
+TEST(Config, WhatTrainingNeeds) {
+  const auto missing = [](const std::string& text) -> std::string {
+    try {
+      check_trainable(parse(text), "run.yaml");
+    } catch (const Error& e) {
+      return e.what();
+    }
+    return "";
+  };
+  EXPECT_THAT(missing("lora: {r: 8}"), HasSubstr("model.path is missing"));
+  EXPECT_THAT(missing("lora:\nmodel: {path: x}"), HasSubstr("data.train is missing"));
+  EXPECT_THAT(missing("model: {path: x}\ndata: {train: synthetic}"), HasSubstr("no lora block"));
+  EXPECT_EQ(missing("model: {path: x}\ndata: {train: synthetic}\nlora:"), "");
+}
+
+TEST(Config, FilesAndPathsBesideThem) {
+  const auto dir = std::filesystem::path(testing::TempDir()) / "config_files";
+  std::filesystem::create_directories(dir);
+  const std::string file = (dir / "run.yaml").string();
+  std::ofstream(dir / "there.jsonl") << "{}\n";
+  std::ofstream(file) << "model: {path: org/name}\ndata: {train: there.jsonl, eval: gone.jsonl}\n";
+  const Config c = load_config(file, {});
+  EXPECT_EQ(c.data.train, (dir / "there.jsonl").string());
+  EXPECT_EQ(c.data.eval, "gone.jsonl");
+  EXPECT_EQ(c.model.path, "org/name");
+
+  const auto error = [&](const std::string& path) -> std::string {
+    try {
+      load_config(path, {});
+    } catch (const Error& e) {
+      return e.what();
+    }
+    return "";
+  };
+  EXPECT_THAT(error((dir / "absent.yaml").string()), HasSubstr("no such file"));
+  EXPECT_THAT(error(dir.string()), HasSubstr("is a directory"));
+  std::ofstream(file) << "lora: {r: 8\ntrain: [";
+  EXPECT_THAT(error(file), HasSubstr("not valid YAML"));
+  std::ofstream(file) << "just text";
+  EXPECT_THAT(error(file), HasSubstr("expected keys and values"));
+  std::ofstream(file) << "";
+  EXPECT_THAT(error(file), HasSubstr("empty"));
+  std::filesystem::remove_all(dir);
+}
+
+TEST(Config, DocumentationHasTheTable) {
+  std::ifstream file("docs/configuration.md");
+  if (!file) GTEST_SKIP() << "not run from the root of the sources";
+  std::stringstream text;
+  text << file.rdbuf();
+  EXPECT_THAT(text.str(), HasSubstr(config_markdown()))
+      << "the table in docs/configuration.md is not the program's: run `qlab config --markdown`";
+}
+
+}  // namespace
+}  // namespace qlab
