@@ -1,0 +1,163 @@
+#include "core/ops/gemm.h"
+
+#include <cublasLt.h>
+
+#include <algorithm>
+#include <array>
+#include <map>
+#include <mutex>
+
+#include "cuda/launch.cuh"
+
+namespace qlab::cuda {
+namespace {
+
+constexpr uint32_t largest_alignment = 256;
+
+/// Everything the choice of an algorithm depends on; also what an error message tells.
+struct Product {
+  int64_t m, n, k, a_pitch, b_pitch, c_pitch;
+  int64_t a_alignment, b_alignment, c_alignment, workspace_bytes;
+  Op op_a, op_b;
+  DType in, out;
+  int device;
+
+  auto operator<=>(const Product&) const = default;
+};
+
+void check_blas(cublasStatus_t status, const char* call, const Product& p) {
+  if (status == CUBLAS_STATUS_SUCCESS) return;
+  fail("[gemm] {} failed: {} (M {}, N {}, K {}, A{} B{}, {} to {}, pitches {}, {}, {})", call,
+       cublasLtGetStatusString(status), p.m, p.n, p.k, p.op_a == Op::none ? "" : "^T",
+       p.op_b == Op::none ? "" : "^T", name_of(p.in), name_of(p.out), p.a_pitch, p.b_pitch,
+       p.c_pitch);
+}
+
+cudaDataType_t data_type(DType dtype) { return dtype == DType::f32 ? CUDA_R_32F : CUDA_R_16BF; }
+
+/// The largest power of two, at most 256, that divides the address.
+int64_t alignment_of(const Tensor& x) {
+  const auto address = reinterpret_cast<uintptr_t>(x.raw()) | largest_alignment;
+  return static_cast<int64_t>(address & (~address + 1));
+}
+
+int64_t pitch_of(const Tensor& x) { return std::max(x.pitch(), x.cols()); }
+
+/// cuBLASLt counts in columns: a row-major matrix is its transpose, so C^T = op(B)^T op(A)^T is
+/// computed with B first, and every operation keeps its name.
+struct Descriptors {
+  cublasLtMatmulDescOpaque_t product;
+  cublasLtMatrixLayoutOpaque_t a, b, c;
+
+  Descriptors(const Product& p, const Tensor& ta, const Tensor& tb) {
+    check_blas(cublasLtMatmulDescInit(&product, CUBLAS_COMPUTE_32F, CUDA_R_32F), "MatmulDescInit",
+               p);
+    set_op(p, CUBLASLT_MATMUL_DESC_TRANSA, p.op_b);
+    set_op(p, CUBLASLT_MATMUL_DESC_TRANSB, p.op_a);
+    set_layout(p, a, p.in, ta.cols(), ta.rows(), p.a_pitch);
+    set_layout(p, b, p.in, tb.cols(), tb.rows(), p.b_pitch);
+    set_layout(p, c, p.out, p.n, p.m, p.c_pitch);
+  }
+
+ private:
+  void set_op(const Product& p, cublasLtMatmulDescAttributes_t attribute, Op op) {
+    const cublasOperation_t value = op == Op::none ? CUBLAS_OP_N : CUBLAS_OP_T;
+    check_blas(cublasLtMatmulDescSetAttribute(&product, attribute, &value, sizeof value),
+               "MatmulDescSetAttribute", p);
+  }
+  static void set_layout(const Product& p, cublasLtMatrixLayoutOpaque_t& layout, DType dtype,
+                         int64_t rows, int64_t cols, int64_t pitch) {
+    check_blas(cublasLtMatrixLayoutInit(&layout, data_type(dtype), static_cast<uint64_t>(rows),
+                                        static_cast<uint64_t>(cols), pitch),
+               "MatrixLayoutInit", p);
+  }
+};
+
+cublasLtHandle_t handle(const Product& p) {
+  static std::mutex mutex;
+  static std::map<int, cublasLtHandle_t> handles;
+  const std::lock_guard lock(mutex);
+  auto [entry, created] = handles.try_emplace(p.device, nullptr);
+  if (entry->second == nullptr) check_blas(cublasLtCreate(&entry->second), "cublasLtCreate", p);
+  return entry->second;
+}
+
+/// The library's first choice among the algorithms allowed; false when it offers none.
+bool first_choice(cublasLtMatmulAlgo_t& algorithm, const Product& p, Descriptors& d,
+                  uint32_t reductions) {
+  cublasLtMatmulPreferenceOpaque_t preference;
+  check_blas(cublasLtMatmulPreferenceInit(&preference), "MatmulPreferenceInit", p);
+  const auto set = [&]<class V>(cublasLtMatmulPreferenceAttributes_t attribute, V value) {
+    check_blas(cublasLtMatmulPreferenceSetAttribute(&preference, attribute, &value, sizeof value),
+               "MatmulPreferenceSetAttribute", p);
+  };
+  set(CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, static_cast<uint64_t>(p.workspace_bytes));
+  set(CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK, reductions);
+  set(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, static_cast<uint32_t>(p.b_alignment));
+  set(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES, static_cast<uint32_t>(p.a_alignment));
+  set(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, static_cast<uint32_t>(p.c_alignment));
+  set(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES, static_cast<uint32_t>(p.c_alignment));
+  cublasLtMatmulHeuristicResult_t result;
+  int count = 0;
+  const cublasStatus_t status = cublasLtMatmulAlgoGetHeuristic(
+      handle(p), &d.product, &d.b, &d.a, &d.c, &d.c, &preference, 1, &result, &count);
+  if (status == CUBLAS_STATUS_NOT_SUPPORTED) return false;
+  check_blas(status, "cublasLtMatmulAlgoGetHeuristic", p);
+  if (count == 0 || result.state != CUBLAS_STATUS_SUCCESS) return false;
+  algorithm = result.algo;
+  return true;
+}
+
+/// One chain over K where the library has it; otherwise parts of K added in a fixed order in fp32.
+cublasLtMatmulAlgo_t choose(const Product& p, Descriptors& d) {
+  static std::mutex mutex;
+  static std::map<Product, cublasLtMatmulAlgo_t> chosen;
+  const std::lock_guard lock(mutex);
+  if (const auto known = chosen.find(p); known != chosen.end()) return known->second;
+  cublasLtMatmulAlgo_t algorithm;
+  if (!first_choice(algorithm, p, d, CUBLASLT_REDUCTION_SCHEME_NONE) &&
+      !first_choice(algorithm, p, d, CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE))
+    check_blas(CUBLAS_STATUS_NOT_SUPPORTED, "the search for an algorithm", p);
+  chosen.emplace(p, algorithm);
+  return algorithm;
+}
+
+Product describe(const Tensor& c, const Tensor& a, Op op_a, const Tensor& b, Op op_b,
+                 const Tensor& workspace) {
+  QLAB_CHECK(a.dtype() == b.dtype() && (c.dtype() == a.dtype() || c.dtype() == DType::f32) &&
+                 (a.dtype() == DType::f32 || a.dtype() == DType::bf16),
+             "[gemm] a GPU multiplies float32 or bfloat16, got {} x {} to {}", name_of(a.dtype()),
+             name_of(b.dtype()), name_of(c.dtype()));
+  return {.m = c.rows(),
+          .n = c.cols(),
+          .k = op_a == Op::none ? a.cols() : a.rows(),
+          .a_pitch = pitch_of(a),
+          .b_pitch = pitch_of(b),
+          .c_pitch = pitch_of(c),
+          .a_alignment = alignment_of(a),
+          .b_alignment = alignment_of(b),
+          .c_alignment = alignment_of(c),
+          .workspace_bytes = workspace.defined() ? workspace.bytes() : 0,
+          .op_a = op_a,
+          .op_b = op_b,
+          .in = a.dtype(),
+          .out = c.dtype(),
+          .device = c.device().index};
+}
+
+}  // namespace
+
+void gemm(const Tensor& c, const Tensor& a, Op op_a, const Tensor& b, Op op_b, float alpha,
+          float beta, const Tensor& workspace) {
+  if (c.numel() == 0) return;
+  const Product p = describe(c, a, op_a, b, op_b, workspace);
+  Descriptors d(p, a, b);
+  const cublasLtMatmulAlgo_t algorithm = choose(p, d);
+  check_blas(cublasLtMatmul(handle(p), &d.product, &alpha, b.raw(), &d.b, a.raw(), &d.a, &beta,
+                            c.raw(), &d.c, c.raw(), &d.c, &algorithm,
+                            workspace.defined() ? workspace.raw() : nullptr,
+                            static_cast<size_t>(p.workspace_bytes), current_stream()),
+             "cublasLtMatmul", p);
+}
+
+}  // namespace qlab::cuda
