@@ -31,9 +31,9 @@ AttentionGradient attention_backward(const Tensor& g, const Tensor& q, const Ten
                                      const AttentionShape& shape);
 
 namespace cpu {
-/// Scratch for the scores of one query tile per thread.
+/// Bytes: per thread, the keys and values of one sequence and head, and the scores of a query tile.
 int64_t attention_workspace(const AttentionShape& shape, DType dtype);
-int64_t attention_backward_workspace(const AttentionShape& shape, DType dtype, int64_t tokens_q);
+int64_t attention_backward_workspace(const AttentionShape& shape, DType dtype);
 void attention(const Tensor& o, const Tensor& lse, const Tensor& q, const Tensor& k,
                const Tensor& v, const Tensor& cu_q, const Tensor& cu_k, const AttentionShape& shape,
                const Tensor& workspace);

@@ -1,0 +1,453 @@
+#include "core/ops/attention.h"
+
+#include <utility>
+
+#include "core/lanes.h"
+#include "core/parallel.h"
+
+namespace qlab {
+namespace {
+
+void check_cu(const char* op, const char* name, const Tensor& cu, const Tensor& x) {
+  QLAB_CHECK(cu.rank() == 1 && cu.dim(0) >= 1 && cu.dtype() == DType::i32,
+             "[{}] {} must be int32 [sequences + 1], got {}", op, name, cu.str());
+  check_device(op, x, cu);
+}
+
+void check_matrix(const char* op, const char* name, const Tensor& x, const Shape& shape,
+                  const Tensor& like) {
+  check_shape(op, name, x, shape);
+  QLAB_CHECK(x.dtype() == like.dtype() && x.contiguous(),
+             "[{}] {} must be {} and contiguous, got {}", op, name, name_of(like.dtype()), x.str());
+  check_device(op, like, x);
+}
+
+void check_inputs(const char* op, const Tensor& q, const Tensor& k, const Tensor& v,
+                  const Tensor& cu_q, const Tensor& cu_k, const AttentionShape& s) {
+  QLAB_CHECK(s.kv_heads > 0 && s.heads % s.kv_heads == 0 && s.heads > 0 && s.head_dim > 0,
+             "[{}] heads must be a multiple of kv_heads, got {} and {} of dimension {}", op,
+             s.heads, s.kv_heads, s.head_dim);
+  QLAB_CHECK(q.rank() == 2 && k.rank() == 2, "[{}] q and k must be matrices, got {} and {}", op,
+             q.str(), k.str());
+  check_matrix(op, "q", q, {q.dim(0), s.heads * s.head_dim}, q);
+  check_matrix(op, "k", k, {k.dim(0), s.kv_heads * s.head_dim}, q);
+  check_matrix(op, "v", v, k.shape(), q);
+  check_cu(op, "cu_q", cu_q, q);
+  check_cu(op, "cu_k", cu_k, q);
+  check_shape(op, "cu_k", cu_k, cu_q.shape());
+  QLAB_CHECK(s.max_q <= q.dim(0) && s.max_k <= k.dim(0),
+             "[{}] max_q and max_k must not exceed the {} and {} rows, got {} and {}", op, q.dim(0),
+             k.dim(0), s.max_q, s.max_k);
+}
+
+DType statistic_of(const Tensor& x) { return x.dtype() == DType::f64 ? DType::f64 : DType::f32; }
+
+Tensor workspace_of(int64_t bytes, Device device) {
+  const MemoryTag tag(Category::workspace);
+  return Tensor::empty({bytes}, DType::u8, device);
+}
+
+}  // namespace
+
+Attention attention(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& cu_q,
+                    const Tensor& cu_k, const AttentionShape& shape) {
+  check_inputs("attention", q, k, v, cu_q, cu_k, shape);
+  const Device device = q.device();
+  Attention out{Tensor::empty(q.shape(), q.dtype(), device),
+                Tensor::empty({q.dim(0), shape.heads}, statistic_of(q), device)};
+  if (q.dim(0) == 0) return out;
+  const Tensor workspace = device.target == DeviceType::cpu
+                               ? workspace_of(cpu::attention_workspace(shape, q.dtype()), device)
+                               : Tensor();
+  on_device(
+      device, [&] { cpu::attention(out.o, out.lse, q, k, v, cu_q, cu_k, shape, workspace); },
+      [&] { cuda::attention(out.o, out.lse, q, k, v, cu_q, cu_k, shape, workspace); });
+  return out;
+}
+
+AttentionGradient attention_backward(const Tensor& g, const Tensor& q, const Tensor& k,
+                                     const Tensor& v, const Tensor& o, const Tensor& lse,
+                                     const Tensor& cu_q, const Tensor& cu_k,
+                                     const AttentionShape& shape) {
+  const char* op = "attention_backward";
+  check_inputs(op, q, k, v, cu_q, cu_k, shape);
+  check_matrix(op, "g", g, q.shape(), q);
+  check_matrix(op, "o", o, q.shape(), q);
+  check_shape(op, "lse", lse, {q.dim(0), shape.heads});
+  QLAB_CHECK(lse.dtype() == statistic_of(q), "[{}] lse must be {}, got {}", op,
+             name_of(statistic_of(q)), lse.str());
+  check_device(op, q, lse);
+  const Device device = q.device();
+  AttentionGradient out{Tensor::empty(q.shape(), q.dtype(), device),
+                        Tensor::empty(k.shape(), q.dtype(), device),
+                        Tensor::empty(v.shape(), q.dtype(), device)};
+  if (q.dim(0) == 0 || k.dim(0) == 0) return out;
+  const int64_t bytes = device.target == DeviceType::cpu
+                            ? cpu::attention_backward_workspace(shape, q.dtype())
+                            : lse.numel() * static_cast<int64_t>(sizeof(float));
+  const Tensor workspace = workspace_of(bytes, device);
+  on_device(
+      device,
+      [&] {
+        cpu::attention_backward(out.dq, out.dk, out.dv, g, q, k, v, o, lse, cu_q, cu_k, shape,
+                                workspace);
+      },
+      [&] {
+        cuda::attention_backward(out.dq, out.dk, out.dv, g, q, k, v, o, lse, cu_q, cu_k, shape,
+                                 workspace);
+      });
+  return out;
+}
+
+namespace cpu {
+namespace {
+
+constexpr int64_t tile = 32;  // query rows whose scores are held at once
+int64_t padded(int64_t n) { return (n + 15) / 16 * 16; }
+
+/// Rows x 16 columns of C (+)= A B over k, one multiply-add chain per element.
+template <int width, int rows, int blocks, class A>
+QLAB_INLINE inline void product_block(A* c, int64_t ldc, const A* a, int64_t row_stride,
+                                      int64_t k_stride, const A* b, int64_t ldb, int64_t k,
+                                      bool accumulate) {
+  using L = Lanes<A, width>;
+  L sum[rows][blocks];
+#pragma GCC unroll 4
+  for (int i = 0; i < rows; ++i)
+#pragma GCC unroll 2
+    for (int j = 0; j < blocks; ++j)
+      sum[i][j] = accumulate ? L::load(c + i * ldc + 16 * j) : L::all(0);
+  for (int64_t p = 0; p < k; ++p) {
+    L right[blocks];
+#pragma GCC unroll 2
+    for (int j = 0; j < blocks; ++j) right[j] = L::load(b + p * ldb + 16 * j);
+#pragma GCC unroll 4
+    for (int i = 0; i < rows; ++i) {
+      const A left = a[i * row_stride + p * k_stride];
+#pragma GCC unroll 2
+      for (int j = 0; j < blocks; ++j) sum[i][j] = sum[i][j] + right[j] * left;
+    }
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < rows; ++i)
+#pragma GCC unroll 2
+    for (int j = 0; j < blocks; ++j) sum[i][j].store(c + i * ldc + 16 * j);
+}
+
+/// C [m, n] = A [m, k] B [k, n], or added to C. n is a multiple of 16; element (i, p) of A lies at
+/// i row_stride + p k_stride. The chain over p is the same however the rows are grouped.
+template <int width, class A>
+QLAB_INLINE inline void product(A* c, int64_t ldc, const A* a, int64_t row_stride, int64_t k_stride,
+                                const A* b, int64_t ldb, int64_t m, int64_t n, int64_t k,
+                                bool accumulate) {
+  constexpr int wide = width * 2 / static_cast<int>(sizeof(A)) >= 32 ? 2 : 1;
+  constexpr int64_t depth = 128;  // rows of B that stay in the first-level cache
+  for (int64_t p = 0; p < k; p += depth) {
+    const int64_t kp = std::min(depth, k - p);
+    const A* ap = a + p * k_stride;
+    const A* bp = b + p * ldb;
+    const bool add = accumulate || p > 0;
+    for (int64_t j = 0, step; j < n; j += step) {
+      const bool full = wide == 2 && n - j >= 32;
+      step = full ? 32 : 16;
+      int64_t i = 0;
+      for (; i + 4 <= m; i += 4) {
+        if (full)
+          product_block<width, 4, wide>(c + i * ldc + j, ldc, ap + i * row_stride, row_stride,
+                                        k_stride, bp + j, ldb, kp, add);
+        else
+          product_block<width, 4, 1>(c + i * ldc + j, ldc, ap + i * row_stride, row_stride,
+                                     k_stride, bp + j, ldb, kp, add);
+      }
+      for (; i < m; ++i) {
+        if (full)
+          product_block<width, 1, wide>(c + i * ldc + j, ldc, ap + i * row_stride, row_stride,
+                                        k_stride, bp + j, ldb, kp, add);
+        else
+          product_block<width, 1, 1>(c + i * ldc + j, ldc, ap + i * row_stride, row_stride,
+                                     k_stride, bp + j, ldb, kp, add);
+      }
+    }
+  }
+}
+
+/// to [rows, padded(cols)] = from [rows, cols], widened, padding zero.
+template <class T, class A>
+void pack(A* to, const T* from, int64_t pitch, int64_t rows, int64_t cols) {
+  const int64_t ld = padded(cols);
+  for (int64_t i = 0; i < rows; ++i) {
+    for (int64_t j = 0; j < cols; ++j) to[i * ld + j] = static_cast<A>(from[i * pitch + j]);
+    for (int64_t j = cols; j < ld; ++j) to[i * ld + j] = A(0);
+  }
+}
+
+/// to [cols, padded(rows)] = from [rows, cols] transposed, padding zero.
+template <class T, class A>
+void pack_transposed(A* to, const T* from, int64_t pitch, int64_t rows, int64_t cols) {
+  const int64_t ld = padded(rows);
+  for (int64_t i = 0; i < rows; i += 16)
+    for (int64_t j = 0; j < cols; ++j)
+      for (int64_t l = i; l < i + 16; ++l)
+        to[j * ld + l] = l < rows ? static_cast<A>(from[l * pitch + j]) : A(0);
+}
+
+template <class T, class A>
+void unpack(T* to, int64_t pitch, const A* from, int64_t rows, int64_t cols) {
+  const int64_t ld = padded(cols);
+  for (int64_t i = 0; i < rows; ++i)
+    for (int64_t j = 0; j < cols; ++j) to[i * pitch + j] = static_cast<T>(from[i * ld + j]);
+}
+
+/// The part of the workspace that one thread uses, handed out piece by piece.
+template <class A>
+struct Scratch {
+  A* next;
+  A* take(int64_t elements) { return std::exchange(next, next + elements); }
+};
+
+int64_t forward_elements(const AttentionShape& s) {
+  const int64_t keys = padded(s.max_k), dim = padded(s.head_dim);
+  return keys * dim * 2 + tile * (keys + 2 * dim);
+}
+int64_t backward_elements(const AttentionShape& s) {
+  const int64_t keys = padded(s.max_k), dim = padded(s.head_dim);
+  return keys * dim * 5 + tile * (2 * keys + 3 * dim);
+}
+int64_t bytes_for(int64_t elements, DType dtype) {
+  return elements * thread_count() * (dtype == DType::f64 ? 8 : 4);
+}
+
+/// Runs body(sequence, head, elements of scratch) for all pairs; pair i goes to thread i % threads.
+template <class A, class F>
+void for_each_pair(const Tensor& workspace, int64_t elements, int64_t sequences, int64_t heads,
+                   const F& body) {
+  const int64_t threads =
+      workspace.numel() / std::max<int64_t>(1, elements * static_cast<int64_t>(sizeof(A)));
+  A* base = static_cast<A*>(workspace.raw());
+  parallel_for(threads, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t thread = begin; thread < end; ++thread)
+      for (int64_t i = thread; i < sequences * heads; i += threads)
+        body(i / heads, i % heads, Scratch<A>{base + thread * elements});
+  });
+}
+
+struct Span {
+  int64_t q, len_q, k, len_k;  // first row and length of a sequence's queries and keys
+  /// Keys that query i sees.
+  int64_t visible(int64_t i) const { return std::max<int64_t>(0, i + 1 + len_k - len_q); }
+};
+
+Span span_of(const Tensor& cu_q, const Tensor& cu_k, int64_t sequence, const AttentionShape& s) {
+  const int32_t *q = cu_q.data<int32_t>() + sequence, *k = cu_k.data<int32_t>() + sequence;
+  const Span span{q[0], q[1] - q[0], k[0], k[1] - k[0]};
+  QLAB_CHECK(
+      span.len_q >= 0 && span.len_q <= s.max_q && span.len_k >= 0 && span.len_k <= s.max_k,
+      "[attention] sequence {} has {} queries and {} keys, the longest were to have {} and {}",
+      sequence, span.len_q, span.len_k, s.max_q, s.max_k);
+  return span;
+}
+
+void check_coverage(const Tensor& cu, int64_t rows) {
+  const int32_t* offset = cu.data<int32_t>();
+  QLAB_CHECK(offset[0] == 0 && offset[cu.dim(0) - 1] == rows,
+             "[attention] sequences must cover the {} rows, got {} to {}", rows, offset[0],
+             offset[cu.dim(0) - 1]);
+}
+
+/// s becomes exp(scale s - shift) for the visible keys and zero up to `end`; returns its sum.
+template <int width, class A>
+QLAB_INLINE inline A exponentials(A* s, int64_t visible, int64_t end, A scale, A shift) {
+  using L = Lanes<A, width>;
+  constexpr A hidden = -std::numeric_limits<A>::infinity();
+  L sum = L::all(0);
+  for (int64_t j = 0; j < visible; j += 16) {
+    const L p = exp(L::load(s + j, visible - j, hidden) * scale - shift);
+    p.store(s + j);
+    sum = sum + p;
+  }
+  std::fill(s + std::min(padded(visible), end), s + end, A(0));
+  return sum.sum();
+}
+
+template <int width, class A>
+QLAB_INLINE inline A row_maximum(const A* s, int64_t visible) {
+  using L = Lanes<A, width>;
+  constexpr A hidden = -std::numeric_limits<A>::infinity();
+  L highest = L::all(hidden);
+  for (int64_t j = 0; j < visible; j += 16)
+    highest = max(highest, L::load(s + j, visible - j, hidden));
+  return highest.maximum();
+}
+
+template <class T>
+struct ForwardPair {
+  using A = accumulate_t<T>;
+  T* o;
+  A* lse;
+  const T *q, *k, *v;
+  AttentionShape shape;
+
+  void operator()(const Span& span, int64_t head, Scratch<A> scratch) const {
+    const int64_t dim = shape.head_dim, kv_pitch = shape.kv_heads * dim;
+    const int64_t at = span.k * kv_pitch + head / (shape.heads / shape.kv_heads) * dim;
+    A* keys = scratch.take(dim * padded(span.len_k));
+    A* values = scratch.take(span.len_k * padded(dim));
+    pack_transposed(keys, k + at, kv_pitch, span.len_k, dim);
+    pack(values, v + at, kv_pitch, span.len_k, dim);
+    for (int64_t first = 0; first < span.len_q; first += tile)
+      vectorized([&]<int width>()
+                     QLAB_INLINE { query_tile<width>(span, head, first, keys, values, scratch); });
+  }
+
+  template <int width>
+  QLAB_INLINE void query_tile(const Span& span, int64_t head, int64_t first, const A* keys,
+                              const A* values, Scratch<A> scratch) const {
+    const int64_t dim = shape.head_dim, pitch = shape.heads * dim, ld = padded(dim);
+    const int64_t rows = std::min(tile, span.len_q - first);
+    const int64_t visible = span.visible(first + rows - 1), end = padded(visible);
+    const A scale = A(1) / std::sqrt(static_cast<A>(dim));
+    const int64_t row0 = span.q + first;
+    A* queries = scratch.take(tile * ld);
+    A* out = scratch.take(tile * ld);
+    A* s = scratch.take(tile * end);
+    pack(queries, q + row0 * pitch + head * dim, pitch, rows, dim);
+    product<width>(s, end, queries, ld, int64_t{1}, keys, padded(span.len_k), rows, end, dim,
+                   false);
+    A total[tile];
+    for (int64_t i = 0; i < rows; ++i) {
+      const int64_t seen = span.visible(first + i);
+      const A shift = scale * row_maximum<width>(s + i * end, seen);
+      total[i] = exponentials<width>(s + i * end, seen, end, scale, shift);
+      lse[(row0 + i) * shape.heads + head] = shift + std::log(total[i]);
+    }
+    std::fill(out, out + rows * ld, A(0));
+    product<width>(out, ld, s, end, int64_t{1}, values, ld, rows, ld, visible, true);
+    for (int64_t i = 0; i < rows; ++i) {
+      const A inverse = total[i] == A(0) ? A(0) : A(1) / total[i];
+      T* to = o + (row0 + i) * pitch + head * dim;
+      for (int64_t d = 0; d < dim; ++d) to[d] = static_cast<T>(out[i * ld + d] * inverse);
+    }
+  }
+};
+
+template <class T>
+struct BackwardPair {
+  using A = accumulate_t<T>;
+  T *dq, *dk, *dv;
+  const T *g, *q, *k, *v, *o;
+  const A* lse;
+  AttentionShape shape;
+
+  struct Packed {
+    A *keys, *keys_t, *values_t, *dk, *dv;
+  };
+
+  void operator()(const Span& span, int64_t kv_head, Scratch<A> scratch) const {
+    const int64_t dim = shape.head_dim, pitch = shape.kv_heads * dim, ld = padded(dim);
+    const int64_t at = span.k * pitch + kv_head * dim, keys = padded(span.len_k);
+    const Packed packed{scratch.take(span.len_k * ld), scratch.take(dim * keys),
+                        scratch.take(dim * keys), scratch.take(keys * ld), scratch.take(keys * ld)};
+    pack(packed.keys, k + at, pitch, span.len_k, dim);
+    pack_transposed(packed.keys_t, k + at, pitch, span.len_k, dim);
+    pack_transposed(packed.values_t, v + at, pitch, span.len_k, dim);
+    std::fill(packed.dk, packed.dk + keys * ld, A(0));
+    std::fill(packed.dv, packed.dv + keys * ld, A(0));
+    const int64_t group = shape.heads / shape.kv_heads;
+    for (int64_t head = kv_head * group; head < (kv_head + 1) * group; ++head)
+      for (int64_t first = 0; first < span.len_q; first += tile)
+        vectorized([&]<int width>()
+                       QLAB_INLINE { query_tile<width>(span, head, first, packed, scratch); });
+    unpack(dk + at, pitch, packed.dk, span.len_k, dim);
+    unpack(dv + at, pitch, packed.dv, span.len_k, dim);
+  }
+
+  template <int width>
+  QLAB_INLINE void query_tile(const Span& span, int64_t head, int64_t first, const Packed& packed,
+                              Scratch<A> scratch) const {
+    const int64_t dim = shape.head_dim, pitch = shape.heads * dim, ld = padded(dim);
+    const int64_t rows = std::min(tile, span.len_q - first), keys = padded(span.len_k);
+    const int64_t visible = span.visible(first + rows - 1), end = padded(visible);
+    const int64_t row0 = span.q + first, at = row0 * pitch + head * dim;
+    A* queries = scratch.take(tile * ld);
+    A* grads = scratch.take(tile * ld);
+    A* out = scratch.take(tile * ld);
+    A* p = scratch.take(tile * end);
+    A* ds = scratch.take(tile * end);
+    pack(queries, q + at, pitch, rows, dim);
+    pack(grads, g + at, pitch, rows, dim);
+    product<width>(p, end, queries, ld, int64_t{1}, packed.keys_t, keys, rows, end, dim, false);
+    product<width>(ds, end, grads, ld, int64_t{1}, packed.values_t, keys, rows, end, dim, false);
+    for (int64_t i = 0; i < rows; ++i)
+      score_gradient<width>(p + i * end, ds + i * end, span.visible(first + i), end, grads + i * ld,
+                            o + at + i * pitch, lse[(row0 + i) * shape.heads + head]);
+    std::fill(out, out + rows * ld, A(0));
+    product<width>(out, ld, ds, end, int64_t{1}, packed.keys, ld, rows, ld, visible, true);
+    unpack(dq + at, pitch, out, rows, dim);
+    product<width>(packed.dv, ld, p, int64_t{1}, end, grads, ld, visible, ld, rows, true);
+    product<width>(packed.dk, ld, ds, int64_t{1}, end, queries, ld, visible, ld, rows, true);
+  }
+
+  /// One query: scores become P, and dP becomes dS = P (dP - delta) / sqrt(D).
+  template <int width>
+  QLAB_INLINE void score_gradient(A* p, A* ds, int64_t visible, int64_t end, const A* grad,
+                                  const T* output, A log_sum) const {
+    using L = Lanes<A, width>;
+    const int64_t dim = shape.head_dim;
+    const A scale = A(1) / std::sqrt(static_cast<A>(dim));
+    L products = L::all(0);
+    for (int64_t d = 0; d < dim; d += 16)
+      products = products + L::load(grad + d) * L::load(output + d, dim - d);
+    const A delta = products.sum();
+    exponentials<width>(p, visible, end, scale, log_sum);
+    for (int64_t j = 0; j < end; j += 16) {
+      const L zero = L::all(0);
+      const L change = (L::load(p + j) * (L::load(ds + j) - delta)) * scale;
+      (j < visible ? change : zero).store(ds + j);
+    }
+  }
+};
+
+}  // namespace
+
+int64_t attention_workspace(const AttentionShape& shape, DType dtype) {
+  return bytes_for(forward_elements(shape), dtype);
+}
+int64_t attention_backward_workspace(const AttentionShape& shape, DType dtype) {
+  return bytes_for(backward_elements(shape), dtype);
+}
+
+void attention(const Tensor& o, const Tensor& lse, const Tensor& q, const Tensor& k,
+               const Tensor& v, const Tensor& cu_q, const Tensor& cu_k, const AttentionShape& shape,
+               const Tensor& workspace) {
+  check_coverage(cu_q, q.dim(0));
+  check_coverage(cu_k, k.dim(0));
+  dispatch(CpuFloats{}, q.dtype(), "attention", [&]<class T>() {
+    using A = accumulate_t<T>;
+    const ForwardPair<T> pair{o.data<T>(), lse.data<A>(), q.data<T>(),
+                              k.data<T>(), v.data<T>(),   shape};
+    for_each_pair<A>(workspace, forward_elements(shape), cu_q.dim(0) - 1, shape.heads,
+                     [&](int64_t sequence, int64_t head, const Scratch<A>& scratch) {
+                       pair(span_of(cu_q, cu_k, sequence, shape), head, scratch);
+                     });
+  });
+}
+
+void attention_backward(const Tensor& dq, const Tensor& dk, const Tensor& dv, const Tensor& g,
+                        const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& o,
+                        const Tensor& lse, const Tensor& cu_q, const Tensor& cu_k,
+                        const AttentionShape& shape, const Tensor& workspace) {
+  check_coverage(cu_q, q.dim(0));
+  check_coverage(cu_k, k.dim(0));
+  dispatch(CpuFloats{}, q.dtype(), "attention_backward", [&]<class T>() {
+    using A = accumulate_t<T>;
+    const BackwardPair<T> pair{dq.data<T>(), dk.data<T>(), dv.data<T>(), g.data<T>(),   q.data<T>(),
+                               k.data<T>(),  v.data<T>(),  o.data<T>(),  lse.data<A>(), shape};
+    for_each_pair<A>(workspace, backward_elements(shape), cu_q.dim(0) - 1, shape.kv_heads,
+                     [&](int64_t sequence, int64_t head, const Scratch<A>& scratch) {
+                       pair(span_of(cu_q, cu_k, sequence, shape), head, scratch);
+                     });
+  });
+}
+
+}  // namespace cpu
+}  // namespace qlab

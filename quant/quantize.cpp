@@ -1,0 +1,229 @@
+#include "quant/quantize.h"
+
+#include <algorithm>
+#include <bit>
+#include <cmath>
+#include <limits>
+#include <utility>
+
+#include "core/parallel.h"
+#include "quant/nf4.h"
+
+namespace qlab {
+namespace {
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+/// For every i in 0..6: the means of neighbours among 2^i + 1 points from 0.1 to 1, times 10^(i-6),
+/// with both signs; 0 and +1 besides. All in fp32, the points by fused multiply-add from the nearer
+/// end: that reproduces the stored map of bitsandbytes to the last bit.
+std::array<float, 256> make_dynamic_map() {
+  std::array<float, 256> map{};
+  size_t filled = 0;
+  for (int i = 0; i < 7; ++i) {
+    const int intervals = 1 << i, points = intervals + 1;
+    const float step = (1.0f - 0.1f) / static_cast<float>(intervals);
+    const auto point = [&](int j) {
+      return j < points / 2 ? std::fma(step, static_cast<float>(j), 0.1f)
+                            : std::fma(-step, static_cast<float>(intervals - j), 1.0f);
+    };
+    const float decade = static_cast<float>(std::pow(10.0, i - 6));
+    for (int j = 0; j < intervals; ++j) {
+      const float magnitude = decade * ((point(j) + point(j + 1)) / 2.0f);
+      map[filled++] = magnitude;
+      map[filled++] = -magnitude;
+    }
+  }
+  map[filled++] = 0.0f;
+  map[filled++] = 1.0f;
+  std::sort(map.begin(), map.end());
+  return map;
+}
+
+/// One copy of the dynamic map per device.
+Tensor device_map(Device device) {
+  // Never destroyed: at exit the allocator and the driver may already be gone.
+  static auto& maps = *new std::vector<std::pair<Device, Tensor>>;
+  for (const auto& [owner, map] : maps)
+    if (owner == device) return map;
+  const std::array<float, 256>& values = dynamic_map();
+  const Tensor map =
+      device.is_meta()
+          ? Tensor::empty({256}, DType::f32, device)
+          : Tensor::from_vector(std::vector<float>(values.begin(), values.end()), {256}, device);
+  maps.emplace_back(device, map);
+  return map;
+}
+
+/// 1 / x as the GPU's instruction computes it at the ends: subnormal operands and results are zero.
+float reciprocal(float x) {
+  constexpr float smallest = std::numeric_limits<float>::min();
+  if (x < smallest) return std::numeric_limits<float>::infinity();
+  const float inverse = 1.0f / x;
+  return inverse < smallest ? 0.0f : inverse;
+}
+float flushed(float x) { return std::abs(x) < std::numeric_limits<float>::min() ? 0.0f : x; }
+
+}  // namespace
+
+const std::array<float, 256>& dynamic_map() {
+  static const std::array<float, 256> map = make_dynamic_map();
+  return map;
+}
+
+uint8_t dynamic_code(float x) {
+  const std::array<float, 256>& map = dynamic_map();
+  if (!(x >= map.front())) return 0;
+  const auto above = std::upper_bound(map.begin(), map.end(), x);
+  if (above == map.end()) return 255;
+  const int upper = static_cast<int>(above - map.begin()), lower = upper - 1;
+  const float midpoint = (map[lower] + map[upper]) * 0.5f;
+  if (x == midpoint) return static_cast<uint8_t>(lower % 2 == 0 ? lower : upper);
+  return static_cast<uint8_t>(x < midpoint ? lower : upper);
+}
+
+void quantize_scales(const float* absmax, int64_t blocks, uint8_t* codes, float* absmax2,
+                     float& offset) {
+  double sum = 0;
+  for (int64_t i = 0; i < blocks; ++i) sum += absmax[i];
+  offset = blocks == 0 ? 0.0f : static_cast<float>(sum / static_cast<double>(blocks));
+  const float mean = offset;
+  dynamic_map();
+  parallel_for(ceil_div(blocks, nested_block_size), 16, [=](int64_t first, int64_t last) {
+    for (int64_t b = first; b < last; ++b) {
+      const int64_t begin = b * nested_block_size;
+      const int64_t end = std::min(begin + nested_block_size, blocks);
+      float largest = 0;
+      for (int64_t i = begin; i < end; ++i) largest = std::max(largest, std::abs(absmax[i] - mean));
+      absmax2[b] = largest;
+      const float inverse = reciprocal(largest);
+      for (int64_t i = begin; i < end; ++i)
+        codes[i] = dynamic_code(flushed(absmax[i] - mean) * inverse);
+    }
+  });
+}
+
+Nf4Tensor quantize_nf4(const Tensor& x, int64_t block_size, bool double_quant) {
+  QLAB_CHECK(std::has_single_bit(static_cast<uint64_t>(block_size)) && block_size >= 32 &&
+                 block_size <= 4096,
+             "[quantize_nf4] quant.block_size must be a power of two from 32 to 4096, got {}",
+             block_size);
+  QLAB_CHECK(x.dtype() == DType::f32 || x.dtype() == DType::bf16 ||
+                 (x.dtype() == DType::f64 && x.device().target == DeviceType::cpu),
+             "[quantize_nf4] weights must be float32 or bfloat16, got {}", x.str());
+  QLAB_CHECK(x.contiguous(), "[quantize_nf4] weights must be contiguous, got {}", x.str());
+  const Device device = x.device();
+  const int64_t n = x.numel(), blocks = ceil_div(n, block_size);
+  Nf4Tensor out;
+  out.shape = x.shape();
+  out.block_size = block_size;
+  out.double_quant = double_quant;
+  {
+    const MemoryTag tag(Category::weights);
+    out.codes = Tensor::empty({(n + 1) / 2}, DType::u8, device);
+  }
+  const MemoryTag tag(Category::constants);
+  const Tensor absmax = Tensor::empty({blocks}, DType::f32, device);
+  if (n > 0)
+    on_device(
+        device, [&] { cpu::quantize_nf4(out.codes, absmax, x, block_size); },
+        [&] { cuda::quantize_nf4(out.codes, absmax, x, block_size); });
+  if (!double_quant) {
+    out.absmax = absmax;
+    return out;
+  }
+  out.map = device_map(device);
+  const Shape nested{ceil_div(blocks, nested_block_size)};
+  if (device.is_meta()) {
+    out.absmax_code = Tensor::empty({blocks}, DType::u8, device);
+    out.absmax2 = Tensor::empty(nested, DType::f32, device);
+    return out;
+  }
+  const std::vector<float> scales = absmax.to_vector<float>();
+  std::vector<uint8_t> codes(scales.size());
+  std::vector<float> absmax2(static_cast<size_t>(nested[0]));
+  quantize_scales(scales.data(), blocks, codes.data(), absmax2.data(), out.offset);
+  out.absmax_code = Tensor::from_vector(codes, {blocks}, device);
+  out.absmax2 = Tensor::from_vector(absmax2, nested, device);
+  return out;
+}
+
+void dequantize_nf4(const Tensor& y, const Nf4Tensor& x) {
+  check_shape("dequantize_nf4", "y", y, x.shape);
+  check_device("dequantize_nf4", y, x.codes);
+  if (y.numel() == 0) return;
+  on_device(
+      y.device(), [&] { cpu::dequantize_nf4(y, x); }, [&] { cuda::dequantize_nf4(y, x); });
+}
+
+namespace cpu {
+namespace {
+
+/// Elements [begin, end) of the flattened tensor, to consecutive places from y on.
+template <class T>
+void dequantize_range(T* y, const uint8_t* codes, const Nf4Tensor& x, int64_t begin, int64_t end) {
+  for (int64_t i = begin; i < end;) {
+    const int64_t block = i / x.block_size;
+    const int64_t stop = std::min(end, (block + 1) * x.block_size);
+    const float scale = x.double_quant
+                            ? x.map.data<float>()[x.absmax_code.data<uint8_t>()[block]] *
+                                      x.absmax2.data<float>()[block / nested_block_size] +
+                                  x.offset
+                            : x.absmax.data<float>()[block];
+    T value[16];
+    for (int c = 0; c < 16; ++c) value[c] = static_cast<T>(nf4::value(c) * scale);
+    if (i % 2 != 0) *y++ = value[codes[i / 2] & 15], ++i;
+    for (; i + 2 <= stop; i += 2, y += 2) {
+      const uint8_t byte = codes[i / 2];
+      y[0] = value[byte >> 4];
+      y[1] = value[byte & 15];
+    }
+    if (i < stop) *y++ = value[codes[i / 2] >> 4], ++i;
+  }
+}
+
+}  // namespace
+
+void quantize_nf4(const Tensor& codes, const Tensor& absmax, const Tensor& x, int64_t block_size) {
+  const int64_t n = x.numel();
+  uint8_t* out = codes.data<uint8_t>();
+  float* scale = absmax.data<float>();
+  dispatch(CpuFloats{}, x.dtype(), "quantize_nf4", [&]<class T>() {
+    const T* in = x.data<T>();
+    parallel_for(ceil_div(n, block_size), 16, [=](int64_t first, int64_t last) {
+      for (int64_t block = first; block < last; ++block) {
+        const int64_t begin = block * block_size, end = std::min(begin + block_size, n);
+        float largest = 0;
+        for (int64_t i = begin; i < end; ++i) {
+          const float magnitude = std::abs(static_cast<float>(in[i]));
+          if (magnitude > largest) largest = magnitude;  // passes over NaN
+        }
+        scale[block] = largest;
+        const float inverse = reciprocal(largest);
+        const auto code = [&](int64_t i) {
+          return nf4::code(i < end ? flushed(static_cast<float>(in[i])) * inverse : 0.0f * inverse);
+        };
+        for (int64_t i = begin; i < end; i += 2)
+          out[i / 2] = static_cast<uint8_t>(code(i) << 4 | code(i + 1));
+      }
+    });
+  });
+}
+
+void dequantize_nf4(const Tensor& y, const Nf4Tensor& x) {
+  const uint8_t* codes = x.codes.data<uint8_t>();
+  // A run of elements that lies together: a row, or, without a pitch, some blocks.
+  const int64_t n = y.numel(), run = y.contiguous() ? 16 * x.block_size : y.cols();
+  const int64_t pitch = y.contiguous() ? run : y.pitch();
+  dispatch(CpuFloats{}, y.dtype(), "dequantize_nf4", [&]<class T>() {
+    T* out = y.data<T>();
+    parallel_for(
+        ceil_div(n, run), std::max<int64_t>(1, 16384 / run), [&, out](int64_t first, int64_t last) {
+          for (int64_t r = first; r < last; ++r)
+            dequantize_range(out + r * pitch, codes, x, r * run, std::min((r + 1) * run, n));
+        });
+  });
+}
+
+}  // namespace cpu
+}  // namespace qlab
