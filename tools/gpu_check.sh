@@ -9,8 +9,8 @@ shards=4 # processes per sanitizer tool
 logs=$build/gpu-check
 filter='*Cuda*:*cuda*-*Large*'
 
-if ! gpu=$(nvidia-smi --query-gpu=name --format=csv,noheader 2>&1); then
-  echo "No NVIDIA GPU: nvidia-smi says: ${gpu:-nothing}"
+if ! gpu=$(nvidia-smi --query-gpu=name --format=csv,noheader 2>/dev/null); then
+  echo "No NVIDIA GPU was found: nvidia-smi is missing or fails${gpu:+ ($gpu)}"
   echo "make gpu-check needs a GPU with its driver; make test runs everything that does not."
   exit 1
 fi
@@ -56,6 +56,10 @@ sanitize() {
     fi
     grep -hE '^========= (ERROR|RACECHECK) SUMMARY|PASSED|tests ran' "$logs/$tool-$shard.log"
   done
+  if ! grep -qE 'PASSED +\] [1-9]' "$logs/$tool"-*.log; then
+    echo "no CUDA test ran: $build/qlab_tests --gtest_filter='$filter' found none that did"
+    status=1
+  fi
   return "$status"
 }
 export build logs shards sanitizer filter
