@@ -29,7 +29,7 @@ void gemm(const Tensor& c, const Tensor& a, Op op_a, const Tensor& b, Op op_b, f
   check_device("gemm", c, b);
   ++products;
   if (m == 0 || n == 0) return;
-  const Device device = c.device();
+  const Device device = a.device();  // meta in a dry run, also when C is a gradient that exists
   const int64_t bytes = device.target == DeviceType::cuda ? cuda::gemm_workspace(m, n, k, a.dtype())
                                                           : cpu::gemm_workspace(m, n, k, a.dtype());
   Tensor workspace;

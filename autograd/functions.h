@@ -1,0 +1,18 @@
+// Every differentiable operation of core, one line each; formulas stand in core/ops/<name>.h.
+#pragma once
+#include "autograd/tape.h"
+#include "core/ops/attention.h"
+#include "core/ops/rope.h"
+
+namespace qlab {
+
+Variable add(Tape& tape, const Variable& a, const Variable& b);
+Variable rms_norm(Tape& tape, const Variable& x, const Tensor& weight, float eps);
+Variable rope(Tape& tape, const Variable& x, const Tensor& positions, const RopeTables& tables,
+              int64_t head_dim);
+Variable attention(Tape& tape, const Variable& q, const Variable& k, const Variable& v,
+                   const Tensor& cu_q, const Tensor& cu_k, const AttentionShape& shape);
+Variable swiglu(Tape& tape, const Variable& gate, const Variable& up);
+Variable gather_rows(Tape& tape, const Variable& x, const Tensor& index);
+
+}  // namespace qlab

@@ -1,0 +1,123 @@
+#include "autograd/tape.h"
+
+#include "core/ops/add.h"
+
+namespace qlab {
+
+const Tensor& Node::saved(std::string_view name) const {
+  for (const Slot& slot : slots_)
+    if (slot.name == name) {
+      QLAB_CHECK(slot.value.defined(), "[{}] slot {} was dropped and not filled again", op_, name);
+      return slot.value;
+    }
+  fail("[{}] has no slot {}", op_, name);
+}
+
+Variable Tape::input(Tensor value, bool requires_grad) {
+  return {std::move(value), recording_ && requires_grad ? variables_++ : -1};
+}
+
+Variable Tape::record(const char* op, Tensor result, const std::vector<Variable>& inputs,
+                      std::vector<Slot> slots, Backward backward, bool trains) {
+  bool wanted = trains;
+  for (const Variable& v : inputs) wanted |= v.requires_grad();
+  if (!recording_ || !wanted) return {std::move(result), -1};
+
+  const auto dropped = [&](const Slot& slot) {
+    return !policy_ || policy_(slot.name) == SlotPolicy::recompute;
+  };
+  if (mode_ == Mode::refill) {
+    Node& node = nodes_.at(cursor_++);
+    QLAB_CHECK(node.op_ == op && node.slots_.size() == slots.size(),
+               "recompute took another path: {} instead of {}", op, node.op_);
+    for (size_t i = 0; i < slots.size(); ++i)
+      if (!node.slots_[i].value.defined()) node.slots_[i].value = std::move(slots[i].value);
+    return {std::move(result), node.output_};
+  }
+  Node node;
+  node.op_ = op;
+  for (const Variable& v : inputs) node.inputs_.push_back(v.id);
+  node.output_ = variables_++;
+  node.slots_ = std::move(slots);
+  if (mode_ == Mode::drop)
+    for (Slot& slot : node.slots_)
+      if (dropped(slot)) slot.value = Tensor();
+  node.backward_ = std::move(backward);
+  nodes_.push_back(std::move(node));
+  return {std::move(result), nodes_.back().output_};
+}
+
+Variable Tape::recompute(const std::function<Variable(const Variable&)>& forward,
+                         const Variable& input) {
+  QLAB_CHECK(mode_ == Mode::normal, "recompute regions do not nest");
+  if (!recording_) return forward(input);
+  const size_t first = nodes_.size();
+  mode_ = Mode::drop;
+  Variable output = forward(input);
+  mode_ = Mode::normal;
+  if (nodes_.size() > first) regions_.push_back({first, nodes_.size(), input, forward});
+  return output;
+}
+
+void Tape::refill(const Region& region) {
+  mode_ = Mode::refill;
+  cursor_ = region.first;
+  region.forward(region.input);
+  QLAB_CHECK(cursor_ == region.last, "recompute ran {} of {} operations", cursor_ - region.first,
+             region.last - region.first);
+  mode_ = Mode::normal;
+}
+
+void Tape::accumulate(int id, const Tensor& g) {
+  if (id < 0 || !g.defined()) return;
+  Tensor& sum = gradients_[id];
+  if (!sum.defined())
+    sum = g;
+  else if (sum.unique())
+    add_inplace(sum, g);
+  else
+    sum = add(sum, g);
+}
+
+void Tape::backward(const Variable& output, const Tensor& g) {
+  QLAB_CHECK(output.requires_grad(), "nothing that trains leads to this output");
+  gradients_.assign(variables_, Tensor());
+  gradients_[output.id] = g;
+  while (!nodes_.empty()) {
+    if (!regions_.empty() && regions_.back().last == nodes_.size()) {
+      const Region region = std::move(regions_.back());
+      regions_.pop_back();
+      refill(region);
+    }
+    Node& node = nodes_.back();
+    Tensor incoming = std::move(gradients_[node.output_]);
+    gradients_[node.output_] = Tensor();
+    if (incoming.defined() || node.output_ == output.id) {
+      std::vector<Tensor> results = node.backward_(incoming, node);
+      incoming = Tensor();
+      const std::vector<int> inputs = std::move(node.inputs_);
+      nodes_.pop_back();  // frees its slots before sums are formed
+      for (size_t i = 0; i < inputs.size(); ++i) {
+        accumulate(inputs[i], results[i]);
+        results[i] = Tensor();
+      }
+    } else {
+      nodes_.pop_back();
+    }
+  }
+}
+
+const Tensor& Tape::gradient(const Variable& input) const {
+  QLAB_CHECK(input.requires_grad() && gradients_.at(input.id).defined(), "no gradient was formed");
+  return gradients_[input.id];
+}
+
+std::vector<std::pair<std::string_view, int64_t>> Tape::slots() const {
+  std::vector<std::pair<std::string_view, int64_t>> held;
+  for (const Node& node : nodes_)
+    for (const Slot& slot : node.slots_)
+      if (slot.value.defined()) held.emplace_back(slot.name, slot.value.bytes());
+  return held;
+}
+
+}  // namespace qlab

@@ -1,0 +1,99 @@
+// Reverse-mode differentiation. The tape is a vector of nodes in the order in which they were made;
+// backward walks it in reverse. What backward needs is kept in named slots, each with a policy, so
+// that a planner can choose what to hold and what to compute again.
+#pragma once
+#include <functional>
+#include <string_view>
+#include <vector>
+
+#include "core/tensor.h"
+
+namespace qlab {
+
+/// A tensor on the tape. id < 0: no gradient flows to it.
+struct Variable {
+  Tensor value;
+  int id = -1;
+  bool requires_grad() const { return id >= 0; }
+};
+
+/// keep: the slot's tensor lives until its backward has run. recompute: inside a recompute region
+/// it is dropped at once and filled again when backward reaches the region.
+enum class SlotPolicy : uint8_t { keep, recompute };
+
+struct Slot {
+  const char* name;  // "rms_norm.x"
+  Tensor value;
+};
+
+class Node {
+ public:
+  /// The saved tensor of that name.
+  const Tensor& saved(std::string_view name) const;
+  /// Whether the gradient of input i is wanted.
+  bool needs(size_t i) const { return inputs_[i] >= 0; }
+
+ private:
+  friend class Tape;
+  using Backward = std::function<std::vector<Tensor>(const Tensor& g, const Node& node)>;
+  const char* op_ = "";
+  std::vector<int> inputs_;
+  int output_ = -1;
+  std::vector<Slot> slots_;
+  Backward backward_;
+};
+
+class Tape {
+ public:
+  using Backward = Node::Backward;
+  using Policy = std::function<SlotPolicy(std::string_view slot)>;
+
+  /// A tape that does not record computes values only (evaluation, generation).
+  explicit Tape(bool recording = true) : recording_(recording) {}
+  /// Which slots a recompute region keeps; none unless set.
+  void set_policy(Policy policy) { policy_ = std::move(policy); }
+
+  /// A tensor that is given; with requires_grad its gradient can be read by gradient().
+  Variable input(Tensor value, bool requires_grad = false);
+
+  /// The result of an operation. `backward` returns one gradient per input; those that are not
+  /// needed may be undefined. `trains`: the operation has parameters of its own, whose gradients
+  /// its backward accumulates, so it is recorded even when no input requires a gradient.
+  Variable record(const char* op, Tensor result, const std::vector<Variable>& inputs,
+                  std::vector<Slot> slots, Backward backward, bool trains = false);
+
+  /// Runs `forward` and keeps only its input; its slots are filled again, by running it once more,
+  /// when backward needs them. Bits do not change: the same operations run on the same values.
+  Variable recompute(const std::function<Variable(const Variable&)>& forward,
+                     const Variable& input);
+
+  /// Walks back from `output`, whose gradient is `g` (undefined for a loss that carries its own).
+  /// Frees each node as it goes.
+  void backward(const Variable& output, const Tensor& g = {});
+  const Tensor& gradient(const Variable& input) const;
+
+  /// Bytes of the slots now held, by name: what the planner chooses from.
+  std::vector<std::pair<std::string_view, int64_t>> slots() const;
+
+ private:
+  struct Region {
+    size_t first, last;  // nodes
+    Variable input;
+    std::function<Variable(const Variable&)> forward;
+  };
+  enum class Mode : uint8_t { normal, drop, refill };
+
+  void refill(const Region& region);
+  void accumulate(int id, const Tensor& g);
+
+  bool recording_;
+  Policy policy_;
+  std::vector<Node> nodes_;
+  std::vector<Region> regions_;
+  std::vector<Tensor> gradients_;  // by variable id
+  int variables_ = 0;
+  Mode mode_ = Mode::normal;
+  size_t cursor_ = 0;  // next node to refill
+};
+
+}  // namespace qlab

@@ -1,0 +1,62 @@
+// A micro-batch: the sequences of one or several trials, concatenated along tokens without padding.
+#pragma once
+#include <cstdint>
+#include <vector>
+
+#include "core/tensor.h"
+
+namespace qlab {
+
+class Adapter;
+
+/// A sequence of tokens and where it comes from. labels[i] is what position i should be, -100 where
+/// nothing is trained; position i predicts labels[i + 1].
+struct Sequence {
+  std::vector<int32_t> ids, labels;
+  int64_t example = 0;  // running index, part of the key of its dropout masks
+};
+
+/// The rows of one trial, and the adapter they meet.
+struct Segment {
+  int64_t begin = 0, end = 0;            // token rows
+  int64_t loss_begin = 0, loss_end = 0;  // rows of nll
+  const Adapter* adapter = nullptr;      // none: the base alone
+  bool dropout = false;                  // on while training
+};
+
+struct Batch {
+  Tensor ids;         // i32 [T]
+  Tensor positions;   // i32 [T], from 0 in every sequence
+  Tensor examples;    // i64 [T]
+  Tensor cu_seqlens;  // i32 [sequences + 1]
+  int64_t max_length = 0;
+  Tensor loss_rows;  // i32 [R]: rows of T whose next token is trained
+  Tensor labels;     // i32 [R]
+  Tensor scale;  // fp32 [R]: the loss is sum_r scale_r nll_r; undefined when no gradient is wanted
+  std::vector<Segment> segments;
+};
+
+/// Builds a batch on the host, then places it on a device, or on meta to plan a step of its shape.
+class BatchBuilder {
+ public:
+  /// The sequences of one trial. `scale` is the weight of each trained token's loss.
+  void add(const std::vector<const Sequence*>& sequences, const Adapter* adapter, bool dropout,
+           float scale);
+  Batch to(Device device) const;
+  int64_t tokens() const { return static_cast<int64_t>(ids_.size()); }
+  int64_t loss_tokens() const { return static_cast<int64_t>(loss_rows_.size()); }
+  /// Two batches with equal keys run the same operations on the same shapes.
+  std::vector<int64_t> shape_key() const;
+
+ private:
+  std::vector<int32_t> ids_, positions_, cu_seqlens_{0}, loss_rows_, labels_;
+  std::vector<int64_t> examples_;
+  std::vector<float> scale_;
+  int64_t max_length_ = 0;
+  std::vector<Segment> segments_;
+};
+
+/// Positions of a sequence whose next token is trained.
+int64_t trained_tokens(const Sequence& sequence);
+
+}  // namespace qlab

@@ -1,0 +1,74 @@
+// A frozen Llama-family decoder (Touvron et al. 2023): embedding, layers of RMSNorm, grouped-query
+// attention with RoPE, RMSNorm, SwiGLU; final norm; lm_head. Transformers' module names.
+#pragma once
+#include <functional>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "autograd/functions.h"
+#include "nn/batch.h"
+#include "nn/llama_config.h"
+#include "nn/lora.h"
+
+namespace qlab {
+
+struct DecoderLayer {
+  Tensor input_layernorm, post_attention_layernorm;  // fp32 [hidden]
+  Linear q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj;
+};
+
+/// Keys and values of one sequence while it is generated: per layer [capacity, kv_size].
+struct KvCache {
+  std::vector<Tensor> k, v;
+  int64_t length = 0, capacity = 0;
+};
+
+/// Where a model's tensors come from: a checkpoint or a seeded generator. Returns f32 or bf16 on
+/// the CPU, or a meta tensor; names as in Transformers.
+using TensorSource = std::function<Tensor(const std::string& name, const Shape& shape)>;
+
+class Llama {
+ public:
+  /// Layer by layer: a tensor is read, moved, quantized and dropped before the next is read.
+  Llama(const LlamaConfig& config, const WeightSpec& spec, DType compute, Device device,
+        const TensorSource& source);
+
+  const LlamaConfig& config() const { return config_; }
+  const WeightSpec& spec() const { return spec_; }
+  DType compute_dtype() const { return compute_; }
+  Device device() const { return device_; }
+
+  std::vector<std::string> linear_names() const;
+  std::vector<Adapter::Shape> adapter_shapes(const LoraSpec& spec) const;
+
+  /// Hidden states after the last layer, before the final norm: [T, hidden].
+  Variable hidden(Tape& tape, const Batch& batch, bool recompute = false,
+                  KvCache* cache = nullptr) const;
+  /// nll fp32 [R] of the batch's trained rows; the gradient of sum_r scale_r nll_r goes back from
+  /// it. Logits exist for `loss_chunk` rows at a time.
+  Variable loss(Tape& tape, const Batch& batch, const Variable& hidden) const;
+  /// Logits [rows, vocab] in the compute dtype of the given rows of the hidden states.
+  Tensor logits(const Tensor& hidden) const;
+
+  KvCache make_cache(int64_t capacity) const;
+
+  /// Rows of logits that exist at a time.
+  static constexpr int64_t loss_chunk = 1024;
+
+ private:
+  const std::vector<const Linear*> linears() const;
+  Variable layer(Tape& tape, const DecoderLayer& layer, int64_t index, const Variable& x,
+                 const Batch& batch, KvCache* cache) const;
+
+  LlamaConfig config_;
+  WeightSpec spec_;
+  DType compute_;
+  Device device_;
+  Tensor embed_tokens_, norm_;
+  Weight lm_head_;
+  RopeTables rope_;
+  std::vector<DecoderLayer> layers_;
+};
+
+}  // namespace qlab

@@ -1,0 +1,28 @@
+// From a path to a model: checkpoints through data/checkpoint.h, synthetic ones from a seed.
+#pragma once
+#include <memory>
+#include <string>
+
+#include "nn/llama.h"
+
+namespace qlab {
+
+/// What `model.path` names, opened but not read.
+struct ModelSource {
+  std::string path;
+  LlamaConfig config;
+  std::string fingerprint;  // of configuration and tensors
+  TensorSource read;        // f32, or bf16 where the checkpoint has it, on the CPU
+};
+
+/// DIR, FILE.gguf, a hub id, or synthetic:NAME (seeded normal weights of standard deviation 0.02).
+ModelSource open_model(const std::string& path);
+
+/// Reads the weights; on a meta device only their shapes.
+std::unique_ptr<Llama> load_llama(const ModelSource& source, const WeightSpec& spec, DType compute,
+                                  Device device);
+
+/// "" or a warning that the source's weights already lie on a 4-bit grid.
+std::string requantization_warning(const ModelSource& source, const WeightSpec& spec);
+
+}  // namespace qlab

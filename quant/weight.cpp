@@ -1,0 +1,54 @@
+#include "quant/weight.h"
+
+#include "core/ops/copy.h"
+
+namespace qlab {
+
+const char* name_of(WeightFormat format) {
+  switch (format) {
+    case WeightFormat::fp32:
+      return "fp32";
+    case WeightFormat::bf16:
+      return "bf16";
+    case WeightFormat::nf4:
+      return "nf4";
+  }
+  return "?";
+}
+
+Weight Weight::from_dense(const Tensor& w, const WeightSpec& spec) {
+  QLAB_CHECK(w.rank() == 2, "a weight is a matrix, got {}", w.str());
+  Weight weight;
+  weight.shape_ = w.shape();
+  weight.format_ = spec.format;
+  if (spec.format == WeightFormat::nf4) {
+    weight.nf4_ = quantize_nf4(w, spec.block_size, spec.double_quant);
+    return weight;
+  }
+  const MemoryTag tag(Category::weights);
+  const DType dtype = spec.format == WeightFormat::fp32 ? DType::f32 : DType::bf16;
+  weight.dense_ = Tensor::empty(w.shape(), dtype, w.device());
+  copy(weight.dense_, w);
+  return weight;
+}
+
+Weight Weight::share(const Tensor& w, WeightFormat format) {
+  Weight weight;
+  weight.shape_ = w.shape();
+  weight.format_ = format;
+  weight.dense_ = w;
+  return weight;
+}
+
+Tensor Weight::dense(DType dtype, Device device) const {
+  if (format_ != WeightFormat::nf4 && dense_.dtype() == dtype) return dense_;
+  const MemoryTag tag(Category::workspace);
+  Tensor scratch = Tensor::empty(shape_, dtype, device);
+  if (format_ == WeightFormat::nf4)
+    dequantize_nf4(scratch, nf4_);
+  else
+    copy(scratch, dense_);
+  return scratch;
+}
+
+}  // namespace qlab

@@ -1,0 +1,42 @@
+// A frozen weight matrix [N, K] in one of the storage formats, and its two products: y = x W^T and
+// dx = dy W read the same storage. Formats that differ from the compute dtype are expanded into a
+// scratch of the step just before the product.
+#pragma once
+#include "autograd/tape.h"
+#include "core/tensor.h"
+#include "quant/quantize.h"
+
+namespace qlab {
+
+enum class WeightFormat : uint8_t { fp32, bf16, nf4 };
+const char* name_of(WeightFormat format);
+
+struct WeightSpec {
+  WeightFormat format = WeightFormat::nf4;
+  int64_t block_size = 64;
+  bool double_quant = true;
+};
+
+class Weight {
+ public:
+  Weight() = default;
+  /// w: [N, K], f32 or bf16, on the device where the weight shall live (or meta).
+  static Weight from_dense(const Tensor& w, const WeightSpec& spec);
+  /// The tensor itself, shared (tied embeddings); its dtype must be the format's.
+  static Weight share(const Tensor& w, WeightFormat format);
+
+  int64_t out_features() const { return shape_[0]; }
+  int64_t in_features() const { return shape_[1]; }
+  WeightFormat format() const { return format_; }
+  /// The values in `dtype`: the storage itself when it already has it, otherwise a scratch of the
+  /// caller's step, on `device` (the weight's own, or its meta twin in a dry run).
+  Tensor dense(DType dtype, Device device) const;
+
+ private:
+  Shape shape_;
+  WeightFormat format_ = WeightFormat::fp32;
+  Tensor dense_;
+  Nf4Tensor nf4_;
+};
+
+}  // namespace qlab
