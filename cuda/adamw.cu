@@ -71,8 +71,8 @@ void adamw(const Tensor& param, const Tensor& m, const Tensor& v, const Tensor& 
   const int64_t n = param.numel();
   if (n == 0) return;
   adamw_kernel<<<grid_of("adamw", ceil_div<int64_t>(n, threads)), threads, 0, current_stream()>>>(
-      param.data<float>(), m.data<float>(), v.data<float>(), grad.data<float>(),
-      step.data<float>(), norm.data<float>(), n);
+      param.data<float>(), m.data<float>(), v.data<float>(), grad.data<float>(), step.data<float>(),
+      norm.data<float>(), n);
   check_launch("adamw");
 }
 

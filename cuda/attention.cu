@@ -56,6 +56,10 @@ __device__ Rows<T> rows_of(const Matrix<const T>& x, int64_t sequence_begin, int
   return {x.at(sequence_begin + begin, head, head_dim), x.pitch, count};
 }
 
+// Two blocks hide each other's barriers; the widest heads need the registers of both.
+template <int groups>
+constexpr int blocks_per_multiprocessor = groups <= 2 ? 2 : 1;
+
 /// The online softmax of four rows: scores become exp(s - maximum), older outputs are rescaled.
 template <int groups>
 __device__ void softmax_step(Scores& s, Outputs<groups>& out, float (&maximum)[4],
@@ -83,7 +87,7 @@ __device__ void softmax_step(Scores& s, Outputs<groups>& out, float (&maximum)[4
 // One block per 64 queries of a head, longest first; K and V of the visible keys are read once per
 // block, q once per key tile (from cache), o and lse written once.
 template <class T, int groups>
-__global__ void __launch_bounds__(attention_threads)
+__global__ void __launch_bounds__(attention_threads, blocks_per_multiprocessor<groups>)
     attention_kernel(Matrix<T> o, float* lse, Matrix<const T> q, Matrix<const T> k,
                      Matrix<const T> v, Layout layout) {
   __shared__ AttentionShared shared;
@@ -131,8 +135,8 @@ template <class T>
 __global__ void __launch_bounds__(attention_threads)
     delta_kernel(float* delta, Matrix<const T> g, Matrix<const T> o, int64_t pairs, int heads,
                  int head_dim) {
-  const int64_t pair = (static_cast<int64_t>(blockIdx.x) * attention_threads + threadIdx.x) /
-                       warp_size;
+  const int64_t pair =
+      (static_cast<int64_t>(blockIdx.x) * attention_threads + threadIdx.x) / warp_size;
   if (pair >= pairs) return;
   const int64_t row = pair / heads;
   const int head = static_cast<int>(pair - row * heads), lane = threadIdx.x % warp_size;
@@ -147,7 +151,7 @@ __global__ void __launch_bounds__(attention_threads)
 
 // One block per 64 queries of a head: dQ = sum over key tiles, in order, of dS K; written once.
 template <class T, int groups>
-__global__ void __launch_bounds__(attention_threads)
+__global__ void __launch_bounds__(attention_threads, blocks_per_multiprocessor<groups>)
     attention_dq_kernel(Matrix<T> dq, Matrix<const T> g, Matrix<const T> q, Matrix<const T> k,
                         Matrix<const T> v, const float* lse, const float* delta, Layout layout) {
   __shared__ AttentionShared shared;
@@ -186,17 +190,16 @@ __global__ void __launch_bounds__(attention_threads)
     put_scores(shared, s);
     multiply_nn<groups>(out, keys, dim, shared);
   }
-  store_rows<groups>(dq.at(sequence.q_begin + first, head, dim), dq.pitch, queries.count, dim,
-                     out);
+  store_rows<groups>(dq.at(sequence.q_begin + first, head, dim), dq.pitch, queries.count, dim, out);
 }
 
 // One block per 64 keys of a key/value head: dK and dV summed over the group's heads and over query
 // tiles, in order; written once. Tiles are transposed: their rows are keys, their columns queries.
 template <class T, int groups>
-__global__ void __launch_bounds__(attention_threads)
+__global__ void __launch_bounds__(attention_threads, blocks_per_multiprocessor<groups>)
     attention_dkv_kernel(Matrix<T> dk, Matrix<T> dv, Matrix<const T> g, Matrix<const T> q,
-                         Matrix<const T> k, Matrix<const T> v, const float* lse,
-                         const float* delta, Layout layout) {
+                         Matrix<const T> k, Matrix<const T> v, const float* lse, const float* delta,
+                         Layout layout) {
   __shared__ AttentionShared shared;
   const Sequence sequence(layout);
   const int first = static_cast<int>(blockIdx.x % layout.tiles) * tile;
@@ -260,9 +263,12 @@ void dispatch_head(const char* op, DType dtype, int64_t head_dim, F&& f) {
   QLAB_CHECK(head_dim % vector_width == 0 && head_dim <= 256,
              "[{}] a GPU takes a head_dim that is a multiple of 8 up to 256, got {}", op, head_dim);
   dispatch(CudaFloats{}, dtype, op, [&]<class T>() {
-    if (head_dim <= 64) f.template operator()<T, 1>();
-    else if (head_dim <= 128) f.template operator()<T, 2>();
-    else f.template operator()<T, 4>();
+    if (head_dim <= 64)
+      f.template operator()<T, 1>();
+    else if (head_dim <= 128)
+      f.template operator()<T, 2>();
+    else
+      f.template operator()<T, 4>();
   });
 }
 
@@ -274,16 +280,16 @@ void check_rows(const char* op, const Tensors&... tensors) {
 }  // namespace
 
 void attention(const Tensor& o, const Tensor& lse, const Tensor& q, const Tensor& k,
-               const Tensor& v, const Tensor& cu_q, const Tensor& cu_k,
-               const AttentionShape& shape, const Tensor&) {
+               const Tensor& v, const Tensor& cu_q, const Tensor& cu_k, const AttentionShape& shape,
+               const Tensor&) {
   if (q.numel() == 0) return;
   check_rows("attention", o, q, k, v);
   const Layout layout = layout_of(cu_q, cu_k, shape, shape.max_q);
   const dim3 grid = grid_for("attention", cu_q, layout, shape.heads);
   dispatch_head("attention", q.dtype(), shape.head_dim, [&]<class T, int groups>() {
     attention_kernel<T, groups><<<grid, attention_threads, 0, current_stream()>>>(
-        Matrix<T>(o), lse.data<float>(), Matrix<const T>(q), Matrix<const T>(k),
-        Matrix<const T>(v), layout);
+        Matrix<T>(o), lse.data<float>(), Matrix<const T>(q), Matrix<const T>(k), Matrix<const T>(v),
+        layout);
   });
   check_launch("attention");
 }

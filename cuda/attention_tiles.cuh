@@ -1,6 +1,6 @@
-// Products of 64 x 64 tiles in fp32, from which the attention kernels are made. 256 threads stand in
-// a 16 x 16 grid; a thread owns four neighbouring rows of a tile and every 16th column (scores) or
-// groups of four columns 64 apart (outputs). All loops run in a fixed order.
+// Products of 64 x 64 tiles in fp32, from which the attention kernels are made. 256 threads stand
+// in a 16 x 16 grid; a thread owns four neighbouring rows of a tile and every 16th column (scores)
+// or groups of four columns 64 apart (outputs). All loops run in a fixed order.
 #pragma once
 #include "cuda/launch.cuh"
 
@@ -91,7 +91,7 @@ __device__ void multiply_nt(Scores& scores, const Rows<T>& a, const Rows<T>& b, 
     __syncthreads();
     next_a = fetch(a, row, col + d + feature_step, head_dim);
     next_b = fetch(b, row, col + d + feature_step, head_dim);
-#pragma unroll
+#pragma unroll 1
     for (int k = 0; k < feature_step; k += 4) {
       float4 u[4], v[4];
 #pragma unroll
@@ -138,7 +138,7 @@ __device__ void multiply_nn(Outputs<groups>& outputs, const Rows<T>& b, int head
     put(shared.stage + row * width + col, next);
     __syncthreads();
     next = fetch(b, row + r + row_step, col, head_dim);
-#pragma unroll
+#pragma unroll 1
     for (int k = 0; k < row_step; k += 4) {
       float p[4][4];
 #pragma unroll
@@ -150,8 +150,7 @@ __device__ void multiply_nn(Outputs<groups>& outputs, const Rows<T>& b, int head
       for (int step = 0; step < 4; ++step)
 #pragma unroll
         for (int group = 0; group < groups; ++group) {
-          const float4 v =
-              read4(shared.stage + (k + step) * width + 64 * group + 4 * thread_col());
+          const float4 v = read4(shared.stage + (k + step) * width + 64 * group + 4 * thread_col());
 #pragma unroll
           for (int i = 0; i < 4; ++i) {
             float(&sum)[4] = outputs[i][group];

@@ -76,9 +76,8 @@ void cross_entropy(const Tensor& nll, const Tensor& z, const Tensor& labels, con
   dispatch(CudaFloats{}, z.dtype(), "cross_entropy", [&]<class T>() {
     const auto kernel =
         vectors ? cross_entropy_kernel<T, vector_width> : cross_entropy_kernel<T, 1>;
-    kernel<<<blocks, threads, 0, current_stream()>>>(nll.data<float>(), z.data<T>(),
-                                                     labels.data<int32_t>(), factors, z.cols(),
-                                                     z.pitch());
+    kernel<<<blocks, threads, 0, current_stream()>>>(
+        nll.data<float>(), z.data<T>(), labels.data<int32_t>(), factors, z.cols(), z.pitch());
   });
   check_launch("cross_entropy");
 }

@@ -134,8 +134,8 @@ void copy_async(void* destination, const void* source, size_t bytes) {
         "cudaMemcpyAsync");
 }
 
-void copy_rows(void* destination, size_t destination_pitch, const void* source,
-               size_t source_pitch, size_t row_bytes, size_t rows) {
+void copy_rows(void* destination, size_t destination_pitch, const void* source, size_t source_pitch,
+               size_t row_bytes, size_t rows) {
   if (row_bytes == 0 || rows == 0) return;
   check(cudaMemcpy2DAsync(destination, destination_pitch, source, source_pitch, row_bytes, rows,
                           cudaMemcpyDefault, current_stream()),

@@ -23,8 +23,8 @@ struct Dropout {
     load(v, x + row * x_pitch + col);
 #pragma unroll
     for (int j = 0; j < width; ++j)
-      v[j] = dropout_keeps(key, example[row], position[row], col + j, threshold) ? v[j] / kept
-                                                                                 : 0.0f;
+      v[j] =
+          dropout_keeps(key, example[row], position[row], col + j, threshold) ? v[j] / kept : 0.0f;
     T* const target = y + row * y_pitch + col;
     if (accumulate) {
       float sum[width];

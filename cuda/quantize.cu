@@ -138,10 +138,10 @@ void dequantize(const Tensor& y, const Tensor& codes, const Scales& scales) {
   const int64_t words = n / vector_width;
   const int64_t blocks = std::min<int64_t>(ceil_div<int64_t>(words, threads * words_per_thread),
                                            8 * multiprocessor_count());
-  dequantize_words_kernel<T, nested><<<static_cast<unsigned>(blocks), threads, 0,
-                                       current_stream()>>>(
-      y.data<T>(), reinterpret_cast<const uint32_t*>(codes.raw()), scales, words,
-      cols / vector_width, y.pitch());
+  dequantize_words_kernel<T, nested>
+      <<<static_cast<unsigned>(blocks), threads, 0, current_stream()>>>(
+          y.data<T>(), reinterpret_cast<const uint32_t*>(codes.raw()), scales, words,
+          cols / vector_width, y.pitch());
 }
 
 }  // namespace

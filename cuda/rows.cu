@@ -54,10 +54,9 @@ void gather_rows(const Tensor& y, const Tensor& table, const Tensor& index) {
 
 void scatter_rows(const Tensor& y, const Tensor& x, const Tensor& index) {
   dispatch(CudaFloats{}, y.dtype(), "scatter_rows", [&]<class T>() {
-    elementwise(
-        "scatter_rows",
-        Scatter<T>{y.data<T>(), x.data<T>(), index.data<int32_t>(), y.pitch(), x.pitch()},
-        x.rows(), x.cols(), vectorizable(x.cols(), y, x));
+    elementwise("scatter_rows",
+                Scatter<T>{y.data<T>(), x.data<T>(), index.data<int32_t>(), y.pitch(), x.pitch()},
+                x.rows(), x.cols(), vectorizable(x.cols(), y, x));
   });
 }
 
