@@ -14,9 +14,6 @@ namespace qlab {
 namespace {
 
 const std::vector<std::string> kTargetKeywords{"attention", "mlp", "all-linear", "qk", "qv"};
-const std::vector<std::string> kSweepKeys{"base",   "method",  "metric",  "seeds",   "parameters",
-                                          "paired", "exclude", "include", "derived", "run_cap"};
-
 /// Reads a node into the place of a key.
 struct Reader {
   const Field& field;
@@ -256,7 +253,7 @@ double LoraConfig::scale() const {
 Config parse_config(const YAML::Node& document, const std::string& file) {
   Layer layer;
   for (const YamlItem& item : map_items(document, file)) {
-    if (std::find(kSweepKeys.begin(), kSweepKeys.end(), item.key) != kSweepKeys.end()) {
+    if (std::find(sweep_keys().begin(), sweep_keys().end(), item.key) != sweep_keys().end()) {
       fail("{}: \"{}\" belongs to a sweep, and one run is expected here: use qlab sweep {}",
            item.where, item.key, file);
     }

@@ -328,6 +328,13 @@ const std::vector<std::string>& config_blocks() {
   return blocks;
 }
 
+const std::vector<std::string>& sweep_keys() {
+  static const std::vector<std::string> keys{"base",       "method", "metric",  "seeds",
+                                             "parameters", "paired", "derived", "exclude",
+                                             "include",    "run_cap"};
+  return keys;
+}
+
 const Field* find_field(const std::string& key) {
   for (const Field& field : config_fields()) {
     if (field.key == key) return &field;

@@ -46,6 +46,8 @@ struct Alias {
 const std::vector<Field>& config_fields();
 const std::vector<Alias>& config_aliases();
 const std::vector<std::string>& config_blocks();
+/// Top-level keys by which a sweep file is told from a run.
+const std::vector<std::string>& sweep_keys();
 /// By dotted key; nullptr when there is none.
 const Field* find_field(const std::string& key);
 /// By name, alone or inside the block of its key (lora_alpha, lora.lora_alpha); nullptr likewise.
