@@ -309,7 +309,7 @@ void attention_backward(const Tensor& dq, const Tensor& dk, const Tensor& dv, co
   const dim3 query_grid = grid_for(op, cu_q, by_query, shape.heads);
   const dim3 key_grid = grid_for(op, cu_q, by_key, shape.kv_heads);
   const cudaStream_t stream = current_stream();
-  float* const delta = workspace.data<float>();
+  float* const delta = static_cast<float*>(workspace.raw());
   dispatch_head(op, q.dtype(), shape.head_dim, [&]<class T, int groups>() {
     const Matrix<const T> mg(g), mq(q), mk(k), mv(v);
     delta_kernel<<<delta_blocks, attention_threads, 0, stream>>>(

@@ -51,7 +51,7 @@ __global__ void __launch_bounds__(threads)
   const float maximum = block_max(mine.maximum, scratch);
   const float target = static_cast<float>(z[label]);
   const float sum = block_sum(mine.sum * expf(mine.maximum - maximum), scratch);
-  if (threadIdx.x == 0) nll[row] = logf(sum) + maximum - target;
+  if (threadIdx.x == 0) nll[row] = logf(sum) - (target - maximum);
   if (scale == nullptr) return;
 
   const float factor = scale[row], inverse = 1.0f / sum;
