@@ -1,0 +1,146 @@
+#include "data/file.h"
+
+#include <fcntl.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include <atomic>
+#include <bit>
+#include <cerrno>
+#include <cstring>
+#include <filesystem>
+#include <utility>
+
+#include "core/error.h"
+
+namespace qlab {
+namespace {
+
+std::atomic<int> next_number = 0;  // tells apart the temporary files of one process
+
+std::string reason() { return std::strerror(errno); }
+
+/// Closes a descriptor when it goes out of scope.
+struct Descriptor {
+  int value;
+  ~Descriptor() {
+    if (value >= 0) ::close(value);
+  }
+};
+
+uint64_t load_word(const std::byte* p) {
+  uint64_t word;
+  std::memcpy(&word, p, sizeof(word));
+  return word;
+}
+
+uint64_t absorb(uint64_t lane, uint64_t word) {
+  return std::rotl(lane ^ word, 29) * 0x9e3779b97f4a7c15u;
+}
+
+uint64_t finish(uint64_t x) {
+  x = (x ^ (x >> 32)) * 0xd6e8feb86659fd93u;
+  x = (x ^ (x >> 29)) * 0xbf58476d1ce4e5b9u;
+  return x ^ (x >> 32);
+}
+
+}  // namespace
+
+MappedFile::MappedFile(const std::string& path) : path_(path) {
+  const Descriptor file{::open(path.c_str(), O_RDONLY | O_CLOEXEC)};
+  if (file.value < 0) fail("{}: cannot open the file: {}", path, reason());
+  struct stat status {};
+  if (::fstat(file.value, &status) != 0) fail("{}: cannot read its size: {}", path, reason());
+  if (!S_ISREG(status.st_mode)) fail("{}: is not a regular file", path);
+  const auto size = static_cast<size_t>(status.st_size);
+  if (size == 0) return;
+  void* address = ::mmap(nullptr, size, PROT_READ, MAP_PRIVATE, file.value, 0);
+  if (address == MAP_FAILED) fail("{}: cannot map the file: {}", path, reason());
+  mapping_ = std::shared_ptr<void>(address, [size](void* p) { ::munmap(p, size); });
+  bytes_ = {static_cast<const std::byte*>(address), size};
+}
+
+std::string read_text_file(const std::string& path) {
+  const MappedFile file(path);
+  return {reinterpret_cast<const char*>(file.bytes().data()), file.size()};
+}
+
+AtomicFile::AtomicFile(const std::string& path)
+    : path_(path), temporary_(fmt::format("{}.{}-{}.tmp", path, ::getpid(), next_number++)) {
+  descriptor_ = ::open(temporary_.c_str(), O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0644);
+  if (descriptor_ < 0) fail("{}: cannot create {}: {}", path_, temporary_, reason());
+}
+
+AtomicFile::~AtomicFile() {
+  if (descriptor_ >= 0) ::close(descriptor_);
+  if (!temporary_.empty()) ::unlink(temporary_.c_str());
+}
+
+void AtomicFile::fail_with_reason(const char* action) {
+  fail("{}: cannot {}: {}; the old file, if any, is untouched", path_, action, reason());
+}
+
+void AtomicFile::write(Bytes bytes) {
+  while (!bytes.empty()) {
+    const ssize_t written = ::write(descriptor_, bytes.data(), bytes.size());
+    if (written < 0 && errno == EINTR) continue;
+    if (written < 0) fail_with_reason("write");
+    bytes = bytes.subspan(static_cast<size_t>(written));
+  }
+}
+
+void AtomicFile::commit() {
+  if (::fsync(descriptor_) != 0) fail_with_reason("flush to disk");
+  const int closed = ::close(std::exchange(descriptor_, -1));
+  if (closed != 0) fail_with_reason("close");
+  if (::rename(temporary_.c_str(), path_.c_str()) != 0) fail_with_reason("put in place");
+  temporary_.clear();
+  const std::filesystem::path folder = std::filesystem::path(path_).parent_path();
+  const Descriptor directory{
+      ::open(folder.empty() ? "." : folder.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC)};
+  if (directory.value >= 0)
+    ::fsync(directory.value);  // some file systems cannot: the rename stands
+}
+
+void write_file_atomically(const std::string& path, Bytes bytes) {
+  AtomicFile file(path);
+  file.write(bytes);
+  file.commit();
+}
+
+void write_file_atomically(const std::string& path, std::string_view text) {
+  write_file_atomically(path, std::as_bytes(std::span(text)));
+}
+
+Fingerprint& Fingerprint::add(Bytes bytes) {
+  add(static_cast<uint64_t>(bytes.size()));
+  const std::byte* p = bytes.data();
+  size_t left = bytes.size();
+  for (; left >= 32; left -= 32, p += 32)
+    for (int i = 0; i < 4; ++i) lanes_[i] = absorb(lanes_[i], load_word(p + 8 * i));
+  std::byte tail[32] = {};
+  if (left > 0) std::memcpy(tail, p, left);
+  for (int i = 0; i < 4; ++i) lanes_[i] = absorb(lanes_[i], load_word(tail + 8 * i));
+  return *this;
+}
+
+Fingerprint& Fingerprint::add(uint64_t value) {
+  lanes_[0] = absorb(lanes_[0], value);
+  lanes_[1] = absorb(lanes_[1], ~value);
+  return *this;
+}
+
+std::string Fingerprint::hex() const {
+  const uint64_t low =
+      finish(lanes_[0] ^ finish(lanes_[1] ^ finish(lanes_[2] ^ finish(lanes_[3]))));
+  const uint64_t high =
+      finish(lanes_[3] ^ finish(lanes_[0] + finish(lanes_[1] + finish(lanes_[2]))));
+  return fmt::format("{:016x}{:016x}", high, low);
+}
+
+std::string file_fingerprint(const std::string& path) {
+  return Fingerprint().add(MappedFile(path).bytes()).hex();
+}
+
+}  // namespace qlab
