@@ -6,18 +6,18 @@
 
 namespace qlab {
 
-void BatchBuilder::add(const std::vector<const Sequence*>& sequences, const Adapter* adapter,
-                       bool dropout, float scale) {
+void BatchBuilder::add(const std::vector<Sequence>& sequences, const Adapter* adapter, bool dropout,
+                       float scale) {
   Segment segment{tokens(), 0, loss_tokens(), 0, adapter, dropout};
-  for (const Sequence* s : sequences) {
-    const int64_t begin = tokens(), length = static_cast<int64_t>(s->ids.size());
+  for (const Sequence& s : sequences) {
+    const int64_t begin = tokens(), length = static_cast<int64_t>(s.ids.size());
     for (int64_t i = 0; i < length; ++i) {
-      ids_.push_back(s->ids[i]);
+      ids_.push_back(s.ids[i]);
       positions_.push_back(static_cast<int32_t>(i));
-      examples_.push_back(s->example);
-      if (i + 1 < length && s->labels[i + 1] != ignore_label) {
+      examples_.push_back(s.example);
+      if (i + 1 < length && s.labels[i + 1] != ignore_label) {
         loss_rows_.push_back(static_cast<int32_t>(begin + i));
-        labels_.push_back(s->labels[i + 1]);
+        labels_.push_back(s.labels[i + 1]);
         scale_.push_back(scale);
       }
     }

@@ -1,6 +1,7 @@
 // A micro-batch: the sequences of one or several trials, concatenated along tokens without padding.
 #pragma once
 #include <cstdint>
+#include <span>
 #include <vector>
 
 #include "core/tensor.h"
@@ -12,7 +13,7 @@ class Adapter;
 /// A sequence of tokens and where it comes from. labels[i] is what position i should be, -100 where
 /// nothing is trained; position i predicts labels[i + 1].
 struct Sequence {
-  std::vector<int32_t> ids, labels;
+  std::span<const int32_t> ids, labels;
   int64_t example = 0;  // running index, part of the key of its dropout masks
 };
 
@@ -40,7 +41,7 @@ struct Batch {
 class BatchBuilder {
  public:
   /// The sequences of one trial. `scale` is the weight of each trained token's loss.
-  void add(const std::vector<const Sequence*>& sequences, const Adapter* adapter, bool dropout,
+  void add(const std::vector<Sequence>& sequences, const Adapter* adapter, bool dropout,
            float scale);
   Batch to(Device device) const;
   int64_t tokens() const { return static_cast<int64_t>(ids_.size()); }

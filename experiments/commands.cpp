@@ -1,0 +1,204 @@
+#include "experiments/commands.h"
+
+#include <cmath>
+#include <cstdio>
+#include <fstream>
+#include <iostream>
+#include <nlohmann/json.hpp>
+
+#include "data/file.h"
+#include "experiments/report.h"
+#include "experiments/runner.h"
+#include "experiments/terminal.h"
+#include "nn/adapter_file.h"
+#include "nn/module_tree.h"
+
+namespace qlab {
+namespace {
+
+using Json = nlohmann::json;
+
+void out(const std::string& text) { std::fwrite(text.data(), 1, text.size(), stdout); }
+
+int run(const Sweep& sweep, const SweepOptions& options, const CommonOptions& common) {
+  Terminal terminal;
+  catch_interrupts();
+  const Device device = parse_device(common.device);
+  if (device.is_cuda()) cuda::set_device(device.index);
+  const RunnerResult result = run_sweep(
+      sweep, {options.out, device, options.shard, options.dry_run},
+      [&](const std::string& line) { terminal.print(line); }, terminal.callbacks());
+  if (options.dry_run) return 0;
+  terminal.print(summary_table(result.dir));
+  terminal.print("report " + result.dir + "/report.html");
+  if (result.interrupted) {
+    terminal.print("interrupted; the same command continues where this one stopped");
+    return 130;
+  }
+  return result.failed > 0 ? 1 : 0;
+}
+
+// The model of eval, generate and inspect is their argument; --set gives the rest.
+Config config_for(const std::string& model, const CommonOptions& common) {
+  Config config = load_config("", common.sets);
+  config.model.path = model;
+  return config;
+}
+
+struct Loaded {
+  Library library;
+  Config config;
+  const Llama* model = nullptr;
+  std::unique_ptr<Adapter> adapter;
+};
+
+void load(Loaded& loaded, const std::string& model, const std::string& adapter_dir,
+          const CommonOptions& common) {
+  const Device device = parse_device(common.device);
+  if (device.is_cuda()) cuda::set_device(device.index);
+  loaded.config = config_for(model, common);
+  LoraSpec spec;
+  if (!adapter_dir.empty()) spec = read_adapter_spec(adapter_dir);
+  loaded.model = &loaded.library.base(loaded.config, compute_dtype(loaded.config, device), device);
+  if (adapter_dir.empty()) return;
+  loaded.adapter = std::make_unique<Adapter>(spec, loaded.model->adapter_shapes(spec), 0, 0,
+                                             loaded.model->compute_dtype(), loaded.model->device());
+  load_adapter(adapter_dir, *loaded.adapter);
+}
+
+}  // namespace
+
+int run_sweep_command(const SweepOptions& options, const CommonOptions& common) {
+  return run(load_sweep(options.file, common.sets), options, common);
+}
+
+int run_train_command(const SweepOptions& options, const CommonOptions& common) {
+  load_config(options.file, common.sets);  // refuses a sweep file
+  return run(load_sweep(options.file, common.sets), options, common);
+}
+
+int run_report_command(const std::string& dir) {
+  const ReportResult result = write_report(dir);
+  for (const std::string& file : result.files) out(file + "\n");
+  for (const std::string& note : result.notes) out(note + "\n");
+  return 0;
+}
+
+int run_config_command(const std::string& file, const CommonOptions& common) {
+  if (file.empty() && common.sets.empty())
+    out(config_table());
+  else
+    out(to_yaml(load_config(file, common.sets)));
+  return 0;
+}
+
+int run_inspect_command(const std::string& model, const CommonOptions& common) {
+  const Config config = config_for(model, common);
+  const LlamaConfig llama = open_model(model).config;
+  const WeightSpec spec = weight_spec(config);
+  const std::optional<LoraSpec> lora =
+      config.lora.present ? std::optional(lora_spec(config)) : std::nullopt;
+  out(module_tree(llama, spec, lora));
+  out("\n" + trainable_line(count_parameters(llama, lora)) + "\n");
+  out(fmt::format("source dtype: {}\n",
+                  llama.source_dtype.empty() ? "unknown" : llama.source_dtype));
+  const int64_t footprint = hf_footprint(llama, spec, lora);
+  const int64_t resident = resident_bytes(llama, spec, lora);
+  out(
+      fmt::format("memory footprint: {:.2f} GB ({} bytes; Hugging Face's rule: parameters alone, "
+                  "16 bits where not quantized)\n",
+                  static_cast<double>(footprint) / 1e9, with_commas(footprint)));
+  out(fmt::format("resident: {:.3f} GB ({} bytes; with quantization constants and tables)\n",
+                  static_cast<double>(resident) / 1e9, with_commas(resident)));
+  return 0;
+}
+
+int run_generate_command(const GenerateOptions& options, const CommonOptions& common) {
+  Loaded loaded;
+  if (options.model.starts_with("synthetic:"))
+    fail("{}: a synthetic model has random weights and no tokenizer; nothing to generate",
+         options.model);
+  const Tokenizer tokenizer = Tokenizer::load(options.model);
+  if (options.chat &&
+      (tokenizer.token_id("<|im_start|>") < 0 || tokenizer.token_id("<|im_end|>") < 0))
+    fail("--chat: the vocabulary of {} has no <|im_start|> and <|im_end|>", options.model);
+  load(loaded, options.model, options.adapter, common);
+  const std::string text =
+      options.chat ? "<|im_start|>user\n" + options.prompt + "<|im_end|>\n<|im_start|>assistant\n"
+                   : options.prompt;
+  std::vector<int32_t> ids = tokenizer.encode(text);
+  ids.insert(ids.begin(), tokenizer.prefix_ids().begin(), tokenizer.prefix_ids().end());
+  if (!options.chat) out(options.prompt);
+  catch_interrupts();
+  generate(*loaded.model, loaded.adapter.get(), ids, tokenizer.stop_ids(), options.sampling,
+           [&](int32_t id) {
+             if (!tokenizer.is_special(id)) out(tokenizer.token_bytes(id));
+             std::fflush(stdout);
+             return !interrupted();
+           });
+  out("\n");
+  return interrupted() ? 130 : 0;
+}
+
+int run_eval_command(const EvalOptions& options, const CommonOptions& common) {
+  Loaded loaded;
+  loaded.config = config_for(options.model, common);
+  const int64_t seq_len = loaded.config.data.eval_seq_len;
+  // Data first: a mistake there should not cost the loading of a model.
+  loaded.library.dataset(loaded.config, options.data, seq_len);
+  load(loaded, options.model, options.adapter, common);
+  const Dataset& data = loaded.library.dataset(loaded.config, options.data, seq_len);
+  Stepper stepper(*loaded.model, false);
+  catch_interrupts();
+  const Evaluation result = evaluate(stepper, data, loaded.adapter.get(), interrupted);
+  if (result.stopped) return 130;
+  const double perplexity = std::exp(result.loss);
+  if (options.json) {
+    out(Json{{"loss", result.loss},
+             {"perplexity", perplexity},
+             {"examples", data.examples.size()},
+             {"tokens", result.tokens},
+             {"trained_tokens", result.trained_tokens},
+             {"truncated", data.truncated},
+             {"dropped", data.dropped}}
+            .dump() +
+        "\n");
+  } else {
+    out(fmt::format(
+        "loss {:.6f}  perplexity {:.4f}\n{} examples, {} tokens, {} of them trained; {} "
+        "cut at {} tokens, {} dropped\n",
+        result.loss, perplexity, data.examples.size(), result.tokens, result.trained_tokens,
+        data.truncated, seq_len, data.dropped));
+  }
+  return 0;
+}
+
+int run_tokenize_command(const std::string& model, const std::string& file, bool jsonl) {
+  const Tokenizer tokenizer = Tokenizer::load(model);
+  std::ifstream opened;
+  if (file != "-") {
+    opened.open(file, std::ios::binary);
+    if (!opened) fail("{}: cannot be read", file);
+  }
+  std::istream& in = file == "-" ? std::cin : opened;
+  if (!jsonl) {
+    const std::string text(std::istreambuf_iterator<char>(in), {});
+    std::string line;
+    for (const int32_t id : tokenizer.encode(text)) line += std::to_string(id) + " ";
+    if (!line.empty()) line.back() = '\n';
+    out(line);
+    return 0;
+  }
+  int64_t number = 0;
+  for (std::string line; std::getline(in, line);) {
+    ++number;
+    const Json json = Json::parse(line, nullptr, false);
+    if (!json.is_string())
+      fail("{}:{}: each line must be one JSON string", file == "-" ? "standard input" : file,
+           number);
+    out(Json(tokenizer.encode(json.get<std::string>())).dump() + "\n");
+  }
+  return 0;
+}
+
+}  // namespace qlab

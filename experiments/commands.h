@@ -1,0 +1,42 @@
+// The subcommands of qlab. Each returns the exit code; errors are thrown and end with code 2.
+#pragma once
+#include <string>
+#include <vector>
+
+#include "experiments/generate.h"
+
+namespace qlab {
+
+struct CommonOptions {
+  std::string device = "auto";
+  std::vector<std::string> sets;  // key=value
+};
+
+struct SweepOptions {
+  std::string file, out, shard;
+  bool dry_run = false;
+};
+int run_sweep_command(const SweepOptions& options, const CommonOptions& common);
+int run_train_command(const SweepOptions& options, const CommonOptions& common);
+int run_report_command(const std::string& dir);
+int run_config_command(const std::string& file, const CommonOptions& common);
+
+int run_inspect_command(const std::string& model, const CommonOptions& common);
+
+struct GenerateOptions {
+  std::string model, adapter, prompt;
+  bool chat = false;
+  SamplingOptions sampling;
+};
+int run_generate_command(const GenerateOptions& options, const CommonOptions& common);
+
+struct EvalOptions {
+  std::string model, adapter, data;
+  bool json = false;
+};
+int run_eval_command(const EvalOptions& options, const CommonOptions& common);
+
+/// `file` "-" is the standard input.
+int run_tokenize_command(const std::string& model, const std::string& file, bool jsonl);
+
+}  // namespace qlab

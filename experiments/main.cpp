@@ -1,0 +1,114 @@
+// The qlab command.
+#include <CLI/CLI.hpp>
+#include <cstdio>
+
+#include "experiments/commands.h"
+#include "generated/version.h"
+
+namespace {
+
+void add_common(CLI::App* app, qlab::CommonOptions& common, bool computes = true) {
+  if (computes)
+    app->add_option("--device", common.device, "auto, cpu, cuda or cuda:N")->capture_default_str();
+  app->add_option("--set", common.sets, "key=value, overrides the file; may be repeated")
+      ->allow_extra_args(false);
+}
+
+void add_run(CLI::App* app, qlab::SweepOptions& options, qlab::CommonOptions& common) {
+  app->add_option("file", options.file, "YAML file")->required();
+  app->add_option("--out", options.out, "results directory (default: runs/<name>)");
+  app->add_flag("--dry-run", options.dry_run, "print the trials and stop");
+  app->add_option("--shard", options.shard, "I/N: every N-th trial, starting with the I-th");
+  add_common(app, common);
+}
+
+int run(int argc, char** argv) {
+  CLI::App app("qlab: QLoRA ablations without Python in the way");
+  app.set_version_flag("--version", fmt::format("qlab {} ({})", qlab::version, qlab::git_commit));
+  app.require_subcommand(1);
+  qlab::CommonOptions common;
+  int code = 0;
+
+  qlab::SweepOptions sweep;
+  auto* sweep_app = app.add_subcommand("sweep", "run every trial of a sweep file, and report");
+  add_run(sweep_app, sweep, common);
+  sweep_app->callback([&] { code = qlab::run_sweep_command(sweep, common); });
+  auto* train_app = app.add_subcommand("train", "run one configuration");
+  add_run(train_app, sweep, common);
+  train_app->callback([&] { code = qlab::run_train_command(sweep, common); });
+
+  std::string path;
+  auto* report_app =
+      app.add_subcommand("report", "rebuild summary and report of a results directory");
+  report_app->add_option("dir", path, "results directory")->required();
+  report_app->callback([&] { code = qlab::run_report_command(path); });
+
+  auto* config_app =
+      app.add_subcommand("config", "print every key, or the resolved configuration of a file");
+  config_app->add_option("file", path, "YAML file");
+  add_common(config_app, common, false);
+  config_app->callback([&] { code = qlab::run_config_command(path, common); });
+
+  auto* inspect_app = app.add_subcommand("inspect", "module tree, parameter counts, footprint");
+  inspect_app->add_option("model", path, "directory, FILE.gguf, hub id or synthetic:NAME")
+      ->required();
+  add_common(inspect_app, common, false);
+  inspect_app->callback([&] { code = qlab::run_inspect_command(path, common); });
+
+  qlab::GenerateOptions generate;
+  auto* generate_app = app.add_subcommand("generate", "continue a prompt");
+  generate_app->add_option("model", generate.model, "directory, FILE.gguf or hub id")->required();
+  generate_app->add_option("--prompt", generate.prompt, "text to continue")->required();
+  generate_app->add_option("--adapter", generate.adapter, "PEFT adapter directory");
+  generate_app->add_flag("--chat", generate.chat, "wrap the prompt as a user's turn (ChatML)");
+  generate_app->add_option("--max-new-tokens", generate.sampling.max_new_tokens)
+      ->check(CLI::PositiveNumber)
+      ->capture_default_str();
+  generate_app->add_option("--temperature", generate.sampling.temperature, "0: the likeliest token")
+      ->check(CLI::NonNegativeNumber)
+      ->capture_default_str();
+  generate_app->add_option("--top-p", generate.sampling.top_p)
+      ->check(CLI::Range(0.0, 1.0))
+      ->capture_default_str();
+  generate_app->add_option("--seed", generate.sampling.seed)->capture_default_str();
+  add_common(generate_app, common);
+  generate_app->callback([&] { code = qlab::run_generate_command(generate, common); });
+
+  qlab::EvalOptions eval;
+  auto* eval_app = app.add_subcommand("eval", "loss and perplexity on a file");
+  eval_app->add_option("model", eval.model, "directory, FILE.gguf, hub id or synthetic:NAME")
+      ->required();
+  eval_app->add_option("--data", eval.data, "JSON lines, or synthetic")->required();
+  eval_app->add_option("--adapter", eval.adapter, "PEFT adapter directory");
+  eval_app->add_flag("--json", eval.json, "one JSON object");
+  add_common(eval_app, common);
+  eval_app->callback([&] { code = qlab::run_eval_command(eval, common); });
+
+  std::string file = "-";
+  bool jsonl = false;
+  auto* tokenize_app = app.add_subcommand("tokenize", "token ids of a text");
+  tokenize_app->add_option("model", path, "model or tokenizer.json")->required();
+  tokenize_app->add_option("file", file, "text file, or - for the standard input")
+      ->capture_default_str();
+  tokenize_app->add_flag("--jsonl", jsonl, "each line in is a JSON string, each line out its ids");
+  tokenize_app->callback([&] { code = qlab::run_tokenize_command(path, file, jsonl); });
+
+  try {
+    app.parse(argc, argv);
+  } catch (const CLI::ParseError& error) {
+    return app.exit(error) == 0 ? 0 : 2;
+  }
+  return code;
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  try {
+    return run(argc, argv);
+  } catch (const std::exception& error) {
+    std::fflush(stdout);
+    std::fprintf(stderr, "qlab: %s\n", error.what());
+    return 2;
+  }
+}

@@ -1,0 +1,252 @@
+#include "experiments/runner.h"
+
+#include <algorithm>
+#include <chrono>
+#include <filesystem>
+#include <nlohmann/json.hpp>
+
+#include "data/file.h"
+#include "experiments/report.h"
+#include "generated/version.h"
+#include "nn/module_tree.h"
+
+namespace qlab {
+namespace {
+
+struct Planned {
+  const Trial* trial;
+  std::string dir;  // trials/<hash8>-<name>
+  bool finished = false;
+};
+
+std::string fingerprint_of(Library& library, const Config& config, const std::string& path,
+                           int64_t seq_len) {
+  if (path.empty()) return "";
+  const Dataset& data = library.dataset(config, path, seq_len);
+  return path == "synthetic" ? "synthetic" : data.fingerprint;
+}
+
+std::string adapter_fingerprint(const std::string& dir) {
+  if (dir.empty()) return "";
+  return file_fingerprint(dir + "/adapter_model.safetensors") +
+         file_fingerprint(dir + "/adapter_config.json");
+}
+
+std::vector<std::string> linear_names(const LlamaConfig& config) {
+  std::vector<std::string> names;
+  for (const Adapter::Shape& s : linear_shapes(config)) names.push_back(s.name);
+  return names;
+}
+
+// Opens every file and resolves every target, so that mistakes surface before the first step.
+std::vector<Planned> plan_trials(const Sweep& sweep, const std::string& dir, Device device,
+                                 Library& library) {
+  std::vector<Planned> planned;
+  for (const Trial& trial : sweep.trials) {
+    const Config& c = trial.config;
+    check_trainable(c, sweep.source_file);
+    const ModelSource& model = library.model(c.model.path);
+    resolve_targets(lora_spec(c), linear_names(model.config));
+    const Fingerprints prints{model.fingerprint,
+                              fingerprint_of(library, c, c.data.train, c.data.seq_len),
+                              fingerprint_of(library, c, c.data.eval, c.data.eval_seq_len),
+                              adapter_fingerprint(c.lora.adapter)};
+    const std::string hash = trial_hash(trial, prints, name_of(compute_dtype(c, device)));
+    Planned p{&trial, dir + "/trials/" + trial_directory(dir + "/trials", hash, trial.name)};
+    p.finished = TrialFiles::read_status(p.dir) == "finished";
+    planned.push_back(p);
+  }
+  return planned;
+}
+
+void report_data(const Sweep& sweep, Library& library,
+                 const std::function<void(const std::string&)>& print) {
+  std::vector<const Dataset*> seen;
+  for (const Trial& trial : sweep.trials) {
+    const DataConfig& d = trial.config.data;
+    for (const auto& [path, seq_len] :
+         {std::pair(d.train, d.seq_len), std::pair(d.eval, d.eval_seq_len)}) {
+      if (path.empty()) continue;
+      const Dataset& data = library.dataset(trial.config, path, seq_len);
+      if (std::find(seen.begin(), seen.end(), &data) != seen.end()) continue;
+      seen.push_back(&data);
+      print(
+          fmt::format("data   {}: {} examples, {} tokens, {} trained; {} cut at {} tokens, {} "
+                      "dropped (nothing trained left)",
+                      path, data.examples.size(), data.tokens, data.trained_tokens, data.truncated,
+                      seq_len, data.dropped));
+    }
+  }
+}
+
+std::map<std::string, std::string> environment(const Sweep& sweep, Device device) {
+  const auto now = std::chrono::system_clock::to_time_t(std::chrono::system_clock::now());
+  char date[32];
+  std::strftime(date, sizeof(date), "%Y-%m-%d %H:%M:%S %z", std::localtime(&now));
+  return {{"version", std::string(version)},
+          {"commit", std::string(git_commit)},
+          {"date", date},
+          {"device", device_description(device)},
+          {"cuda", cuda::build_version().empty() ? "none" : cuda::build_version()},
+          {"model", sweep.trials.front().config.model.path},
+          {"data", sweep.trials.front().config.data.train}};
+}
+
+class Runner {
+ public:
+  Runner(Library& library, Device device, const std::function<void(const std::string&)>& print,
+         TrainCallbacks callbacks, RunnerResult& result)
+      : library_(library),
+        device_(device),
+        print_(print),
+        callbacks_(std::move(callbacks)),
+        result_(result) {}
+
+  void run(const std::vector<Planned>& gang) {
+    const Config& first = gang.front().trial->config;
+    const DType compute = compute_dtype(first, device_);
+    std::vector<std::unique_ptr<TrialRun>> runs;
+    try {
+      const Llama& model = load(first, compute);
+      reset_peak(device_);
+      std::vector<TrialRun*> pointers;
+      for (const Planned& p : gang) {
+        runs.push_back(
+            std::make_unique<TrialRun>(p.trial->config, p.trial->name, p.dir, library_, model));
+        pointers.push_back(runs.back().get());
+      }
+      Gang(library_, model, pointers, callbacks_).run();
+    } catch (const OutOfMemory& error) {
+      runs.clear();
+      if (gang.size() > 1) {
+        print_(fmt::format("a gang of {} does not fit; trying halves", gang.size()));
+        const auto middle = gang.begin() + static_cast<std::ptrdiff_t>(gang.size() / 2);
+        run({gang.begin(), middle});
+        if (!result_.interrupted) run({middle, gang.end()});
+        return;
+      }
+      fail_trial(gang.front(), error.what());
+      return;
+    }
+    for (const auto& r : runs) {
+      switch (r->state()) {
+        case TrialRun::State::finished:
+          ++result_.finished;
+          break;
+        case TrialRun::State::failed:
+          ++result_.failed;
+          print_(fmt::format("{}: failed: {}", r->name(), r->error()));
+          break;
+        default:
+          result_.interrupted = true;
+      }
+    }
+  }
+
+ private:
+  const Llama& load(const Config& config, DType compute) {
+    const std::string key = base_key(config, compute, device_);
+    if (key != loaded_) {
+      print_(fmt::format("model  {}: {} on {}", config.model.path, config.quant.type,
+                         device_description(device_)));
+      loaded_ = key;
+    }
+    return library_.base(config, compute, device_);
+  }
+
+  void fail_trial(const Planned& planned, const std::string& error) {
+    ++result_.failed;
+    TrialFiles files(planned.dir);
+    files.log(error);
+    files.write_status({{"status", "failed"}, {"error", error}});
+    print_(fmt::format("{}: failed: {}", planned.trial->name, error));
+  }
+
+  Library& library_;
+  Device device_;
+  const std::function<void(const std::string&)>& print_;
+  TrainCallbacks callbacks_;
+  RunnerResult& result_;
+  std::string loaded_;
+};
+
+// Neighbours in the plan that can share a base, at most trials_per_gpu of them.
+std::vector<std::vector<Planned>> gangs_of(const std::vector<Planned>& pending, Device device) {
+  std::vector<std::vector<Planned>> gangs;
+  std::vector<bool> taken(pending.size());
+  const auto key = [&](const Planned& p) {
+    const Config& c = p.trial->config;
+    return base_key(c, compute_dtype(c, device), device) + "|" + c.train.recompute + "|" +
+           std::to_string(c.parallel.trials_per_gpu);
+  };
+  for (size_t i = 0; i < pending.size(); ++i) {
+    if (taken[i]) continue;
+    std::vector<Planned> gang;
+    const auto size = static_cast<size_t>(pending[i].trial->config.parallel.trials_per_gpu);
+    for (size_t j = i; j < pending.size() && gang.size() < size; ++j) {
+      if (taken[j] || key(pending[j]) != key(pending[i])) continue;
+      taken[j] = true;
+      gang.push_back(pending[j]);
+    }
+    gangs.push_back(std::move(gang));
+  }
+  return gangs;
+}
+
+}  // namespace
+
+RunnerResult run_sweep(const Sweep& sweep, const RunnerOptions& options,
+                       const std::function<void(const std::string&)>& print,
+                       TrainCallbacks callbacks) {
+  RunnerResult result;
+  result.dir = options.out.empty() ? "runs/" + sweep.name : options.out;
+  for (const std::string& note : sweep.notes) print(note);
+  const std::vector<int> mine = options.shard.empty()
+                                    ? std::vector<int>{}
+                                    : shard(options.shard, static_cast<int>(sweep.trials.size()));
+  if (options.dry_run) {
+    print(trial_table(sweep));
+    return result;
+  }
+  Library library;
+  const std::vector<Planned> planned = plan_trials(sweep, result.dir, options.device, library);
+  report_data(sweep, library, print);
+  std::vector<std::string> warnings;
+  for (const Trial& t : sweep.trials) {
+    const std::string text =
+        requantization_warning(library.model(t.config.model.path), weight_spec(t.config));
+    const bool swept = std::any_of(sweep.swept_keys.begin(), sweep.swept_keys.end(),
+                                   [](const std::string& k) { return k.starts_with("quant."); });
+    if (!text.empty() && swept &&
+        std::find(warnings.begin(), warnings.end(), text) == warnings.end())
+      warnings.push_back(text);
+  }
+  for (const std::string& w : warnings) print("warning: " + w);
+
+  std::vector<std::string> directories;
+  for (const Planned& p : planned)
+    directories.push_back(std::filesystem::path(p.dir).filename().string());
+  std::filesystem::create_directories(result.dir + "/trials");
+  write_plan(result.dir, sweep, directories, environment(sweep, options.device));
+
+  std::vector<Planned> pending;
+  for (size_t i = 0; i < planned.size(); ++i) {
+    if (!options.shard.empty() &&
+        std::find(mine.begin(), mine.end(), static_cast<int>(i)) == mine.end())
+      continue;
+    if (planned[i].finished)
+      ++result.finished;
+    else
+      pending.push_back(planned[i]);
+  }
+  if (result.finished > 0) print(fmt::format("{} trials are finished already", result.finished));
+  Runner runner(library, options.device, print, callbacks, result);
+  for (const std::vector<Planned>& gang : gangs_of(pending, options.device)) {
+    if (result.interrupted) break;
+    runner.run(gang);
+  }
+  for (const std::string& note : write_report(result.dir).notes) print(note);
+  return result;
+}
+
+}  // namespace qlab

@@ -1,0 +1,114 @@
+#include "experiments/setup.h"
+
+#include <algorithm>
+
+namespace qlab {
+namespace {
+
+// Enough random examples that none repeats in a short run; the cost is tokens, not text.
+constexpr int64_t synthetic_train_examples = 4096, synthetic_eval_examples = 16;
+
+}  // namespace
+
+WeightSpec weight_spec(const Config& config) {
+  WeightSpec spec;
+  spec.format = config.quant.type == "nf4"    ? WeightFormat::nf4
+                : config.quant.type == "bf16" ? WeightFormat::bf16
+                                              : WeightFormat::fp32;
+  spec.block_size = config.quant.block_size;
+  spec.double_quant = config.quant.double_quant;
+  return spec;
+}
+
+LoraSpec lora_spec(const Config& config) {
+  LoraSpec spec;
+  spec.r = config.lora.r;
+  spec.alpha = config.lora.alpha.value_or(2.0 * static_cast<double>(spec.r));
+  spec.dropout = config.lora.dropout;
+  spec.rslora = config.lora.scaling == "alpha/sqrt(r)";
+  spec.dtype = dtype_from_name(config.lora.dtype);
+  spec.pattern = config.lora.targets.pattern;
+  spec.names = config.lora.targets.names;
+  return spec;
+}
+
+AdamWConfig adamw_config(const Config& config) {
+  return {static_cast<float>(config.optim.betas[0]), static_cast<float>(config.optim.betas[1]),
+          static_cast<float>(config.optim.eps), static_cast<float>(config.optim.weight_decay),
+          static_cast<float>(config.optim.max_grad_norm)};
+}
+
+DType compute_dtype(const Config& config, Device device) {
+  if (config.quant.compute_dtype == "auto")
+    return device.target == DeviceType::cuda ? DType::bf16 : DType::f32;
+  return dtype_from_name(config.quant.compute_dtype);
+}
+
+const ModelSource& Library::model(const std::string& path) {
+  auto it = models_.find(path);
+  if (it == models_.end()) it = models_.emplace(path, open_model(path)).first;
+  return it->second;
+}
+
+const Tokenizer& Library::tokenizer(const std::string& model_path) {
+  auto it = tokenizers_.find(model_path);
+  if (it == tokenizers_.end())
+    it = tokenizers_
+             .emplace(model_path, model_path.starts_with("synthetic:")
+                                      ? Tokenizer::without_text(model(model_path).config.vocab_size)
+                                      : Tokenizer::load(model_path))
+             .first;
+  return it->second;
+}
+
+const Dataset& Library::dataset(const Config& config, const std::string& path, int64_t seq_len) {
+  const LlamaConfig& llama = model(config.model.path).config;
+  if (seq_len > llama.max_position_embeddings)
+    fail("a sequence length of {} exceeds the {} positions of {}", seq_len,
+         llama.max_position_embeddings, config.model.path);
+  const bool evaluation = path == config.data.eval;
+  const std::string key = fmt::format("{}|{}|{}|{}|{}|{}", config.model.path, path, seq_len,
+                                      config.data.completion_only, config.data.chat_template,
+                                      path == "synthetic" && evaluation);
+  auto it = datasets_.find(key);
+  if (it != datasets_.end()) return it->second;
+  Dataset data;
+  if (path == "synthetic") {
+    // The evaluation set has a seed of its own, so that it is never trained on.
+    data = synthetic_dataset(evaluation ? synthetic_eval_examples : synthetic_train_examples,
+                             seq_len, llama.vocab_size, evaluation ? 1 : 0);
+  } else {
+    data = load_dataset(path, tokenizer(config.model.path),
+                        {seq_len, config.data.completion_only, config.data.chat_template});
+    for (const Example& example : data.examples) {
+      const auto [low, high] =
+          std::minmax_element(example.input_ids.begin(), example.input_ids.end());
+      if (*low < 0 || *high >= llama.vocab_size)
+        fail("{}: token {} is outside the model's vocabulary of {}", path, *high, llama.vocab_size);
+    }
+  }
+  return datasets_.emplace(key, std::move(data)).first->second;
+}
+
+std::string base_key(const Config& config, DType compute, Device device) {
+  return fmt::format("{}|{}|{}|{}|{}|{}", config.model.path, config.quant.type,
+                     config.quant.block_size, config.quant.double_quant, name_of(compute),
+                     device.str());
+}
+
+void Library::drop_base() {
+  base_.reset();
+  base_evaluations_.clear();
+}
+
+const Llama& Library::base(const Config& config, DType compute, Device device) {
+  const std::string key = base_key(config, compute, device);
+  if (base_ == nullptr || base_key_ != key) {
+    drop_base();
+    base_ = load_llama(model(config.model.path), weight_spec(config), compute, device);
+    base_key_ = key;
+  }
+  return *base_;
+}
+
+}  // namespace qlab

@@ -1,0 +1,48 @@
+// From a resolved configuration to the things a run is made of: model, tokenizer, data, specs. What
+// several trials share (files, the base model) is opened once.
+#pragma once
+#include <map>
+#include <memory>
+#include <string>
+
+#include "data/dataset.h"
+#include "experiments/config.h"
+#include "experiments/evaluate.h"
+#include "nn/load.h"
+#include "optim/optimizer.h"
+
+namespace qlab {
+
+WeightSpec weight_spec(const Config& config);
+LoraSpec lora_spec(const Config& config);
+AdamWConfig adamw_config(const Config& config);
+/// What quant.compute_dtype means on the device: bf16 on cuda and fp32 on the CPU unless said.
+DType compute_dtype(const Config& config, Device device);
+
+/// Opens files once and keeps what was opened.
+class Library {
+ public:
+  const ModelSource& model(const std::string& path);
+  const Tokenizer& tokenizer(const std::string& model_path);
+  /// `path` may be "synthetic". Checks that every id is in the model's vocabulary.
+  const Dataset& dataset(const Config& config, const std::string& path, int64_t seq_len);
+  /// The loaded base. Only the last one is kept: trials that share it run one after another.
+  const Llama& base(const Config& config, DType compute, Device device);
+  void drop_base();
+  /// What the loaded base alone gives on a set: every trial's evaluation before its first step,
+  /// since a fresh adapter is the identity.
+  std::map<const Dataset*, Evaluation>& base_evaluations() { return base_evaluations_; }
+
+ private:
+  std::map<std::string, ModelSource> models_;
+  std::map<std::string, Tokenizer> tokenizers_;
+  std::map<std::string, Dataset> datasets_;
+  std::unique_ptr<Llama> base_;
+  std::string base_key_;
+  std::map<const Dataset*, Evaluation> base_evaluations_;
+};
+
+/// Trials with equal keys can train together on one base.
+std::string base_key(const Config& config, DType compute, Device device);
+
+}  // namespace qlab

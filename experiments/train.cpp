@@ -1,0 +1,299 @@
+#include "experiments/train.h"
+
+#include <algorithm>
+#include <chrono>
+#include <cmath>
+
+#include "core/ops/copy.h"
+#include "data/file.h"
+#include "nn/adapter_file.h"
+
+namespace qlab {
+namespace {
+
+using Json = nlohmann::json;
+using Clock = std::chrono::steady_clock;
+
+double seconds_since(Clock::time_point start) {
+  return std::chrono::duration<double>(Clock::now() - start).count();
+}
+
+double scalar(const Tensor& t) { return t.to_vector<float>()[0]; }
+
+}  // namespace
+
+TrialRun::TrialRun(const Config& config, std::string name, const std::string& dir, Library& library,
+                   const Llama& model)
+    : config_(config),
+      name_(std::move(name)),
+      files_(dir),
+      train_(library.dataset(config, config.data.train, config.data.seq_len)),
+      order_(static_cast<int64_t>(train_.examples.size()),
+             static_cast<uint64_t>(config.train.data_seed.value_or(config.train.seed)),
+             config.data.shuffle),
+      schedule_(schedule_from_name(config.optim.schedule)) {
+  const TrainConfig& t = config_.train;
+  if (!config_.data.eval.empty())
+    eval_ = &library.dataset(config_, config_.data.eval, config_.data.eval_seq_len);
+  const int64_t window = t.batch_size * t.grad_accum;
+  const auto examples = static_cast<double>(train_.examples.size());
+  total_examples_ = t.steps ? *t.steps * window
+                            : static_cast<int64_t>(std::llround(t.epochs.value_or(1) * examples));
+  total_steps_ = (total_examples_ + window - 1) / window;
+  warmup_steps_ = config_.optim.warmup_steps.value_or(static_cast<int64_t>(
+      std::ceil(config_.optim.warmup_ratio.value_or(0) * static_cast<double>(total_steps_))));
+
+  const LoraSpec spec = lora_spec(config_);
+  adapter_ = std::make_unique<Adapter>(spec, model.adapter_shapes(spec),
+                                       static_cast<uint64_t>(t.init_seed.value_or(t.seed)),
+                                       static_cast<uint64_t>(t.dropout_seed.value_or(t.seed)),
+                                       model.compute_dtype(), model.device());
+  if (!config_.lora.adapter.empty()) load_adapter(config_.lora.adapter, *adapter_);
+  optimizer_ =
+      std::make_unique<AdamW>(adamw_config(config_), adapter_->parameter_count(), model.device());
+  files_.write_config(to_yaml(config_));
+  if (const auto saved = files_.load_state(*adapter_, *optimizer_)) {
+    progress_ = *saved;
+    files_.log(fmt::format("continues at step {} of {}", progress_.step, total_steps_));
+  } else {
+    fresh_ = config_.lora.adapter.empty();
+    files_.log(fmt::format("starts: {} steps, {} trainable parameters", total_steps_,
+                           adapter_->parameter_count()));
+  }
+  // What was measured after the saved state will be measured again.
+  files_.cut_metrics_after(progress_.step);
+  for (const Json& line : files_.read_metrics())
+    if (line.contains("eval_loss")) {
+      const double loss = line["eval_loss"].get<double>();
+      if (evaluated_step_ < 0) first_eval_loss_ = best_eval_loss_ = loss;
+      evaluated_step_ = line["step"].get<int64_t>();
+      last_eval_loss_ = loss;
+      best_eval_loss_ = std::min(best_eval_loss_, loss);
+    }
+  write_status("running");
+}
+
+std::vector<Sequence> TrialRun::micro_batch(int64_t step, int64_t micro) const {
+  const int64_t batch = config_.train.batch_size;
+  const int64_t first = (step * config_.train.grad_accum + micro) * batch;
+  const int64_t last = std::min(first + batch, total_examples_);
+  std::vector<Sequence> sequences;
+  for (int64_t i = first; i < last; ++i) {
+    const Example& e = train_.examples[static_cast<size_t>(order_.at(i))];
+    sequences.push_back({e.input_ids, e.labels, i});
+  }
+  return sequences;
+}
+
+bool TrialRun::evaluation_due() const {
+  if (eval_ == nullptr || evaluated_step_ == progress_.step) return false;
+  const int64_t every = config_.train.eval_every;
+  return progress_.step == 0 || progress_.step == total_steps_ ||
+         (every > 0 && progress_.step % every == 0);
+}
+
+void TrialRun::record_evaluation(const Evaluation& evaluation) {
+  if (evaluated_step_ < 0) first_eval_loss_ = best_eval_loss_ = evaluation.loss;
+  evaluated_step_ = progress_.step;
+  last_eval_loss_ = evaluation.loss;
+  best_eval_loss_ = std::min(best_eval_loss_, evaluation.loss);
+  files_.append_metrics({{"step", progress_.step},
+                         {"eval_loss", evaluation.loss},
+                         {"tokens", progress_.trained_tokens}});
+  write_file_atomically(files_.dir() + "/eval.json",
+                        Json{{"step", progress_.step},
+                             {"loss", evaluation.loss},
+                             {"trained_tokens", evaluation.trained_tokens},
+                             {"example_loss", evaluation.example_loss}}
+                                .dump() +
+                            "\n");
+  files_.log(fmt::format("step {}: eval loss {:.6f} over {} tokens", progress_.step,
+                         evaluation.loss, evaluation.trained_tokens));
+}
+
+void TrialRun::update() {
+  lr_ = config_.optim.lr * schedule_factor(schedule_, progress_.step, warmup_steps_, total_steps_);
+  optimizer_->step(adapter_->parameters(), adapter_->gradients(), static_cast<float>(lr_));
+  adapter_->refresh();
+  const double norm = scalar(optimizer_->grad_norm());
+  ++progress_.step;
+  progress_.trained_tokens += window_tokens_;
+  fresh_ = false;
+  if (!std::isfinite(loss_) || !std::isfinite(norm)) {
+    // The optimizer has already left the adapter as it was before this step.
+    state_ = State::failed;
+    error_ = fmt::format("diverged at step {}: loss {}, gradient norm {}; try a lower optim.lr",
+                         progress_.step, loss_, norm);
+    files_.log(error_);
+    return;
+  }
+  if (progress_.step % config_.train.log_every == 0 || progress_.step == total_steps_)
+    files_.append_metrics({{"step", progress_.step},
+                           {"loss", loss_},
+                           {"lr", lr_},
+                           {"grad_norm", norm},
+                           {"tokens", progress_.trained_tokens}});
+}
+
+void TrialRun::write_status(const char* status, const std::string& error) {
+  const Device device = adapter_->parameters().device();
+  Json json = {
+      {"status", status},
+      {"trainable_params", adapter_->parameter_count()},
+      {"steps", progress_.step},
+      {"total_steps", total_steps_},
+      {"trained_tokens", progress_.trained_tokens},
+      {"tokens_per_s",
+       progress_.seconds > 0 ? static_cast<double>(progress_.tokens) / progress_.seconds : 0.0},
+      {"seconds", progress_.seconds},
+      {"peak_bytes", memory_account(device).peak},
+      {"gang_size", gang_size_},
+      {"device", device_description(device)}};
+  if (evaluated_step_ >= 0) {
+    json["eval_loss_0"] = first_eval_loss_;
+    json["eval_loss"] = last_eval_loss_;
+    json["best_eval_loss"] = best_eval_loss_;
+  }
+  if (!error.empty()) json["error"] = error;
+  files_.write_status(json);
+}
+
+void TrialRun::save_adapter_files() {
+  save_adapter(files_.dir() + "/adapter", *adapter_, config_.model.path);
+}
+
+Gang::Gang(Library& library, const Llama& model, std::vector<TrialRun*> trials,
+           TrainCallbacks callbacks)
+    : base_evaluations_(library.base_evaluations()),
+      trials_(std::move(trials)),
+      callbacks_(std::move(callbacks)),
+      stepper_(model, trials_.at(0)->config_.train.recompute == "full") {
+  for (TrialRun* t : trials_) t->gang_size_ = static_cast<int64_t>(trials_.size());
+}
+
+std::vector<TrialRun*> Gang::running() const {
+  std::vector<TrialRun*> left;
+  for (TrialRun* t : trials_)
+    if (t->state_ == TrialRun::State::running) left.push_back(t);
+  return left;
+}
+
+// The largest micro-batch is not known without trying them all; the one with the most tokens, made
+// of each trial's own largest, is at least as large as any that will come.
+void Gang::reserve() {
+  BatchBuilder largest;
+  for (TrialRun* t : running()) {
+    std::vector<const Example*> longest;
+    for (const Example& e : t->train_.examples) longest.push_back(&e);
+    const auto count =
+        std::min<size_t>(static_cast<size_t>(t->config_.train.batch_size), longest.size());
+    std::partial_sort(longest.begin(), longest.begin() + static_cast<std::ptrdiff_t>(count),
+                      longest.end(), [](const Example* a, const Example* b) {
+                        return a->input_ids.size() > b->input_ids.size();
+                      });
+    std::vector<Sequence> sequences;
+    for (size_t i = 0; i < count; ++i)
+      sequences.push_back({longest[i]->input_ids, longest[i]->input_ids, 0});
+    largest.add(sequences, t->adapter_.get(), true, 0.0f);
+  }
+  if (largest.tokens() > 0) stepper_.reserve(largest, true);
+}
+
+void Gang::evaluate_due() {
+  for (TrialRun* t : running()) {
+    if (!t->evaluation_due()) continue;
+    const auto known = base_evaluations_.find(t->eval_);
+    if (t->fresh_ && known != base_evaluations_.end()) {
+      t->record_evaluation(known->second);
+      continue;
+    }
+    const Evaluation result = evaluate(stepper_, *t->eval_, t->adapter_.get(), callbacks_.stop);
+    if (result.stopped) return;
+    if (t->fresh_) base_evaluations_[t->eval_] = result;
+    t->record_evaluation(result);
+  }
+}
+
+void Gang::train_step() {
+  const auto start = Clock::now();
+  const std::vector<TrialRun*> active = running();
+  int64_t micro_batches = 0;
+  for (TrialRun* t : active) {
+    micro_batches = std::max(micro_batches, t->config_.train.grad_accum);
+    fill_zero(t->adapter_->gradients());
+    t->loss_ = 0;
+    t->window_tokens_ = 0;
+    for (int64_t m = 0; m < t->config_.train.grad_accum; ++m)
+      for (const Sequence& s : t->micro_batch(t->progress_.step, m))
+        t->window_tokens_ += trained_tokens(s);
+  }
+  for (int64_t m = 0; m < micro_batches; ++m) {
+    BatchBuilder builder;
+    std::vector<std::pair<TrialRun*, double>> rows;  // whose rows follow, and their scale
+    std::vector<int64_t> counts;
+    for (TrialRun* t : active) {
+      if (m >= t->config_.train.grad_accum) continue;
+      const std::vector<Sequence> batch = t->micro_batch(t->progress_.step, m);
+      int64_t trained = 0;
+      for (const Sequence& s : batch) {
+        trained += trained_tokens(s);
+        t->progress_.tokens += static_cast<int64_t>(s.ids.size());
+      }
+      if (batch.empty()) continue;
+      // tokens: one mean over the whole window. microbatch: the mean of the micro-batches' means.
+      const double scale = t->config_.train.loss_norm == "tokens"
+                               ? 1.0 / static_cast<double>(t->window_tokens_)
+                               : 1.0 / static_cast<double>(trained * t->config_.train.grad_accum);
+      builder.add(batch, t->adapter_.get(), true, static_cast<float>(scale));
+      rows.emplace_back(t, scale);
+      counts.push_back(trained);
+    }
+    const std::vector<float> nll = stepper_.run(builder, true);
+    size_t row = 0;
+    for (size_t i = 0; i < rows.size(); ++i) {
+      double sum = 0;
+      for (int64_t j = 0; j < counts[i]; ++j) sum += nll[row++];
+      rows[i].first->loss_ += sum * rows[i].second;
+    }
+  }
+  for (TrialRun* t : active) t->update();
+  const double seconds = seconds_since(start);
+  for (TrialRun* t : active) t->progress_.seconds += seconds;
+}
+
+void Gang::run() {
+  reserve();
+  while (true) {
+    evaluate_due();
+    const bool stop = callbacks_.stop && callbacks_.stop();
+    for (TrialRun* t : running()) {
+      const bool done = t->progress_.step >= t->total_steps_ && !t->evaluation_due();
+      const int64_t every = t->config_.train.save_every;
+      if (done || stop || (every > 0 && t->progress_.step % every == 0 && t->progress_.step > 0))
+        t->files_.save_state(t->progress_, *t->adapter_, *t->optimizer_);
+      if (done) {
+        t->save_adapter_files();
+        t->state_ = TrialRun::State::finished;
+        t->files_.log("finished");
+        t->write_status("finished");
+      } else if (stop) {
+        t->state_ = TrialRun::State::interrupted;
+        t->files_.log(fmt::format("interrupted at step {}; state saved", t->progress_.step));
+        t->write_status("interrupted");
+      }
+    }
+    if (running().empty()) return;
+    train_step();
+    for (TrialRun* t : trials_) {
+      if (t->state_ == TrialRun::State::failed) t->write_status("failed", t->error_);
+      if (t->state_ != TrialRun::State::running || !callbacks_.progress) continue;
+      const double per_step = t->progress_.seconds / static_cast<double>(t->progress_.step);
+      callbacks_.progress({t->name_, t->progress_.step, t->total_steps_, t->loss_,
+                           static_cast<double>(t->progress_.tokens) / t->progress_.seconds,
+                           per_step * static_cast<double>(t->total_steps_ - t->progress_.step),
+                           t->progress_.step == t->total_steps_});
+    }
+  }
+}
+
+}  // namespace qlab

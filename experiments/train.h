@@ -1,0 +1,101 @@
+// The one training loop. It runs a gang: trials that share a base, their micro-batches concatenated
+// along tokens, each with its own adapter, optimizer, schedule and data. A single run is a gang of
+// one, and a trial's numbers are the same whatever its company.
+#pragma once
+#include <functional>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "data/order.h"
+#include "experiments/evaluate.h"
+#include "experiments/setup.h"
+#include "experiments/trial_files.h"
+#include "optim/schedule.h"
+
+namespace qlab {
+
+/// A trial in training.
+class TrialRun {
+ public:
+  /// Builds adapter and optimizer, and continues from the directory's state when it has one.
+  TrialRun(const Config& config, std::string name, const std::string& dir, Library& library,
+           const Llama& model);
+
+  enum class State : uint8_t { running, finished, failed, interrupted };
+
+  const std::string& name() const { return name_; }
+  const Config& config() const { return config_; }
+  const Adapter& adapter() const { return *adapter_; }
+  State state() const { return state_; }
+  const std::string& error() const { return error_; }
+  int64_t step() const { return progress_.step; }
+  int64_t total_steps() const { return total_steps_; }
+
+ private:
+  friend class Gang;
+
+  std::vector<Sequence> micro_batch(int64_t step, int64_t micro) const;
+  bool evaluation_due() const;
+  void record_evaluation(const Evaluation& evaluation);
+  void update();
+  void write_status(const char* status, const std::string& error = "");
+  void save_adapter_files();
+
+  Config config_;
+  std::string name_;
+  TrialFiles files_;
+  const Dataset& train_;
+  const Dataset* eval_ = nullptr;
+  ExampleOrder order_;
+  std::unique_ptr<Adapter> adapter_;
+  std::unique_ptr<AdamW> optimizer_;
+  Schedule schedule_;
+  int64_t total_examples_ = 0, total_steps_ = 0, warmup_steps_ = 0;
+  TrialProgress progress_;
+  State state_ = State::running;
+  std::string error_;
+  int64_t evaluated_step_ = -1, gang_size_ = 1;
+  double first_eval_loss_ = 0, last_eval_loss_ = 0, best_eval_loss_ = 0;
+  bool fresh_ = false;  // the adapter is still the identity: B is zero
+
+  // Of the step being taken.
+  double loss_ = 0, lr_ = 0;
+  int64_t window_tokens_ = 0;
+};
+
+/// What a run tells while it goes on.
+struct TrainProgress {
+  std::string name;
+  int64_t step, total_steps;
+  double loss, tokens_per_s, seconds_left;
+  bool last;
+};
+struct TrainCallbacks {
+  std::function<void(const TrainProgress&)> progress;
+  std::function<void(const std::string&)> note;
+  std::function<bool()> stop;  // asked between steps; true saves the state and ends the run
+};
+
+class Gang {
+ public:
+  /// Trials of one base (equal base_key) and one recompute setting.
+  Gang(Library& library, const Llama& model, std::vector<TrialRun*> trials,
+       TrainCallbacks callbacks);
+  /// Until every trial has finished, failed or was interrupted. Throws OutOfMemory before the first
+  /// step when the gang does not fit.
+  void run();
+
+ private:
+  void reserve();
+  void evaluate_due();
+  void train_step();
+  std::vector<TrialRun*> running() const;
+
+  std::map<const Dataset*, Evaluation>& base_evaluations_;
+  std::vector<TrialRun*> trials_;
+  TrainCallbacks callbacks_;
+  Stepper stepper_;
+};
+
+}  // namespace qlab

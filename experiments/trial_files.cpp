@@ -1,0 +1,142 @@
+#include "experiments/trial_files.h"
+
+#include <fcntl.h>
+#include <sys/file.h>
+#include <unistd.h>
+
+#include <chrono>
+#include <filesystem>
+#include <fstream>
+
+#include "core/ops/copy.h"
+#include "data/file.h"
+#include "data/json.h"
+#include "data/safetensors.h"
+
+namespace qlab {
+namespace {
+
+using Json = nlohmann::json;
+
+void append(const std::string& path, const std::string& text) {
+  std::ofstream file(path, std::ios::app | std::ios::binary);
+  file << text;
+  file.flush();
+  if (!file) fail("{}: cannot be written; is the disk full?", path);
+}
+
+}  // namespace
+
+TrialFiles::TrialFiles(const std::string& dir) : dir_(dir) {
+  std::error_code error;
+  std::filesystem::create_directories(dir, error);
+  if (error) fail("{}: cannot be created: {}", dir, error.message());
+  lock_ = open(path("lock").c_str(), O_CREAT | O_RDWR | O_CLOEXEC, 0644);
+  if (lock_ < 0) fail("{}: cannot be written to", dir);
+  if (flock(lock_, LOCK_EX | LOCK_NB) != 0) {
+    close(lock_);
+    fail(
+        "{}: another qlab process is running this trial; wait for it, or give --out another "
+        "directory",
+        dir);
+  }
+}
+
+TrialFiles::~TrialFiles() { close(lock_); }
+
+void TrialFiles::write_config(const std::string& yaml) {
+  write_file_atomically(path("config.yaml"), yaml);
+}
+
+std::string TrialFiles::read_status(const std::string& dir) {
+  const std::string path = dir + "/status.json";
+  if (!std::filesystem::exists(path)) return "";
+  const Json json = Json::parse(read_text_file(path), nullptr, false);
+  return json.is_object() ? json.value("status", "") : "";
+}
+
+void TrialFiles::write_status(const Json& status) {
+  write_file_atomically(path("status.json"), status.dump(2) + "\n");
+}
+
+void TrialFiles::append_metrics(const Json& line) {
+  append(path("metrics.jsonl"), line.dump() + "\n");
+}
+
+std::vector<Json> TrialFiles::read_metrics() const {
+  std::vector<Json> lines;
+  std::ifstream file(path("metrics.jsonl"));
+  for (std::string text; std::getline(file, text);) {
+    Json line = Json::parse(text, nullptr, false);
+    // A killed process may leave half a line at the end.
+    if (line.is_object() && line.contains("step")) lines.push_back(std::move(line));
+  }
+  return lines;
+}
+
+void TrialFiles::cut_metrics_after(int64_t step) {
+  std::string kept;
+  for (const Json& line : read_metrics())
+    if (line["step"].get<int64_t>() <= step) kept += line.dump() + "\n";
+  write_file_atomically(path("metrics.jsonl"), kept);
+}
+
+void TrialFiles::log(const std::string& text) {
+  const auto now = std::chrono::system_clock::to_time_t(std::chrono::system_clock::now());
+  char stamp[32];
+  std::strftime(stamp, sizeof(stamp), "%Y-%m-%d %H:%M:%S", std::localtime(&now));
+  append(path("log.txt"), fmt::format("{} {}\n", stamp, text));
+}
+
+void TrialFiles::save_state(const TrialProgress& progress, const Adapter& adapter,
+                            const AdamW& optimizer) {
+  std::filesystem::create_directories(path("state"));
+  const auto host = [](const Tensor& t) { return t.to(Device::cpu()); };
+  const std::vector<std::pair<std::string, Tensor>> tensors = {
+      {"parameters", host(adapter.parameters())},
+      {"adamw.m", host(optimizer.m())},
+      {"adamw.v", host(optimizer.v())}};
+  synchronize(adapter.parameters().device());
+  // One file holds tensors and position, so that they are replaced together.
+  write_safetensors(path("state/state.safetensors"), tensors,
+                    {{"format", "pt"},
+                     {"step", std::to_string(progress.step)},
+                     {"optimizer_steps", std::to_string(optimizer.steps())},
+                     {"trained_tokens", std::to_string(progress.trained_tokens)},
+                     {"tokens", std::to_string(progress.tokens)},
+                     {"seconds", fmt::format("{}", progress.seconds)}});
+}
+
+std::optional<TrialProgress> TrialFiles::load_state(const Adapter& adapter, AdamW& optimizer) {
+  const std::string file_path = path("state/state.safetensors");
+  if (!std::filesystem::exists(file_path)) return std::nullopt;
+  const SafetensorsFile file(file_path);
+  const auto restore = [&](const char* name, const Tensor& to) {
+    const Tensor from = file.read(name, DType::f32);
+    if (from.shape() != to.shape())
+      fail("{}: {} is {}, this trial needs {}; delete {} to start it again", file_path, name,
+           from.shape(), to.shape(), dir_);
+    copy(to, from);
+    synchronize(to.device());
+  };
+  restore("parameters", adapter.parameters());
+  restore("adamw.m", optimizer.m());
+  restore("adamw.v", optimizer.v());
+  const auto number = [&](const char* key) {
+    const auto it = file.metadata().find(key);
+    if (it == file.metadata().end())
+      fail("{}: has no {}; delete {} to start it again", file_path, key, dir_);
+    return it->second;
+  };
+  adapter.refresh();
+  optimizer.set_steps(std::stoll(number("optimizer_steps")));
+  return TrialProgress{std::stoll(number("step")), std::stoll(number("trained_tokens")),
+                       std::stoll(number("tokens")), std::stod(number("seconds"))};
+}
+
+void TrialFiles::remove_state() {
+  std::error_code ignored;
+  std::filesystem::remove_all(path("state"), ignored);
+}
+
+}  // namespace qlab

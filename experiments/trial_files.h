@@ -1,0 +1,57 @@
+// One trial's directory: config.yaml, metrics.jsonl, log.txt, status.json, state/, adapter/. Every
+// file is replaced atomically or only appended to, so that a trial killed at any instant continues
+// from its last state with the same numbers.
+#pragma once
+#include <map>
+#include <nlohmann/json.hpp>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "nn/lora.h"
+#include "optim/optimizer.h"
+
+namespace qlab {
+
+/// Where a trial stands; what is saved beside its tensors.
+struct TrialProgress {
+  int64_t step = 0;            // optimizer steps done
+  int64_t trained_tokens = 0;  // so far
+  int64_t tokens = 0;          // passed through the model in training, prompts included
+  double seconds = 0;          // spent in training steps
+};
+
+class TrialFiles {
+ public:
+  /// Takes the directory for this process; Error when another process works in it.
+  explicit TrialFiles(const std::string& dir);
+  ~TrialFiles();
+  TrialFiles(const TrialFiles&) = delete;
+  TrialFiles& operator=(const TrialFiles&) = delete;
+
+  const std::string& dir() const { return dir_; }
+  void write_config(const std::string& yaml);
+
+  /// status.json's "status": finished, failed, interrupted, running; "" when there is none.
+  static std::string read_status(const std::string& dir);
+  void write_status(const nlohmann::json& status);
+
+  void append_metrics(const nlohmann::json& line);
+  /// Lines of metrics.jsonl; with `cut`, those of later steps are removed from the file.
+  std::vector<nlohmann::json> read_metrics() const;
+  void cut_metrics_after(int64_t step);
+
+  void log(const std::string& text);
+
+  void save_state(const TrialProgress& progress, const Adapter& adapter, const AdamW& optimizer);
+  /// nullopt when there is none.
+  std::optional<TrialProgress> load_state(const Adapter& adapter, AdamW& optimizer);
+  void remove_state();
+
+ private:
+  std::string path(const char* name) const { return dir_ + "/" + name; }
+  std::string dir_;
+  int lock_ = -1;
+};
+
+}  // namespace qlab

@@ -1,0 +1,35 @@
+#include "optim/optimizer.h"
+
+#include <cmath>
+
+namespace qlab {
+
+AdamW::AdamW(const AdamWConfig& config, int64_t parameters, Device device) : config_(config) {
+  const MemoryTag tag(Category::optimizer);
+  m_ = Tensor::zeros({parameters}, DType::f32, device);
+  v_ = Tensor::zeros({parameters}, DType::f32, device);
+  norm_ = Tensor::zeros({1}, DType::f32, device);
+}
+
+void AdamW::step(const Tensor& parameters, const Tensor& gradients, float lr) {
+  ++steps_;
+  const auto t = static_cast<double>(steps_);
+  const AdamWStep s{
+      lr,
+      config_.beta1,
+      config_.beta2,
+      config_.eps,
+      config_.weight_decay,
+      static_cast<float>(1.0 - std::pow(static_cast<double>(config_.beta1), t)),
+      static_cast<float>(std::sqrt(1.0 - std::pow(static_cast<double>(config_.beta2), t))),
+      config_.max_grad_norm};
+  const MemoryTag tag(Category::workspace);
+  const Tensor step =
+      Tensor::from_vector<float>({s.lr, s.beta1, s.beta2, s.eps, s.weight_decay, s.correction1,
+                                  s.correction2_sqrt, s.max_grad_norm},
+                                 {8}, parameters.device());
+  qlab::grad_norm(norm_, gradients);
+  adamw(parameters, m_, v_, gradients, step, norm_);
+}
+
+}  // namespace qlab
