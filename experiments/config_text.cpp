@@ -3,31 +3,20 @@
 #include <fmt/ranges.h>
 
 #include <algorithm>
-#include <cctype>
 
 #include "experiments/config_fields.h"
+#include "experiments/yaml_input.h"
 
 namespace qlab {
 namespace {
 
-std::string quoted(const std::string& text) {
-  const bool plain = std::all_of(text.begin(), text.end(), [](unsigned char c) {
-    return std::isalnum(c) ||
-           std::string_view("_./-()").find(static_cast<char>(c)) != std::string_view::npos;
-  });
-  if (plain && std::isalpha(static_cast<unsigned char>(text[0])) && text != "null") return text;
-  YAML::Emitter out;
-  out << YAML::DoubleQuoted << text;
-  return out.c_str();
-}
-
 struct ToYaml {
   const std::string& text;
-  std::string operator()(const std::string*) const { return quoted(text); }
+  std::string operator()(const std::string*) const { return yaml_text(text); }
   std::string operator()(const Targets* targets) const {
-    if (!targets->pattern.empty()) return quoted(targets->pattern);
+    if (!targets->pattern.empty()) return yaml_text(targets->pattern);
     std::vector<std::string> names;
-    for (const std::string& name : targets->names) names.push_back(quoted(name));
+    for (const std::string& name : targets->names) names.push_back(yaml_text(name));
     return fmt::format("[{}]", fmt::join(names, ", "));
   }
   template <class T>

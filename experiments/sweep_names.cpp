@@ -156,7 +156,7 @@ std::vector<int> shard(const std::string& text, int trials) {
 }
 
 std::string trial_table(const Sweep& sweep) {
-  std::vector<std::vector<std::string>> rows{{"TRIAL"}};
+  std::vector<std::vector<std::string>> rows{{"trial"}};
   for (const std::string& key : sweep.swept_keys) rows[0].push_back(key);
   rows[0].push_back("seed");
   for (const Trial& trial : sweep.trials) {
@@ -165,16 +165,20 @@ std::string trial_table(const Sweep& sweep) {
     row.push_back(std::to_string(trial.seed));
     rows.push_back(std::move(row));
   }
-  std::vector<size_t> widths(rows[0].size());
+  return fmt::format("{}: {} trials ({})\n", sweep.name, sweep.trials.size(), sweep.method) +
+         aligned_table(rows);
+}
+
+std::string aligned_table(const std::vector<std::vector<std::string>>& rows) {
+  std::vector<size_t> widths(rows.at(0).size());
   for (const auto& row : rows) {
     for (size_t i = 0; i < row.size(); ++i) widths[i] = std::max(widths[i], row[i].size());
   }
-  std::string out =
-      fmt::format("{}: {} trials ({})\n", sweep.name, sweep.trials.size(), sweep.method);
+  std::string out;
   for (const auto& row : rows) {
     std::string line;
     for (size_t i = 0; i < row.size(); ++i) line += fmt::format("{:<{}}  ", row[i], widths[i]);
-    while (line.back() == ' ') line.pop_back();
+    while (!line.empty() && line.back() == ' ') line.pop_back();
     out += line + "\n";
   }
   return out;

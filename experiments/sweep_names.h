@@ -1,4 +1,4 @@
-// Names of trials, private to sweep.cpp.
+// Names of trials and tables of them; private to sweep.cpp and report.cpp.
 #pragma once
 #include <string>
 #include <vector>
@@ -9,5 +9,8 @@ namespace qlab {
 
 /// Names every trial after the swept values that vary, except those of `derived` keys.
 void name_trials(Sweep& sweep, const std::vector<std::string>& derived);
+
+/// Columns padded to equal width; the first row is the head.
+std::string aligned_table(const std::vector<std::vector<std::string>>& rows);
 
 }  // namespace qlab

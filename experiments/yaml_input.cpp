@@ -1,8 +1,11 @@
 #include "experiments/yaml_input.h"
 
+#include <algorithm>
+#include <cctype>
 #include <charconv>
 #include <cmath>
 #include <filesystem>
+#include <string_view>
 
 #include "core/error.h"
 
@@ -91,6 +94,17 @@ YAML::Node option_value(const std::string& text) {
   } catch (const YAML::Exception&) {
     return YAML::Node(text);
   }
+}
+
+std::string yaml_text(const std::string& text) {
+  const bool plain = std::all_of(text.begin(), text.end(), [](unsigned char c) {
+    return std::isalnum(c) ||
+           std::string_view("_./-()").find(static_cast<char>(c)) != std::string_view::npos;
+  });
+  if (plain && std::isalpha(static_cast<unsigned char>(text[0])) && text != "null") return text;
+  YAML::Emitter out;
+  out << YAML::DoubleQuoted << text;
+  return out.c_str();
 }
 
 std::string beside(const std::string& path, const std::string& file) {

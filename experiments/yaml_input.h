@@ -34,6 +34,9 @@ std::pair<std::string, std::string> split_option(const std::string& option);
 /// The value of an option: YAML where it reads as YAML, otherwise the text itself.
 YAML::Node option_value(const std::string& text);
 
+/// `text` as a YAML scalar, quoted where it could be read as something else.
+std::string yaml_text(const std::string& text);
+
 /// `path` itself when it is absolute or exists; otherwise the one beside `file` when that exists.
 std::string beside(const std::string& path, const std::string& file);
 

@@ -1,0 +1,235 @@
+#include "experiments/report_data.h"
+
+#include <algorithm>
+#include <cmath>
+#include <filesystem>
+#include <fstream>
+#include <nlohmann/json.hpp>
+#include <set>
+
+#include "core/error.h"
+#include "experiments/config.h"
+#include "experiments/config_fields.h"
+#include "experiments/yaml_input.h"
+
+namespace qlab {
+namespace {
+
+namespace fs = std::filesystem;
+using Json = nlohmann::json;
+
+std::string text_at(const YAML::Node& map, const std::string& key) {
+  const YAML::Node node = map[key];
+  return node && node.IsScalar() ? node.Scalar() : "";
+}
+
+std::optional<double> number_at(const Json& json, const char* key) {
+  const auto it = json.find(key);
+  if (it == json.end() || !it->is_number()) return std::nullopt;
+  return it->get<double>();
+}
+
+std::string string_at(const Json& json, const char* key) {
+  const auto it = json.find(key);
+  return it != json.end() && it->is_string() ? it->get<std::string>() : "";
+}
+
+void read_metrics(const std::string& file, TrialResult& trial) {
+  std::ifstream in(file);
+  for (std::string line; std::getline(in, line);) {
+    const Json json = Json::parse(line, nullptr, false);
+    if (!json.is_object()) continue;  // a line that was being written
+    const auto step = number_at(json, "step");
+    if (!step) continue;
+    const double tokens = number_at(json, "tokens").value_or(0);
+    if (const auto loss = number_at(json, "loss")) trial.train.push_back({*step, tokens, *loss});
+    if (const auto loss = number_at(json, "eval_loss")) {
+      trial.eval.push_back({*step, tokens, *loss});
+    }
+  }
+}
+
+void read_status(const std::string& file, TrialResult& trial) {
+  std::ifstream in(file);
+  const Json json = in ? Json::parse(in, nullptr, false) : Json();
+  if (!json.is_object()) return;
+  trial.status = string_at(json, "status");
+  trial.error = string_at(json, "error");
+  trial.trainable_params = number_at(json, "trainable_params");
+  trial.steps = number_at(json, "steps");
+  trial.trained_tokens = number_at(json, "trained_tokens");
+  trial.tokens_per_s = number_at(json, "tokens_per_s");
+  trial.peak_bytes = number_at(json, "peak_bytes");
+  trial.gang_size = number_at(json, "gang_size");
+}
+
+/// Mean of the loss over the last tenth of the steps, at least one.
+std::optional<double> last_tenth(const std::vector<LossPoint>& train) {
+  if (train.empty()) return std::nullopt;
+  const double last = train.back().step;
+  const double from = last - std::max(1.0, std::floor(last / 10));
+  double sum = 0, count = 0;
+  for (const LossPoint& p : train) {
+    if (p.step > from) sum += p.loss, count += 1;
+  }
+  return sum / count;
+}
+
+void read_trial(const std::string& dir, TrialResult& trial) {
+  trial.status = "pending";
+  if (!fs::is_directory(dir)) return;
+  read_status(dir + "/status.json", trial);
+  read_metrics(dir + "/metrics.jsonl", trial);
+  trial.train_loss = last_tenth(trial.train);
+  if (!trial.train.empty() && !trial.steps) trial.steps = trial.train.back().step;
+  if (!trial.train.empty() && !trial.trained_tokens) {
+    trial.trained_tokens = trial.train.back().tokens;
+  }
+  for (const LossPoint& p : trial.eval) {
+    if (p.step == 0) trial.eval_loss_0 = p.loss;
+    trial.best_eval_loss = std::min(trial.best_eval_loss.value_or(p.loss), p.loss);
+  }
+  if (trial.status == "finished" && !trial.eval.empty()) trial.eval_loss = trial.eval.back().loss;
+}
+
+/// Settings that are equal in every trial; none when a plan of another version does not read.
+void read_shared(const YAML::Node& trials, Results& results) {
+  std::map<std::string, std::set<std::string>> values;
+  try {
+    for (const auto& trial : trials) {
+      const Config config = parse_config(trial["config"], "plan.yaml");
+      for (const Field& field : config_fields()) {
+        if (!field.hidden) values[field.key].insert(field_text(field, config));
+      }
+    }
+  } catch (const std::exception&) {
+    return;
+  }
+  for (const Field& field : config_fields()) {
+    const auto& seen = values[field.key];
+    if (seen.size() == 1 && !seen.begin()->empty()) {
+      results.shared.emplace_back(field.key, *seen.begin());
+    }
+  }
+}
+
+void note_strangers(const std::string& dir, Results& results) {
+  std::set<std::string> known;
+  for (const TrialResult& trial : results.trials) known.insert(trial.directory);
+  int strangers = 0;
+  std::error_code ignored;
+  for (const auto& entry : fs::directory_iterator(dir + "/trials", ignored)) {
+    strangers += entry.is_directory() && known.count(entry.path().filename().string()) == 0;
+  }
+  if (strangers == 0) return;
+  results.notes.push_back(
+      fmt::format("{} other directories in {}/trials are not part of plan.yaml and not reported",
+                  strangers, dir));
+}
+
+}  // namespace
+
+Results read_results(const std::string& dir) {
+  const std::string file = dir + "/plan.yaml";
+  if (!fs::exists(file)) fail("{}: there is no plan.yaml: not a results directory of qlab", dir);
+  const YAML::Node plan = load_yaml(file);
+  Results results;
+  const YAML::Node sweep = plan["sweep"], trials = plan["trials"];
+  if (!sweep || !sweep.IsMap() || !trials || !trials.IsSequence()) {
+    fail("{}: sweep or trials is missing: not a plan of qlab", file);
+  }
+  results.name = text_at(sweep, "name");
+  results.method = text_at(sweep, "method");
+  results.metric = text_at(sweep, "metric");
+  results.goal = text_at(sweep, "goal");
+  for (const auto& key : sweep["swept_keys"]) results.keys.push_back(key.as<std::string>(""));
+  for (const auto& pair : plan["environment"]) {
+    results.environment[pair.first.as<std::string>("")] = pair.second.as<std::string>("");
+  }
+  std::set<std::string> seeds;
+  for (const auto& node : trials) {
+    TrialResult trial;
+    trial.name = text_at(node, "name");
+    trial.directory = text_at(node, "directory");
+    trial.seed = text_at(node, "seed");
+    for (const std::string& key : results.keys) {
+      trial.swept.push_back(node["swept"] ? text_at(node["swept"], key) : "");
+    }
+    read_trial(dir + "/trials/" + trial.directory, trial);
+    seeds.insert(trial.seed);
+    results.trials.push_back(std::move(trial));
+  }
+  results.several_seeds = seeds.size() > 1;
+  read_shared(trials, results);
+  note_strangers(dir, results);
+  return results;
+}
+
+const std::vector<Column>& summary_columns() {
+  static const std::vector<Column> columns{{"trainable_params", &TrialResult::trainable_params},
+                                           {"steps", &TrialResult::steps},
+                                           {"trained_tokens", &TrialResult::trained_tokens},
+                                           {"train_loss", &TrialResult::train_loss},
+                                           {"eval_loss", &TrialResult::eval_loss},
+                                           {"eval_loss_0", &TrialResult::eval_loss_0},
+                                           {"best_eval_loss", &TrialResult::best_eval_loss},
+                                           {"tokens_per_s", &TrialResult::tokens_per_s},
+                                           {"peak_bytes", &TrialResult::peak_bytes},
+                                           {"gang_size", &TrialResult::gang_size}};
+  return columns;
+}
+
+std::optional<double> metric_of(const Results& results, const TrialResult& trial) {
+  for (const Column& column : summary_columns()) {
+    if (results.metric == column.name) return trial.*column.value;
+  }
+  return trial.eval_loss;
+}
+
+std::vector<const TrialResult*> ranked(const Results& results) {
+  std::vector<const TrialResult*> order;
+  for (const TrialResult& trial : results.trials) order.push_back(&trial);
+  const double sign = results.goal == "maximize" ? -1 : 1;
+  std::stable_sort(order.begin(), order.end(), [&](const TrialResult* a, const TrialResult* b) {
+    const auto x = metric_of(results, *a), y = metric_of(results, *b);
+    return x && (!y || sign * *x < sign * *y);
+  });
+  return order;
+}
+
+std::vector<SeedGroup> seed_groups(const Results& results) {
+  std::vector<SeedGroup> groups;
+  std::map<std::vector<std::string>, size_t> index;
+  for (const TrialResult& trial : results.trials) {
+    const auto [it, fresh] = index.emplace(trial.swept, groups.size());
+    if (fresh) groups.push_back({trial.swept, {}});
+    groups[it->second].trials.push_back(&trial);
+  }
+  std::optional<double> TrialResult::*metric = &TrialResult::eval_loss;
+  for (const Column& column : summary_columns()) {
+    if (results.metric == column.name) metric = column.value;
+  }
+  const double sign = results.goal == "maximize" ? -1 : 1;
+  std::stable_sort(groups.begin(), groups.end(), [&](const SeedGroup& a, const SeedGroup& b) {
+    const auto x = spread(a, metric).mean, y = spread(b, metric).mean;
+    return x && (!y || sign * *x < sign * *y);
+  });
+  return groups;
+}
+
+Spread spread(const SeedGroup& group, std::optional<double> TrialResult::*value) {
+  Spread result;
+  double sum = 0, squares = 0;
+  for (const TrialResult* trial : group.trials) {
+    if (trial->*value) sum += *(trial->*value), ++result.n;
+  }
+  if (result.n == 0) return result;
+  result.mean = sum / result.n;
+  for (const TrialResult* trial : group.trials) {
+    if (trial->*value) squares += std::pow(*(trial->*value) - *result.mean, 2);
+  }
+  if (result.n > 1) result.deviation = std::sqrt(squares / (result.n - 1));
+  return result;
+}
+
+}  // namespace qlab

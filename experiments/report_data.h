@@ -1,0 +1,64 @@
+// What a results directory holds, read leniently: a trial may be missing, half-written or running.
+#pragma once
+#include <map>
+#include <optional>
+#include <string>
+#include <utility>
+#include <vector>
+
+namespace qlab {
+
+struct LossPoint {
+  double step, tokens, loss;
+};
+
+struct TrialResult {
+  std::string name, directory, error;
+  std::string status;  // as in status.json, or "pending"
+  std::string seed;
+  std::vector<std::string> swept;  // as Results::keys
+  std::optional<double> trainable_params, steps, trained_tokens, train_loss, eval_loss, eval_loss_0,
+      best_eval_loss, tokens_per_s, peak_bytes, gang_size;
+  std::vector<LossPoint> train, eval;
+};
+
+/// Trials that differ in their seed alone.
+struct SeedGroup {
+  std::vector<std::string> swept;
+  std::vector<const TrialResult*> trials;
+};
+
+struct Results {
+  std::string name, method, metric, goal;
+  std::vector<std::string> keys;  // swept
+  std::map<std::string, std::string> environment;
+  std::vector<std::pair<std::string, std::string>> shared;  // settings that no trial changes
+  std::vector<TrialResult> trials;                          // in the order of the plan
+  bool several_seeds = false;
+  std::vector<std::string> notes;
+};
+
+/// Error when there is no plan.yaml.
+Results read_results(const std::string& dir);
+
+/// The measured columns of the summary, in order; seed and status are texts beside them.
+struct Column {
+  const char* name;
+  std::optional<double> TrialResult::*value;
+};
+const std::vector<Column>& summary_columns();
+std::optional<double> metric_of(const Results& results, const TrialResult& trial);
+
+/// Best metric first, trials without one last.
+std::vector<const TrialResult*> ranked(const Results& results);
+/// By their mean metric, best first.
+std::vector<SeedGroup> seed_groups(const Results& results);
+
+/// Mean and sample deviation of what is there; deviation needs two.
+struct Spread {
+  int n = 0;
+  std::optional<double> mean, deviation;
+};
+Spread spread(const SeedGroup& group, std::optional<double> TrialResult::*value);
+
+}  // namespace qlab

@@ -1,0 +1,18 @@
+// report.html, private to report.cpp.
+#pragma once
+#include <string>
+
+#include "experiments/report_data.h"
+
+namespace qlab {
+
+/// One page that opens offline. `chart_js` is the text of Chart.js 3 or 4; "" leaves out the charts
+/// and says why.
+std::string report_page(const Results& results, const std::string& chart_js);
+
+// The page's own parts, in report_assets.cpp.
+extern const char* const report_style;
+extern const char* const report_body;
+extern const char* const report_script;
+
+}  // namespace qlab

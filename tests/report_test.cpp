@@ -1,0 +1,208 @@
+#include "experiments/report.h"
+
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+
+#include <cstdlib>
+#include <filesystem>
+#include <fstream>
+#include <nlohmann/json.hpp>
+#include <sstream>
+
+#include "core/error.h"
+
+namespace qlab {
+namespace {
+
+namespace fs = std::filesystem;
+using testing::HasSubstr;
+using testing::Not;
+
+std::string read(const fs::path& path) {
+  std::stringstream text;
+  text << std::ifstream(path).rdbuf();
+  return text.str();
+}
+
+std::vector<std::string> lines(const std::string& text) {
+  std::vector<std::string> out;
+  std::stringstream in(text);
+  for (std::string line; std::getline(in, line);) out.push_back(line);
+  return out;
+}
+
+class ReportTest : public testing::Test {
+ protected:
+  ReportTest() : dir_(fs::path(testing::TempDir()) / "report_test") {
+    fs::remove_all(dir_);
+    fs::create_directories(dir_);
+    std::ofstream(dir_ / "chart.js") << "/* CHART */ var x = '</script>';";
+    setenv("QLAB_CHARTJS", (dir_ / "chart.js").c_str(), 1);
+  }
+  ~ReportTest() override {
+    unsetenv("QLAB_CHARTJS");
+    fs::remove_all(dir_);
+  }
+
+  /// Two ranks and a list of modules that needs quoting, two seeds; nothing has run.
+  void plan() {
+    std::ofstream(dir_ / "sweep.yaml") << R"(
+name: "ranks <b>"
+base:
+  model: {path: "synthetic:tiny"}
+  data: {train: synthetic, eval: synthetic}
+  train: {steps: 20}
+seeds: [0, 1]
+parameters:
+  lora.r: {values: [4, 8]}
+  lora.targets: {values: [[q_proj, v_proj]]}
+)";
+    sweep_ = load_sweep((dir_ / "sweep.yaml").string(), {});
+    std::vector<std::string> directories;
+    for (size_t i = 0; i < sweep_.trials.size(); ++i) {
+      directories.push_back("0000000" + std::to_string(i) + "-" + sweep_.trials[i].name);
+    }
+    write_plan(out(), sweep_, directories, {{"commit", "abc: 1"}, {"device", "a \"CPU\""}});
+  }
+
+  std::string out() const { return (dir_ / "out").string(); }
+  fs::path trial_dir(size_t i) const {
+    return fs::path(out()) / "trials" /
+           ("0000000" + std::to_string(i) + "-" + sweep_.trials[i].name);
+  }
+
+  /// `steps` losses that fall from `start` by 0.1 a step, evaluated first and last.
+  void run(size_t i, int steps, double start, const std::string& status) {
+    fs::create_directories(trial_dir(i));
+    std::ofstream metrics(trial_dir(i) / "metrics.jsonl");
+    metrics << nlohmann::json{{"step", 0}, {"eval_loss", start}, {"tokens", 0}}.dump() << "\n";
+    for (int s = 1; s <= steps; ++s) {
+      const double loss = start - 0.1 * s;
+      metrics
+          << nlohmann::json{{"step", s}, {"loss", loss}, {"lr", 1e-4}, {"tokens", 100 * s}}.dump()
+          << "\n";
+    }
+    const double last = start - 0.1 * steps;
+    metrics << nlohmann::json{{"step", steps}, {"eval_loss", last}, {"tokens", 100 * steps}}.dump()
+            << "\n";
+    nlohmann::json json{{"status", status},       {"trainable_params", 1000},
+                        {"steps", steps},         {"trained_tokens", 100 * steps},
+                        {"tokens_per_s", 1234.5}, {"peak_bytes", 1500000000},
+                        {"gang_size", 2}};
+    if (status == "failed") json["error"] = "diverged at step 3: loss nan </script><b>";
+    std::ofstream(trial_dir(i) / "status.json") << json.dump();
+  }
+
+  fs::path dir_;
+  Sweep sweep_;
+};
+
+TEST_F(ReportTest, CsvHasOneRowPerTrialInTheOrderOfThePlan) {
+  plan();
+  run(0, 20, 4.0, "finished");
+  run(1, 20, 3.5, "finished");
+  run(2, 3, 5.0, "failed");
+  write_report(out());
+  const auto rows = lines(read(fs::path(out()) / "summary.csv"));
+  ASSERT_EQ(rows.size(), 5u);
+  EXPECT_EQ(rows[0],
+            "trial,lora.r,lora.targets,seed,trainable_params,steps,trained_tokens,train_loss,"
+            "eval_loss,eval_loss_0,best_eval_loss,tokens_per_s,peak_bytes,gang_size,status");
+  EXPECT_EQ(rows[1],
+            "r4-s0,4,\"[q_proj, v_proj]\",0,1000,20,2000,2.05,2,4,2,1234.5,1500000000,2,finished");
+  EXPECT_THAT(rows[3], HasSubstr(",5,4.7,1234.5,1500000000,2,failed"));  // no eval_loss at the end
+  EXPECT_EQ(rows[4], "r8-s1,8,\"[q_proj, v_proj]\",1,,,,,,,,,,,pending");
+}
+
+TEST_F(ReportTest, MarkdownIsSortedAndAveragesOverSeeds) {
+  plan();
+  run(0, 20, 4.0, "finished");
+  run(1, 20, 3.5, "finished");
+  run(2, 20, 3.0, "finished");
+  run(3, 3, 5.0, "failed");
+  write_report(out());
+  const std::string text = read(fs::path(out()) / "summary.md");
+  EXPECT_LT(text.find("| r8-s0 |"), text.find("| r4-s1 |"));
+  EXPECT_LT(text.find("| r4-s1 |"), text.find("| r4-s0 |"));
+  EXPECT_LT(text.find("| r4-s0 |"), text.find("| r8-s1 |"));
+  EXPECT_THAT(text, HasSubstr("| 4 | [q_proj, v_proj] | 2 | 1.8000 ± 0.3536 | 1.7500 ± 0.3536 |"));
+  EXPECT_THAT(text, HasSubstr("- r8-s1: diverged at step 3"));
+  EXPECT_THAT(text, HasSubstr("1.50 GB"));
+  EXPECT_THAT(summary_table(out()), HasSubstr("r8-s0  1,000"));
+}
+
+TEST_F(ReportTest, PageIsSelfContainedAndSafe) {
+  plan();
+  run(0, 20, 4.0, "finished");
+  run(2, 3, 5.0, "failed");
+  const ReportResult result = write_report(out());
+  EXPECT_TRUE(result.notes.empty());
+  EXPECT_EQ(result.files.size(), 3u);
+  const std::string page = read(fs::path(out()) / "report.html");
+  EXPECT_THAT(page, HasSubstr("/* CHART */"));
+  EXPECT_THAT(page, HasSubstr("<title>ranks &lt;b>"));
+  EXPECT_THAT(page, Not(HasSubstr("src=")));
+  EXPECT_THAT(page, Not(HasSubstr("href=")));
+  EXPECT_THAT(page, Not(HasSubstr("</script><b>")));
+  EXPECT_THAT(page, HasSubstr("diverged at step 3: loss nan \\u003c/script>"));
+  size_t closing = 0;
+  for (size_t at = 0; (at = page.find("</script", at)) != std::string::npos; ++at) ++closing;
+  EXPECT_EQ(closing, 3u);
+  const std::string begin = "id=\"data\">";
+  const size_t from = page.find(begin) + begin.size();
+  const auto data = nlohmann::json::parse(page.substr(from, page.find("</script>", from) - from));
+  EXPECT_EQ(data["trials"].size(), 4u);
+  EXPECT_EQ(data["trials"][0]["train"].size(), 20u);
+  EXPECT_EQ(data["trials"][0]["eval"], nlohmann::json::parse("[[0,0,4.0],[20,2000,2.0]]"));
+  EXPECT_EQ(data["trials"][1]["eval_loss"], nullptr);
+  EXPECT_EQ(data["environment"]["device"], "a \"CPU\"");
+}
+
+TEST_F(ReportTest, LongCurvesAreThinned) {
+  plan();
+  run(0, 5000, 1000.0, "finished");
+  write_report(out());
+  const std::string page = read(fs::path(out()) / "report.html");
+  const size_t from = page.find("id=\"data\">") + 10;
+  const auto data = nlohmann::json::parse(page.substr(from, page.find("</script>", from) - from));
+  EXPECT_EQ(data["trials"][0]["train"].size(), 600u);
+  EXPECT_EQ(data["trials"][0]["train"][599][0], 5000);
+}
+
+TEST_F(ReportTest, WithoutChartJsTheRestIsWritten) {
+  plan();
+  run(0, 20, 4.0, "finished");
+  setenv("QLAB_CHARTJS", (dir_ / "gone.js").c_str(), 1);
+  const ReportResult result = write_report(out());
+  ASSERT_EQ(result.notes.size(), 1u);
+  EXPECT_THAT(result.notes[0], HasSubstr("apt-get install libjs-chart.js"));
+  EXPECT_EQ(result.files.size(), 3u);
+  EXPECT_THAT(read(fs::path(out()) / "report.html"), HasSubstr("libjs-chart.js"));
+}
+
+TEST_F(ReportTest, HalfWrittenTrialsDoNotStopTheReport) {
+  plan();
+  run(0, 20, 4.0, "finished");
+  fs::create_directories(trial_dir(1));
+  std::ofstream(trial_dir(1) / "status.json") << "{\"status\": \"fin";
+  std::ofstream(trial_dir(1) / "metrics.jsonl")
+      << "{\"step\":1,\"loss\":2.5,\"tokens\":7}\n{\"step\":2,\"loss\":null,\"tokens\":9}\n"
+      << "[1]\nnot json\n{\"step\":3,\"lo";
+  std::ofstream(trial_dir(2)) << "a file where a directory should be";
+  fs::create_directories(fs::path(out()) / "trials" / "ffffffff-older");
+  const ReportResult result = write_report(out());
+  ASSERT_EQ(result.notes.size(), 1u);
+  EXPECT_THAT(result.notes[0], HasSubstr("1 other directories"));
+  const auto rows = lines(read(fs::path(out()) / "summary.csv"));
+  EXPECT_EQ(rows[2], "r4-s1,4,\"[q_proj, v_proj]\",1,,1,7,2.5,,,,,,,pending");
+}
+
+TEST_F(ReportTest, NotAResultsDirectory) {
+  EXPECT_THROW(write_report(out()), Error);
+  fs::create_directories(out());
+  std::ofstream(fs::path(out()) / "plan.yaml") << "a: 1";
+  EXPECT_THROW(write_report(out()), Error);
+}
+
+}  // namespace
+}  // namespace qlab
