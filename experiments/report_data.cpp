@@ -146,6 +146,7 @@ Results read_results(const std::string& dir) {
   for (const auto& pair : plan["environment"]) {
     results.environment[pair.first.as<std::string>("")] = pair.second.as<std::string>("");
   }
+  results.environment["sweep"] = text_at(sweep, "source");
   std::set<std::string> seeds;
   for (const auto& node : trials) {
     TrialResult trial;

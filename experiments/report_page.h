@@ -10,7 +10,7 @@ namespace qlab {
 /// and says why.
 std::string report_page(const Results& results, const std::string& chart_js);
 
-// The page's own parts, in report_assets.cpp.
+// The page's own parts, in report_style.cpp and report_script.cpp.
 extern const char* const report_style;
 extern const char* const report_body;
 extern const char* const report_script;

@@ -2,154 +2,12 @@
 
 namespace qlab {
 
-const char* const report_style = R"css(
-:root {
-  color-scheme: light dark;
-  --bg: #f6f7f9; --card: #ffffff; --ink: #1c2430; --soft: #5d6b7c; --line: #dfe4ea;
-  --grid: #e8ecf1; --accent: #2f5fd0; --mark: #eef3ff; --good: #1f8a4c; --bad: #c23b3b;
-  --warn: #a86b00;
-}
-@media (prefers-color-scheme: dark) {
-  :root {
-    --bg: #12161c; --card: #1a2029; --ink: #e6ebf2; --soft: #97a4b5; --line: #2c3541;
-    --grid: #28313c; --accent: #86a9ff; --mark: #202c44; --good: #5cc98a; --bad: #ff8080;
-    --warn: #e0ae5a;
-  }
-}
-* { box-sizing: border-box; }
-body {
-  margin: 0; background: var(--bg); color: var(--ink);
-  font: 15px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "Noto Sans", sans-serif;
-}
-main { max-width: 1280px; margin: 0 auto; padding: 28px 24px 48px; }
-h1 { font-size: 26px; margin: 0 0 6px; letter-spacing: -0.01em; }
-h2 { font-size: 17px; margin: 0; }
-.sub { color: var(--soft); margin: 0 0 14px; }
-.facts { display: flex; flex-wrap: wrap; gap: 4px 26px; margin: 0 0 22px; font-size: 13.5px; }
-.facts div { display: flex; gap: 7px; }
-.facts dt { color: var(--soft); }
-.facts dd { margin: 0; overflow-wrap: anywhere; }
-.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(200px, 1fr)); gap: 14px; }
-.tile, section {
-  background: var(--card); border: 1px solid var(--line); border-radius: 10px;
-}
-.tile { padding: 13px 16px; }
-.tile .label { color: var(--soft); font-size: 13px; }
-.tile .value { font-size: 22px; font-weight: 600; font-variant-numeric: tabular-nums; }
-.tile .note { color: var(--soft); font-size: 13px; overflow-wrap: anywhere; }
-section { margin-top: 18px; padding: 16px 18px 18px; }
-.bar { display: flex; flex-wrap: wrap; align-items: center; gap: 8px 18px; margin-bottom: 12px; }
-.bar h2 { margin-right: auto; }
-.choice { display: inline-flex; border: 1px solid var(--line); border-radius: 7px; }
-.choice button {
-  border: 0; background: none; color: var(--soft); font: inherit; font-size: 13px;
-  padding: 3px 11px; cursor: pointer; border-radius: 6px;
-}
-.choice button[aria-pressed="true"] { background: var(--mark); color: var(--accent); }
-label { font-size: 13px; color: var(--soft); display: inline-flex; gap: 6px; align-items: center; }
-select {
-  font: inherit; color: var(--ink); background: var(--card); border: 1px solid var(--line);
-  border-radius: 7px; padding: 2px 6px;
-}
-input[type="range"] { width: 110px; accent-color: var(--accent); }
-.curves { display: grid; grid-template-columns: minmax(0, 1fr) 250px; gap: 18px; }
-.plot { position: relative; height: 430px; }
-.legend { max-height: 430px; overflow-y: auto; font-size: 13px; margin: 0; padding: 0; }
-.legend li {
-  list-style: none; display: flex; gap: 8px; align-items: center; padding: 2px 6px;
-  border-radius: 6px; cursor: pointer;
-}
-.legend li:hover { background: var(--mark); }
-.legend li.off { opacity: 0.4; }
-.legend .text { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
-.dot { flex: none; width: 11px; height: 11px; border-radius: 50%; display: inline-block; }
-.hint { color: var(--soft); font-size: 13px; margin: 8px 0 0; }
-.keys { display: grid; grid-template-columns: repeat(auto-fill, minmax(330px, 1fr)); gap: 18px; }
-.keys .plot { height: 270px; }
-.scroll { overflow-x: auto; max-height: 640px; }
-table { border-collapse: collapse; width: 100%; font-size: 13.5px; }
-th, td { padding: 6px 11px; text-align: left; white-space: nowrap; }
-th {
-  position: sticky; top: 0; background: var(--card); color: var(--soft); font-weight: 600;
-  border-bottom: 2px solid var(--line); cursor: pointer; user-select: none;
-}
-th[aria-sort="ascending"]::after { content: " \2191"; }
-th[aria-sort="descending"]::after { content: " \2193"; }
-td { border-bottom: 1px solid var(--line); }
-tbody tr:last-child td { border-bottom: 0; }
-tbody tr:hover td { background: var(--mark); }
-.num { text-align: right; font-variant-numeric: tabular-nums; }
-.best { font-weight: 700; color: var(--good); }
-td .dot { margin-right: 8px; vertical-align: -1px; }
-.status { font-size: 12.5px; font-weight: 600; }
-.finished { color: var(--good); } .failed { color: var(--bad); }
-.interrupted, .running, .pending { color: var(--warn); }
-.failure { border-left: 3px solid var(--bad); padding: 4px 12px; margin: 10px 0 0; }
-.failure pre { margin: 2px 0 0; white-space: pre-wrap; font-size: 13px; color: var(--soft); }
-details summary { cursor: pointer; font-weight: 600; }
-.settings { columns: 3 280px; margin: 12px 0 0; font-size: 13px; }
-.settings div { break-inside: avoid; display: flex; gap: 8px; padding: 1px 0; }
-.settings dt { color: var(--soft); min-width: 170px; }
-.settings dd { margin: 0; overflow-wrap: anywhere; }
-.missing { padding: 14px 16px; border: 1px dashed var(--line); border-radius: 8px; }
-footer { color: var(--soft); font-size: 13px; margin-top: 20px; }
-[hidden] { display: none !important; }
-@media (max-width: 820px) { .curves { grid-template-columns: 1fr; } .legend { max-height: 170px; } }
-@media print { section, .tile { break-inside: avoid; } .legend, .scroll { max-height: none; } }
-)css";
-
-const char* const report_body = R"html(<body>
-<main>
-<h1 id="title"></h1>
-<p class="sub" id="subtitle"></p>
-<dl class="facts" id="facts"></dl>
-<div class="tiles" id="tiles"></div>
-<section id="no-charts" hidden><p class="missing">Charts need Chart.js, which was not found when this
-report was written. Install the package <b>libjs-chart.js</b> and run <b>qlab report</b> on the
-directory again.</p></section>
-<section id="curves">
-  <div class="bar">
-    <h2>Loss curves</h2>
-    <span class="choice" id="show"></span>
-    <span class="choice" id="against"></span>
-    <span class="choice" id="scale"></span>
-    <label>smoothing <input type="range" id="smooth" min="0" max="0.98" step="0.02"></label>
-    <label>colour by <select id="colour"></select></label>
-  </div>
-  <div class="curves">
-    <div class="plot"><canvas id="loss"></canvas></div>
-    <ul class="legend" id="legend"></ul>
-  </div>
-  <p class="hint">Lines: training loss, smoothed. Dashed lines with points: evaluation loss. Click an
-  entry to hide or show it; point at one to bring it out.</p>
-</section>
-<section id="by-key">
-  <div class="bar"><h2>Result against each swept key</h2>
-    <label>result <select id="result"></select></label></div>
-  <div class="keys" id="keys"></div>
-  <p class="hint" id="key-hint">One point per trial; the line joins the means.</p>
-</section>
-<section>
-  <div class="bar"><h2>Trials</h2></div>
-  <div class="scroll"><table id="trials"></table></div>
-</section>
-<section id="over-seeds" hidden>
-  <div class="bar"><h2>Over seeds</h2><span class="hint">mean ± sample standard deviation</span></div>
-  <div class="scroll"><table id="groups"></table></div>
-</section>
-<section id="failures" hidden><div class="bar"><h2>Failed trials</h2></div></section>
-<section id="shared" hidden><details><summary>Settings that all trials share</summary>
-  <dl class="settings" id="settings"></dl></details></section>
-<footer>Written by qlab. One file, nothing loaded from elsewhere.</footer>
-</main>
-)html";
-
 const char* const report_script = R"js(
 'use strict';
 const data = JSON.parse(document.getElementById('data').textContent);
 const el = (id) => document.getElementById(id);
-const measured = ['trainable_params', 'steps', 'trained_tokens', 'train_loss', 'eval_loss',
-  'eval_loss_0', 'best_eval_loss', 'tokens_per_s', 'peak_bytes', 'gang_size'];
+const measured = ['eval_loss_0', 'eval_loss', 'best_eval_loss', 'train_loss', 'tokens_per_s',
+  'peak_bytes', 'trainable_params', 'steps', 'trained_tokens', 'gang_size'];
 const isLoss = (column) => column.includes('loss');
 const metric = measured.includes(data.metric) ? data.metric : 'eval_loss';
 const better = (a, b) => data.goal === 'maximize' ? a > b : a < b;
@@ -191,7 +49,7 @@ const count = (status) => trials.filter((t) => t.status === status).length;
 const parts = unique(trials.map((t) => t.status)).map((s) => count(s) + ' ' + s);
 el('subtitle').textContent = trials.length + (trials.length === 1 ? ' trial' : ' trials') + ' (' +
   parts.join(', ') + ')' + (data.keys.length ? ' over ' + data.keys.join(', ') : '');
-const order = ['model', 'data', 'device', 'date', 'commit', 'version'];
+const order = ['sweep', 'model', 'data', 'device', 'date', 'commit', 'version'];
 const facts = Object.entries(data.environment).filter(([, v]) => v !== '');
 const rank = (key) => order.includes(key) ? order.indexOf(key) : order.length;
 facts.sort((a, b) => rank(a[0]) - rank(b[0]));
@@ -230,7 +88,7 @@ function hue(i, n) {
   if (n <= palette.length) return palette[i];
   return 'hsl(' + Math.round(360 * i / n) + ' 62% ' + [42, 56][i % 2] + '%)';
 }
-const ramp = [[68, 57, 131], [49, 104, 142], [33, 145, 140], [64, 184, 106], [222, 180, 30]];
+const ramp = [[112, 92, 214], [52, 120, 190], [33, 155, 145], [80, 180, 95], [224, 170, 30]];
 function ramped(t) {
   const x = t * (ramp.length - 1), i = Math.min(Math.floor(x), ramp.length - 2), f = x - i;
   const mix = ramp[i].map((c, k) => Math.round(c + f * (ramp[i + 1][k] - c)));
@@ -238,7 +96,10 @@ function ramped(t) {
 }
 let colourKey = '';
 const hidden = new Set();
-const keyValues = (k) => unique(trials.map((t) => k < 0 ? t.seed : t.swept[k])).sort(compareText);
+function keyValues(k) {
+  const values = unique(trials.map((t) => k < 0 ? t.seed : t.swept[k]));
+  return values.every(isNumber) ? values.sort(compareText) : values;
+}
 const keyIndex = (key) => key === 'seed' ? -1 : data.keys.indexOf(key);
 function valueColour(values, value) {
   const i = values.indexOf(value);
@@ -311,6 +172,9 @@ function drawTrials() {
     dot.style.background = colourOf(t);
     td.append(dot, t.name);
     td.title = t.directory;
+  }}, {title: 'status', value: (t) => t.status, render: (td, t) => {
+    td.append(node('span', t.status, 'status ' + t.status));
+    td.title = t.error;
   }}, ...sweptColumns, plain('seed', (t) => t.seed, true)];
   for (const c of measured) {
     columns.push({title: c, numeric: true, value: (t) => t[c], render: (td, t) => {
@@ -318,10 +182,6 @@ function drawTrials() {
       if (c === metric && best && t[c] === best[c]) td.classList.add('best');
     }});
   }
-  columns.push({title: 'status', value: (t) => t.status, render: (td, t) => {
-    td.append(node('span', t.status, 'status ' + t.status));
-    td.title = t.error;
-  }});
   const rows = [...trials].sort((a, b) => {
     const x = a[metric], y = b[metric];
     if (x === null || y === null) return (x === null) - (y === null);
@@ -355,7 +215,8 @@ for (const [key, value] of data.shared) {
 }
 
 // ---- charts ----
-const state = {show: 'both', against: 'steps', scale: 'linear', smooth: 0, result: metric};
+const state = {show: 'both', against: 'steps', scale: 'linear', lines: 'trials', smooth: 0,
+  result: metric};
 let lossChart = null, keyCharts = [];
 function choice(id, options, redraw) {
   for (const option of options) {
@@ -386,24 +247,49 @@ function axis(title, extra) {
     ticks: {color: css('--soft')}, grid: {color: css('--grid'), borderColor: css('--line')},
   }, extra);
 }
-function curveSets(focus) {
+// What is drawn as one line: a trial, or the mean of the finished trials of one colour.
+function curves() {
   const column = state.against === 'steps' ? 0 : 1;
-  const sets = [];
-  for (const t of trials) {
-    if (hidden.has(groupOf(t))) continue;
-    const dim = focus !== null && focus !== groupOf(t);
-    const colour = dim ? faded(colourOf(t), 0.12) : colourOf(t);
-    const width = focus !== null && !dim ? 3 : 2;
-    const points = (list) => list.map((p) => ({x: p[column], y: p[2]}));
-    if (state.show !== 'eval' && t.train.length) {
-      sets.push({label: t.name + ' train', data: smoothed(points(t.train), state.smooth),
-        borderColor: colour, backgroundColor: colour, borderWidth: width,
-        pointRadius: t.train.length < 2 ? 3 : 0, pointHitRadius: 6});
+  const points = (list) => list.map((p) => ({x: p[column], y: p[2]}));
+  if (colourKey === '' || state.lines === 'trials') {
+    return trials.map((t) => ({name: t.name, group: groupOf(t), colour: colourOf(t),
+      train: points(t.train), eval: points(t.eval)}));
+  }
+  const mean = (lists) => {
+    const sums = new Map();
+    for (const p of lists.flat()) {
+      const sum = sums.get(p[0]) || {n: 0, x: 0, y: 0};
+      sums.set(p[0], {n: sum.n + 1, x: sum.x + p[column], y: sum.y + p[2]});
     }
-    if (state.show !== 'train' && t.eval.length) {
-      sets.push({label: t.name + ' eval', data: points(t.eval), borderColor: colour,
-        backgroundColor: colour, borderWidth: width * 0.75, borderDash: [5, 4],
-        pointRadius: 4, pointHitRadius: 8});
+    return [...sums.entries()].sort((a, b) => a[0] - b[0])
+      .map(([, sum]) => ({x: sum.x / sum.n, y: sum.y / sum.n}));
+  };
+  return keyValues(keyIndex(colourKey)).map((group) => {
+    const members = trials.filter((t) => groupOf(t) === group && t.status === 'finished');
+    return {name: colourKey + ' = ' + valueText(group), group,
+      colour: colourOf(trials.find((t) => groupOf(t) === group)),
+      train: mean(members.map((t) => t.train)), eval: mean(members.map((t) => t.eval))};
+  });
+}
+function curveSets(focus) {
+  const shown = curves().filter((c) => !hidden.has(c.group));
+  const strength = shown.length > 30 ? 0.5 : 1;
+  const sets = [];
+  for (const c of shown) {
+    const dim = focus !== null && focus !== c.group, strong = focus !== null && !dim;
+    const base = dim ? 0.08 : strong ? 1 : strength;
+    const trainColour = faded(c.colour, state.show === 'both' && !strong ? base * 0.6 : base);
+    const evalColour = faded(c.colour, base);
+    if (state.show !== 'eval' && c.train.length) {
+      sets.push({label: c.name + ' train', data: smoothed(c.train, state.smooth),
+        borderColor: trainColour, backgroundColor: trainColour,
+        borderWidth: strong ? 2.5 : state.show === 'both' ? 1.4 : 1.9,
+        pointRadius: c.train.length < 2 ? 3 : 0, pointHitRadius: 6});
+    }
+    if (state.show !== 'train' && c.eval.length) {
+      sets.push({label: c.name + ' eval', data: c.eval, borderColor: evalColour,
+        backgroundColor: evalColour, borderWidth: strong ? 3 : 2, borderDash: [6, 4],
+        pointRadius: shown.length > 30 ? 2.5 : 4.5, pointHitRadius: 8});
     }
   }
   return sets;
@@ -476,14 +362,25 @@ function keyChart(key, k, canvas) {
   const numeric = values.every(isNumber);
   const place = (value) => numeric ? Number(value) : values.indexOf(value);
   const column = state.result;
+  const scale = keyScale(key, values);
   const points = trials.filter((t) => t[column] !== null);
+  const valueOf = (t) => k < 0 ? t.seed : t.swept[k];
+  // Points of one value side by side, so that none hides another.
+  const beside = (t) => {
+    const same = points.filter((o) => valueOf(o) === valueOf(t));
+    const at = place(valueOf(t)), shift = same.indexOf(t) / same.length - 0.5 + 0.5 / same.length;
+    if (values.length > 12 || same.length < 2) return at;
+    const width = Math.min(0.3, 0.04 * same.length) / values.length;
+    return scale.type === 'logarithmic' ? at * Math.pow(scale.max / scale.min, shift * width)
+      : at + (scale.max - scale.min) * shift * width;
+  };
   const means = values.map((value) => {
-    const ys = points.filter((t) => (k < 0 ? t.seed : t.swept[k]) === value).map((t) => t[column]);
+    const ys = points.filter((t) => valueOf(t) === value).map((t) => t[column]);
     return {x: place(value), y: ys.length ? ys.reduce((a, b) => a + b, 0) / ys.length : NaN};
   }).filter((p) => Number.isFinite(p.y));
   return new Chart(canvas, {type: 'scatter', data: {datasets: [
-    {label: 'trials', data: points.map((t) => ({x: place(k < 0 ? t.seed : t.swept[k]), y: t[column],
-      name: t.name})), pointRadius: 5, pointHoverRadius: 7,
+    {label: 'trials', data: points.map((t) => ({x: beside(t), y: t[column], name: t.name})), pointRadius: points.length > 40 ? 3.5 : 5,
+      pointHoverRadius: 7,
       backgroundColor: points.map((t) => faded(colourOf(t), 0.85)),
       borderColor: points.map(colourOf)},
     {label: 'mean', type: 'line', data: means, borderColor: css('--soft'), borderWidth: 1.5,
@@ -491,8 +388,8 @@ function keyChart(key, k, canvas) {
       pointBorderColor: css('--soft'), order: 1},
   ]}, options: {
     animation: false, maintainAspectRatio: false,
-    scales: {x: keyScale(key, values), y: axis(column, {grace: '8%', ticks: {color: css('--soft'),
-      callback: (v) => column === 'peak_bytes' ? bytes(v) : Number(v.toPrecision(5))}})},
+    scales: {x: scale, y: axis(column, {grace: '8%', ticks: column === 'peak_bytes'
+      ? {color: css('--soft'), callback: (v) => bytes(v)} : {color: css('--soft')}})},
     plugins: {legend: {display: false}, tooltip: {callbacks: {
       title: () => '',
       label: (item) => ' ' + (item.raw.name || 'mean') + '  ' + show(column, item.raw.y),
@@ -542,7 +439,7 @@ function start() {
   }
   Chart.defaults.font.family = getComputedStyle(document.body).fontFamily;
   const longest = Math.max(0, ...trials.map((t) => t.train.length));
-  state.smooth = longest > 200 ? 0.9 : longest > 50 ? 0.8 : longest > 10 ? 0.6 : 0;
+  state.smooth = longest > 200 ? 0.9 : longest > 50 ? 0.8 : longest > 10 ? 0.7 : 0;
   el('smooth').value = state.smooth;
   el('smooth').addEventListener('input', () => { state.smooth = +el('smooth').value; drawLoss(); });
   choice('show', ['both', 'train', 'eval'], () => drawLoss());
@@ -550,9 +447,17 @@ function start() {
   choice('scale', ['linear', 'log'], () => drawLoss());
   const keys = data.keys.filter((_, k) => keyValues(k).length > 1);
   if (data.several_seeds) keys.push('seed');
-  options(el('colour'), [['', 'trial'], ...keys.map((k) => [k, k])], '');
+  // Beyond a dozen trials single colours tell nothing: show what the first key with few values does.
+  if (trials.length > 12) {
+    colourKey = keys.find((k) => keyValues(keyIndex(k)).length <= 8) || '';
+    if (colourKey !== '') state.lines = 'means';
+  }
+  choice('lines', ['trials', 'means'], () => drawLoss());
+  el('lines').hidden = colourKey === '';
+  options(el('colour'), [['', 'trial'], ...keys.map((k) => [k, k])], colourKey);
   el('colour').addEventListener('change', () => {
     colourKey = el('colour').value;
+    el('lines').hidden = colourKey === '';
     hidden.clear();
     drawAll();
   });
