@@ -98,7 +98,9 @@ std::string config_table() {
   }
   out += "\nOther spellings:\n";
   for (const Alias& alias : config_aliases()) {
-    out += fmt::format("{:<28} {}\n", alias.name, meaning_of(alias));
+    std::string meaning = meaning_of(alias);
+    std::erase(meaning, '`');
+    out += fmt::format("{:<28} {}\n", alias.name, meaning);
   }
   return out;
 }
