@@ -148,7 +148,7 @@ Character character_at(std::string_view text, size_t position) {
 }
 
 size_t previous_position(std::string_view text, size_t position) {
-  for (size_t back = 1; back <= 4 && back <= position; ++back)
+  for (size_t back = std::min<size_t>(4, position); back > 1; --back)
     if (character_at(text, position - back).bytes == back) return position - back;
   return position - 1;
 }
