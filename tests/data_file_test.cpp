@@ -1,0 +1,95 @@
+#include "data/file.h"
+
+#include <sys/resource.h>
+
+#include <csignal>
+
+#include "tests/support/files.h"
+
+namespace qlab {
+namespace {
+
+using testing::AllOf;
+using testing::HasSubstr;
+
+int entries(const std::string& folder) {
+  int count = 0;
+  for ([[maybe_unused]] const auto& entry : std::filesystem::directory_iterator(folder)) ++count;
+  return count;
+}
+
+TEST(File, WritesAtomically) {
+  const test::TemporaryFolder folder;
+  write_file_atomically(folder / "x", "old");
+  {
+    AtomicFile file(folder / "x");
+    file.write("new, never committed");
+    EXPECT_EQ(read_text_file(folder / "x"), "old");
+    EXPECT_EQ(entries(folder.path()), 2);
+  }
+  EXPECT_EQ(read_text_file(folder / "x"), "old");
+  EXPECT_EQ(entries(folder.path()), 1);
+  write_file_atomically(folder / "x", "new");
+  EXPECT_EQ(read_text_file(folder / "x"), "new");
+}
+
+TEST(File, ErrorsNamePathAndReason) {
+  const test::TemporaryFolder folder;
+  EXPECT_THAT(test::error_of([&] { write_file_atomically(folder / "a/b", "x"); }),
+              AllOf(HasSubstr(folder / "a/b"), HasSubstr("No such file")));
+  EXPECT_THAT(test::error_of([&] { MappedFile(folder / "absent"); }),
+              AllOf(HasSubstr(folder / "absent"), HasSubstr("No such file")));
+  EXPECT_THAT(test::error_of([&] { MappedFile file(folder.path()); }), HasSubstr("regular file"));
+}
+
+TEST(File, FullDiskLeavesTheOldFile) {
+  const test::TemporaryFolder folder;
+  write_file_atomically(folder / "x", "old");
+  rlimit before{};
+  ASSERT_EQ(getrlimit(RLIMIT_FSIZE, &before), 0);
+  const auto previous = std::signal(SIGXFSZ, SIG_IGN);
+  const rlimit small{1000, before.rlim_max};
+  setrlimit(RLIMIT_FSIZE, &small);
+  const std::string error =
+      test::error_of([&] { write_file_atomically(folder / "x", std::string(5000, 'y')); });
+  setrlimit(RLIMIT_FSIZE, &before);
+  std::signal(SIGXFSZ, previous);
+  EXPECT_THAT(error, AllOf(HasSubstr(folder / "x"), HasSubstr("too large")));
+  EXPECT_EQ(read_text_file(folder / "x"), "old");
+  EXPECT_EQ(entries(folder.path()), 1);
+}
+
+TEST(File, MapsEmptyFiles) {
+  const test::TemporaryFolder folder;
+  EXPECT_EQ(MappedFile(folder.write("x", "")).size(), 0u);
+  EXPECT_EQ(read_text_file(folder / "x"), "");
+}
+
+TEST(File, MappingOutlivesItsHandle) {
+  const test::TemporaryFolder folder;
+  std::unique_ptr<MappedFile> copy;
+  {
+    const MappedFile first(folder.write("x", "content"));
+    copy = std::make_unique<MappedFile>(first);
+  }
+  EXPECT_EQ(static_cast<char>(copy->bytes()[0]), 'c');
+}
+
+TEST(Fingerprint, ChangesWithEveryBit) {
+  std::string text(100, 'x');
+  const std::string before = Fingerprint().add(text).hex();
+  EXPECT_EQ(before.size(), 32u);
+  EXPECT_EQ(before, Fingerprint().add(text).hex());
+  for (size_t i = 0; i < text.size(); ++i) {
+    for (int bit = 0; bit < 8; ++bit) {
+      text[i] = static_cast<char>(text[i] ^ (1 << bit));
+      EXPECT_NE(before, Fingerprint().add(text).hex());
+      text[i] = static_cast<char>(text[i] ^ (1 << bit));
+    }
+  }
+  EXPECT_NE(before, Fingerprint().add(text + '\0').hex());
+  EXPECT_NE(Fingerprint().add("ab").add("c").hex(), Fingerprint().add("a").add("bc").hex());
+}
+
+}  // namespace
+}  // namespace qlab
