@@ -17,38 +17,41 @@ T load(const std::byte* p) {
 float load_half(const std::byte* p) { return half_to_float(load<uint16_t>(p)); }
 int byte_at(const std::byte* p, int i) { return static_cast<int>(p[i]); }
 
-// In 32-element blocks byte j holds element j in its low nibble and element j + 16 in its high one.
-int nibble(const std::byte* quants, int j) {
-  const int byte = byte_at(quants, j % 16);
-  return j < 16 ? byte & 15 : byte >> 4;
+/// In 32-element blocks byte j holds element j in its low nibble and element j + 16 in its high
+/// one; bit j of `high` is the fifth bit of element j.
+std::array<uint8_t, 32> quants_of(const std::byte* nibbles, uint32_t high = 0) {
+  std::array<uint8_t, 32> q;
+  for (size_t j = 0; j < 16; ++j) {
+    q[j] = static_cast<uint8_t>(nibbles[j]) & 15;
+    q[j + 16] = static_cast<uint8_t>(nibbles[j]) >> 4;
+  }
+  if (high != 0)
+    for (size_t j = 0; j < 32; ++j) q[j] = static_cast<uint8_t>(q[j] | (high >> j & 1u) << 4);
+  return q;
 }
 
-void q4_0(const std::byte* p, float* y) {
-  const float d = load_half(p);
-  for (int j = 0; j < 32; ++j) y[j] = d * static_cast<float>(nibble(p + 2, j) - 8);
+/// y = d (q - zero)
+void scaled(float d, int zero, const std::array<uint8_t, 32>& q, float* y) {
+  for (size_t j = 0; j < 32; ++j) y[j] = d * static_cast<float>(q[j] - zero);
 }
+
+/// y = d q + m
+void affine(float d, float m, const std::array<uint8_t, 32>& q, float* y) {
+  for (size_t j = 0; j < 32; ++j) y[j] = d * static_cast<float>(q[j]) + m;
+}
+
+void q4_0(const std::byte* p, float* y) { scaled(load_half(p), 8, quants_of(p + 2), y); }
 
 void q4_1(const std::byte* p, float* y) {
-  const float d = load_half(p), m = load_half(p + 2);
-  for (int j = 0; j < 32; ++j) y[j] = d * static_cast<float>(nibble(p + 4, j)) + m;
+  affine(load_half(p), load_half(p + 2), quants_of(p + 4), y);
 }
 
 void q5_0(const std::byte* p, float* y) {
-  const float d = load_half(p);
-  const uint32_t high = load<uint32_t>(p + 2);
-  for (int j = 0; j < 32; ++j) {
-    const int q = nibble(p + 6, j) | static_cast<int>((high >> j & 1u) << 4);
-    y[j] = d * static_cast<float>(q - 16);
-  }
+  scaled(load_half(p), 16, quants_of(p + 6, load<uint32_t>(p + 2)), y);
 }
 
 void q5_1(const std::byte* p, float* y) {
-  const float d = load_half(p), m = load_half(p + 2);
-  const uint32_t high = load<uint32_t>(p + 4);
-  for (int j = 0; j < 32; ++j) {
-    const int q = nibble(p + 8, j) | static_cast<int>((high >> j & 1u) << 4);
-    y[j] = d * static_cast<float>(q) + m;
-  }
+  affine(load_half(p), load_half(p + 2), quants_of(p + 8, load<uint32_t>(p + 4)), y);
 }
 
 void q8_0(const std::byte* p, float* y) {
@@ -128,17 +131,10 @@ BlockDecoder block_decoder(Encoding encoding) {
   }
 }
 
-double plain_value(Encoding encoding, const std::byte* p) {
-  switch (encoding) {
-    case Encoding::f64:
-      return load<double>(p);
-    case Encoding::f16:
-      return load_half(p);
-    case Encoding::bf16:
-      return bf16::from_bits(static_cast<uint32_t>(load<uint16_t>(p)) << 16);
-    default:
-      return load<float>(p);
-  }
+template <class Stored, class Value>
+void decode_each(const std::byte* source, int64_t n, float* destination, Value&& value) {
+  for (int64_t i = 0; i < n; ++i)
+    destination[i] = value(load<Stored>(source + i * static_cast<int64_t>(sizeof(Stored))));
 }
 
 template <class T>
@@ -180,12 +176,16 @@ void decode_to_float(Encoding encoding, const std::byte* source, int64_t n, floa
     for (int64_t i = 0; i < n; i += elems, source += bytes) decode_block(source, destination + i);
     return;
   }
-  if (encoding == Encoding::f32) {
+  if (encoding == Encoding::f32)
     std::memcpy(destination, source, static_cast<size_t>(n) * sizeof(float));
-    return;
-  }
-  for (int64_t i = 0; i < n; ++i)
-    destination[i] = static_cast<float>(plain_value(encoding, source + i * bytes));
+  else if (encoding == Encoding::f64)
+    decode_each<double>(source, n, destination, [](double x) { return static_cast<float>(x); });
+  else if (encoding == Encoding::f16)
+    decode_each<uint16_t>(source, n, destination, half_to_float);
+  else
+    decode_each<uint16_t>(source, n, destination, [](uint16_t bits) {
+      return bf16::from_bits(static_cast<uint32_t>(bits) << 16);
+    });
 }
 
 void decode(Encoding encoding, const std::byte* source, int64_t n, DType dtype, void* destination) {

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 
+#include "data/file.h"
 #include "tests/support/files.h"
 
 namespace qlab {

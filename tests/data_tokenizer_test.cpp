@@ -2,6 +2,7 @@
 
 #include <fstream>
 
+#include "data/file.h"
 #include "data/json.h"
 #include "tests/support/files.h"
 

@@ -5,10 +5,10 @@
 
 #include <cstdlib>
 #include <filesystem>
+#include <fstream>
 #include <string>
 
 #include "core/error.h"
-#include "data/file.h"
 
 namespace qlab::test {
 
@@ -40,7 +40,7 @@ class TemporaryFolder {
   std::string write(const std::string& name, const std::string& text) const {
     const std::string path = *this / name;
     std::filesystem::create_directories(std::filesystem::path(path).parent_path());
-    write_file_atomically(path, std::string_view(text));
+    std::ofstream(path, std::ios::binary) << text;
     return path;
   }
 
