@@ -127,16 +127,11 @@ void note_strangers(const std::string& dir, Results& results) {
                   strangers, dir));
 }
 
-}  // namespace
-
-Results read_results(const std::string& dir) {
-  const std::string file = dir + "/plan.yaml";
-  if (!fs::exists(file)) fail("{}: there is no plan.yaml: not a results directory of qlab", dir);
-  const YAML::Node plan = load_yaml(file);
+Results read_plan(const YAML::Node& plan, const std::string& dir) {
   Results results;
   const YAML::Node sweep = plan["sweep"], trials = plan["trials"];
   if (!sweep || !sweep.IsMap() || !trials || !trials.IsSequence()) {
-    fail("{}: sweep or trials is missing: not a plan of qlab", file);
+    fail("{}/plan.yaml: sweep or trials is missing: not a plan of qlab", dir);
   }
   results.name = text_at(sweep, "name");
   results.method = text_at(sweep, "method");
@@ -164,6 +159,18 @@ Results read_results(const std::string& dir) {
   read_shared(trials, results);
   note_strangers(dir, results);
   return results;
+}
+
+}  // namespace
+
+Results read_results(const std::string& dir) {
+  const std::string file = dir + "/plan.yaml";
+  if (!fs::exists(file)) fail("{}: there is no plan.yaml: not a results directory of qlab", dir);
+  try {
+    return read_plan(load_yaml(file), dir);
+  } catch (const YAML::Exception& e) {
+    fail("{}:{}: not a plan of qlab: {}", file, e.mark.line + 1, e.msg);
+  }
 }
 
 const std::vector<Column>& summary_columns() {

@@ -200,8 +200,10 @@ TEST_F(ReportTest, HalfWrittenTrialsDoNotStopTheReport) {
 TEST_F(ReportTest, NotAResultsDirectory) {
   EXPECT_THROW(write_report(out()), Error);
   fs::create_directories(out());
-  std::ofstream(fs::path(out()) / "plan.yaml") << "a: 1";
-  EXPECT_THROW(write_report(out()), Error);
+  for (const char* text : {"a: 1", "sweep: {}\ntrials: [7]", "sweep: {}\ntrials: [{}]\nx: ["}) {
+    std::ofstream(fs::path(out()) / "plan.yaml") << text;
+    EXPECT_THROW(write_report(out()), Error) << text;
+  }
 }
 
 }  // namespace
