@@ -1,0 +1,267 @@
+#include "core/ops/attention.h"
+
+#include <numeric>
+
+#include "tests/support/op_test.h"
+
+namespace qlab::test {
+namespace {
+
+using AttentionTest = OpTest;
+INSTANTIATE_TEST_SUITE_P(Ops, AttentionTest, all_cases, name);
+
+/// Packed sequences and the inputs of both passes.
+struct Problem {
+  AttentionShape shape;
+  Tensor q, k, v, g, cu_q, cu_k;
+
+  Problem reference() const {
+    return {shape,           as_reference(q),    as_reference(k),   as_reference(v),
+            as_reference(g), as_reference(cu_q), as_reference(cu_k)};
+  }
+  Attention forward() const { return attention(q, k, v, cu_q, cu_k, shape); }
+  AttentionGradient backward(const Attention& a) const {
+    return attention_backward(g, q, k, v, a.o, a.lse, cu_q, cu_k, shape);
+  }
+  /// Sequence s alone.
+  Problem alone(int64_t s) const {
+    const std::vector<int32_t> cq = cu_q.to_vector<int32_t>(), ck = cu_k.to_vector<int32_t>();
+    const auto offsets = [&](int32_t n) {
+      return Tensor::from_vector(std::vector<int32_t>{0, n}, {2}, q.device());
+    };
+    AttentionShape own = shape;
+    own.max_q = cq[s + 1] - cq[s], own.max_k = ck[s + 1] - ck[s];
+    return {own,
+            q.slice_rows(cq[s], cq[s + 1]),
+            k.slice_rows(ck[s], ck[s + 1]),
+            v.slice_rows(ck[s], ck[s + 1]),
+            g.slice_rows(cq[s], cq[s + 1]),
+            offsets(static_cast<int32_t>(own.max_q)),
+            offsets(static_cast<int32_t>(own.max_k))};
+  }
+};
+
+Tensor offsets_of(const std::vector<int32_t>& lengths, const Case& c) {
+  std::vector<int32_t> cu{0};
+  for (const int32_t n : lengths) cu.push_back(cu.back() + n);
+  return tensor_of(cu, c);
+}
+
+Problem make_problem(const std::vector<int32_t>& len_q, const std::vector<int32_t>& len_k,
+                     int64_t heads, int64_t kv_heads, int64_t dim, const Case& c) {
+  const AttentionShape shape{heads, kv_heads, dim, *std::max_element(len_q.begin(), len_q.end()),
+                             *std::max_element(len_k.begin(), len_k.end())};
+  const int64_t tq = std::accumulate(len_q.begin(), len_q.end(), int64_t{0});
+  const int64_t tk = std::accumulate(len_k.begin(), len_k.end(), int64_t{0});
+  const auto matrix = [&](int64_t rows, int64_t cols, uint64_t seed) {
+    return tensor(normals(rows * cols, seed), {rows, cols}, c);
+  };
+  return {shape,
+          matrix(tq, heads * dim, 11),
+          matrix(tk, kv_heads * dim, 12),
+          matrix(tk, kv_heads * dim, 13),
+          matrix(tq, heads * dim, 14),
+          offsets_of(len_q, c),
+          offsets_of(len_k, c)};
+}
+Problem make_problem(const std::vector<int32_t>& lengths, int64_t heads, int64_t kv_heads,
+                     int64_t dim, const Case& c) {
+  return make_problem(lengths, lengths, heads, kv_heads, dim, c);
+}
+
+/// The header's formulas, one query at a time.
+Attention plain_attention(const Problem& p) {
+  const auto [heads, kv_heads, dim, max_q, max_k] = p.shape;
+  const std::vector<double> q = values(p.q), k = values(p.k), v = values(p.v);
+  const std::vector<int32_t> cq = p.cu_q.to_vector<int32_t>(), ck = p.cu_k.to_vector<int32_t>();
+  std::vector<double> o(q.size(), 0), lse(static_cast<size_t>(p.q.dim(0) * heads));
+  for (size_t s = 0; s + 1 < cq.size(); ++s)
+    for (int64_t i = cq[s]; i < cq[s + 1]; ++i)
+      for (int64_t h = 0; h < heads; ++h) {
+        const int64_t group = h / (heads / kv_heads);
+        const int64_t last = i - cq[s] + (ck[s + 1] - ck[s]) - (cq[s + 1] - cq[s]);
+        std::vector<double> score;
+        double sum = 0;
+        for (int64_t j = 0; j <= last; ++j) {
+          double dot = 0;
+          for (int64_t d = 0; d < dim; ++d)
+            dot += q[(i * heads + h) * dim + d] * k[((ck[s] + j) * kv_heads + group) * dim + d];
+          score.push_back(std::exp(dot / std::sqrt(static_cast<double>(dim))));
+          sum += score.back();
+        }
+        for (int64_t j = 0; j <= last; ++j)
+          for (int64_t d = 0; d < dim; ++d)
+            o[(i * heads + h) * dim + d] +=
+                score[j] / sum * v[((ck[s] + j) * kv_heads + group) * dim + d];
+        lse[i * heads + h] = std::log(sum);
+      }
+  return {tensor(o, p.q.shape(), cpu_f64), tensor(lse, {p.q.dim(0), heads}, cpu_f64)};
+}
+
+// D = 1: scores are q k = [log 1, log 3] for the second query, so P = [1/4, 3/4].
+TEST(Attention, Golden) {
+  const Tensor q = tensor({5, 1}, {2, 1}, cpu_f64), k = tensor({0, std::log(3.0)}, {2, 1}, cpu_f64);
+  const Tensor v = tensor({8, -4}, {2, 1}, cpu_f64), g = tensor({3, 2}, {2, 1}, cpu_f64);
+  const Problem p{{1, 1, 1, 2, 2}, q, k, v, g, offsets_of({2}, cpu_f64), offsets_of({2}, cpu_f64)};
+  const Attention a = p.forward();
+  EXPECT_NEAR(values(a.o)[0], 8, 1e-14);
+  EXPECT_NEAR(values(a.o)[1], -1, 1e-14);
+  EXPECT_NEAR(values(a.lse)[0], 0, 1e-15);
+  EXPECT_NEAR(values(a.lse)[1], std::log(4.0), 1e-15);
+  // dP = [16, -8], delta = 2 * -1 = -2, dS = [1/4 * 18, 3/4 * -6] = [4.5, -4.5].
+  const auto [dq, dk, dv] = p.backward(a);
+  EXPECT_NEAR(values(dq)[0], 0, 1e-14);
+  EXPECT_NEAR(values(dq)[1], -4.5 * std::log(3.0), 1e-14);
+  EXPECT_NEAR(values(dk)[0], 4.5, 1e-14);
+  EXPECT_NEAR(values(dk)[1], -4.5, 1e-14);
+  EXPECT_NEAR(values(dv)[0], 3 + 0.5, 1e-14);
+  EXPECT_NEAR(values(dv)[1], 1.5, 1e-14);
+}
+
+TEST(Attention, MatchesThePlainFormula) {
+  for (const int64_t dim : {1, 5, 16, 20, 64})
+    for (const auto& [heads, kv_heads] : {std::pair{1, 1}, {4, 2}, {9, 3}}) {
+      SCOPED_TRACE(fmt::format("{} heads, {} kv heads of {}", heads, kv_heads, dim));
+      const Problem p = make_problem({1, 37, 65, 2}, heads, kv_heads, dim, cpu_f64);
+      const Attention a = p.forward(), plain = plain_attention(p);
+      expect_close(a.o, plain.o, dim + 65);
+      expect_close(a.lse, plain.lse, dim + 65);
+    }
+  // Fewer queries than keys: the last query sees the last key.
+  const Problem p = make_problem({1, 5, 3}, {40, 5, 17}, 2, 1, 8, cpu_f64);
+  expect_close(p.forward().o, plain_attention(p).o, 48);
+}
+
+TEST(Attention, GradientMatchesFiniteDifferences) {
+  for (const Problem& p :
+       {make_problem({1, 5}, 4, 2, 3, cpu_f64), make_problem({2, 3}, {4, 3}, 2, 1, 4, cpu_f64)}) {
+    const auto [dq, dk, dv] = p.backward(p.forward());
+    const auto loss = [&] { return weighted_sum(p.forward().o, p.g); };
+    expect_gradient(p.q, dq, loss);
+    expect_gradient(p.k, dk, loss);
+    expect_gradient(p.v, dv, loss);
+  }
+}
+
+// The backward pass is given the same o and L in both, so that its error is its own.
+void expect_matches_reference(const Problem& p) {
+  const int64_t n = p.shape.head_dim + p.shape.max_k;
+  const Problem p0 = p.reference();
+  const Attention a = p.forward(), a0 = p0.forward();
+  expect_close(a.o, a0.o, n);
+  expect_close(a.lse, a0.lse, n, 1.0);
+  const auto [dq, dk, dv] = p.backward(a);
+  const auto [dq0, dk0, dv0] = p0.backward({as_reference(a.o), as_reference(a.lse)});
+  const int64_t group = p.shape.heads / p.shape.kv_heads;
+  expect_close(dq, dq0, n);
+  expect_close(dk, dk0, p.shape.head_dim + p.shape.max_q * group);
+  expect_close(dv, dv0, p.shape.head_dim + p.shape.max_q * group);
+  const auto again = p.backward(p.forward());
+  expect_same_bits(dq, again.dq);
+  expect_same_bits(dk, again.dk);
+  expect_same_bits(dv, again.dv);
+}
+
+TEST_P(AttentionTest, MatchesReference) {
+  for (const int64_t dim : {16, 64, 128})
+    for (const auto& [heads, kv_heads] : {std::pair{1, 1}, {4, 2}, {9, 3}}) {
+      SCOPED_TRACE(fmt::format("{} heads, {} kv heads of {}", heads, kv_heads, dim));
+      expect_matches_reference(make_problem({1, 37, 130, 64, 2}, heads, kv_heads, dim, GetParam()));
+    }
+}
+
+TEST_P(AttentionTest, MatchesReferenceWithMoreKeysThanQueries) {
+  expect_matches_reference(make_problem({1, 5, 33}, {40, 5, 97}, 4, 2, 64, GetParam()));
+}
+
+TEST_P(AttentionTest, LargeMatchesReference) {
+  expect_matches_reference(make_problem({511, 1, 700}, 9, 3, 64, GetParam()));
+}
+
+TEST_P(AttentionTest, HoldsForLargeScores) {
+  Problem p = make_problem({50}, 2, 1, 16, GetParam());
+  p.q = tensor(std::vector<double>(50 * 32, 40), {50, 32}, GetParam());
+  for (const double o : values(p.forward().o)) ASSERT_TRUE(std::isfinite(o));
+  for (const double l : values(p.forward().lse)) ASSERT_TRUE(std::isfinite(l));
+}
+
+// What lets trials train together: a sequence has the same bits alone and in company.
+TEST_P(AttentionTest, SequencesAreIndependent) {
+  const std::vector<int32_t> lengths{37, 1, 130, 64, 511};
+  const Problem p = make_problem(lengths, 6, 2, 64, GetParam());
+  const Attention a = p.forward();
+  const AttentionGradient d = p.backward(a);
+  int64_t row = 0;
+  for (size_t s = 0; s < lengths.size(); ++s) {
+    SCOPED_TRACE(fmt::format("sequence {}", s));
+    const Problem own = p.alone(static_cast<int64_t>(s));
+    const auto rows = [&](const Tensor& x) { return x.slice_rows(row, row + lengths[s]); };
+    const Attention b = own.forward();
+    const AttentionGradient e = own.backward(b);
+    expect_same_bits(b.o, rows(a.o));
+    expect_same_bits(b.lse, rows(a.lse));
+    expect_same_bits(e.dq, rows(d.dq));
+    expect_same_bits(e.dk, rows(d.dk));
+    expect_same_bits(e.dv, rows(d.dv));
+    row += lengths[s];
+  }
+}
+
+TEST_P(AttentionTest, ANotFiniteSequenceStaysAlone) {
+  const Problem p = make_problem({20, 40, 33}, 2, 1, 16, GetParam());
+  Problem sick = p;
+  sick.v = p.v.clone();
+  copy(sick.v.slice_rows(25, 26).slice_cols(3, 4), tensor({INFINITY}, {1, 1}, GetParam()));
+  const Attention a = p.forward(), b = sick.forward();
+  const AttentionGradient d = p.backward(a), e = sick.backward(b);
+  for (const auto& [begin, end] : {std::pair{0, 20}, {60, 93}}) {
+    expect_same_bits(a.o.slice_rows(begin, end), b.o.slice_rows(begin, end));
+    expect_same_bits(d.dq.slice_rows(begin, end), e.dq.slice_rows(begin, end));
+    expect_same_bits(d.dv.slice_rows(begin, end), e.dv.slice_rows(begin, end));
+  }
+}
+
+TEST(Attention, DoesNotDependOnTheNumberOfThreads) {
+  for (const Case& c : {cpu_f32, cpu_bf16})
+    expect_same_for_all_thread_counts([&] {
+      const Problem p = make_problem({100, 3, 77}, 6, 3, 32, c);
+      const Attention a = p.forward();
+      const auto [dq, dk, dv] = p.backward(a);
+      return std::vector<Tensor>{a.o, a.lse, dq, dk, dv};
+    });
+}
+
+TEST(Attention, RejectsWhatDoesNotFit) {
+  const Problem p = make_problem({3, 2}, 4, 2, 8, cpu_f32);
+  const auto with = [&](auto change) {
+    Problem other = p;
+    change(other);
+    return error_of([&] { other.forward(); });
+  };
+  const auto has = [](const char* text) { return testing::HasSubstr(text); };
+  EXPECT_THAT(with([](Problem& x) { x.shape.kv_heads = 3; }), has("multiple of kv_heads"));
+  EXPECT_THAT(with([](Problem& x) { x.shape.head_dim = 4; }), has("[attention] q must be [5, 16]"));
+  EXPECT_THAT(with([](Problem& x) { x.k = x.q; }), has("k must be [5, 16]"));
+  EXPECT_THAT(with([](Problem& x) { x.v = x.v.slice_rows(0, 4); }), has("v must be [5, 16]"));
+  EXPECT_THAT(with([](Problem& x) { x.v = cast(x.v, DType::bf16); }), has("v must be float32"));
+  EXPECT_THAT(with([](Problem& x) { x.cu_q = x.q; }), has("cu_q must be int32"));
+  EXPECT_THAT(with([](Problem& x) { x.cu_k = x.cu_k.slice_rows(0, 2); }), has("cu_k must be [3]"));
+  EXPECT_THAT(with([](Problem& x) { x.shape.max_q = 6; }), has("must not exceed the 5"));
+  EXPECT_THAT(with([](Problem& x) { x.shape.max_k = 2; }), has("the longest"));
+  EXPECT_THAT(with([](Problem& x) {
+                x.cu_q = offsets_of({2, 2}, cpu_f32);
+              }),
+              has("cover the 5 rows"));
+  const Attention a = p.forward();
+  const auto backward = [&](const Tensor& g, const Attention& saved) {
+    return error_of(
+        [&] { attention_backward(g, p.q, p.k, p.v, saved.o, saved.lse, p.cu_q, p.cu_k, p.shape); });
+  };
+  EXPECT_THAT(backward(p.k, a), has("[attention_backward] g must be [5, 32]"));
+  EXPECT_THAT(backward(p.g, {p.k, a.lse}), has("o must be [5, 32]"));
+  EXPECT_THAT(backward(p.g, {a.o, p.k}), has("lse must be [5, 4]"));
+  EXPECT_THAT(backward(p.g, {a.o, cast(a.lse, DType::f64)}), has("lse must be float32"));
+}
+
+}  // namespace
+}  // namespace qlab::test

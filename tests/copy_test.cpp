@@ -1,0 +1,57 @@
+#include "core/ops/copy.h"
+
+#include "tests/support/op_test.h"
+
+namespace qlab::test {
+namespace {
+
+using CopyTest = OpTest;
+INSTANTIATE_TEST_SUITE_P(Ops, CopyTest, all_cases, name);
+
+// 1 + 1/256 lies between two bf16: to even is 1; 1 + 3/256 goes up to 1 + 4/256.
+TEST_P(CopyTest, CastRoundsToNearestEven) {
+  const Tensor x = tensor({1 + 0x1p-8, 1 + 3 * 0x1p-8, -1 - 0x1p-8, 0.5, INFINITY}, {5},
+                          Case{device(), DType::f32});
+  EXPECT_EQ(values(cast(x, DType::bf16)),
+            (std::vector<double>{1, 1 + 0x1p-6, -1, 0.5, static_cast<double>(INFINITY)}));
+  EXPECT_TRUE(
+      std::isnan(values(cast(tensor({NAN}, {1}, Case{device(), DType::f32}), DType::bf16))[0]));
+}
+
+TEST_P(CopyTest, WideningAndBackIsExact) {
+  for (const Shape& shape : {Shape{1, 1}, Shape{3, 7}, Shape{129, 1023}}) {
+    const Tensor x = random(shape);
+    if (dtype() != DType::f64) expect_same_bits(cast(cast(x, DType::f32), dtype()), x);
+    expect_same_bits(x.clone(), x);
+    expect_same_bits(x.to(Device::cpu()), x);
+  }
+}
+
+TEST_P(CopyTest, HonoursPitches) {
+  const Tensor wide = random({9, 40}), guard = wide.clone(), x = random({9, 13});
+  const Tensor inner = wide.slice_cols(8, 21);
+  copy(inner, x);
+  expect_same_bits(inner, x);
+  expect_same_bits(wide.slice_cols(0, 8), guard.slice_cols(0, 8));
+  expect_same_bits(wide.slice_cols(21, 40), guard.slice_cols(21, 40));
+  const Tensor f32 = random_f32({9, 13});
+  copy(inner, f32);
+  expect_same_bits(inner, cast(f32, dtype()));
+  expect_same_bits(wide.slice_cols(21, 40), guard.slice_cols(21, 40));
+}
+
+TEST_P(CopyTest, FillsWithZeros) {
+  const Tensor x = random({5, 33});
+  fill_zero(x.slice_rows(1, 4));
+  const std::vector<double> v = values(x);
+  for (size_t i = 0; i < v.size(); ++i) EXPECT_EQ(v[i] == 0, i >= 33 && i < 4 * 33);
+}
+
+TEST(Copy, RejectsWhatDoesNotFit) {
+  const Tensor x = tensor(normals(6, 1), {2, 3}, cpu_f32);
+  EXPECT_ERROR(copy(x, x.view({3, 2})), "[copy] source must be [2, 3]");
+  EXPECT_ERROR(fill_zero(x.slice_cols(0, 2)), "contiguous");
+}
+
+}  // namespace
+}  // namespace qlab::test

@@ -1,0 +1,167 @@
+#include "core/ops/gemm.h"
+
+#include "tests/support/op_test.h"
+
+namespace qlab::test {
+namespace {
+
+using GemmTest = OpTest;
+INSTANTIATE_TEST_SUITE_P(Ops, GemmTest, all_cases, name);
+
+struct Sizes {
+  int64_t m, n, k;
+};
+constexpr std::pair<Op, Op> all_ops[] = {{Op::none, Op::none},
+                                         {Op::none, Op::transpose},
+                                         {Op::transpose, Op::none},
+                                         {Op::transpose, Op::transpose}};
+
+Shape stored(Op op, int64_t rows, int64_t cols) {
+  return op == Op::none ? Shape{rows, cols} : Shape{cols, rows};
+}
+
+/// The definition, in f64.
+Tensor plain_gemm(const Tensor& c, const Tensor& a, Op op_a, const Tensor& b, Op op_b, double alpha,
+                  double beta) {
+  const std::vector<double> x = values(a), y = values(b);
+  std::vector<double> out = values(c);
+  const int64_t m = c.dim(0), n = c.dim(1), k = a.dim(op_a == Op::none ? 1 : 0);
+  const int64_t a_row = op_a == Op::none ? k : 1, a_col = op_a == Op::none ? 1 : m;
+  const int64_t b_row = op_b == Op::none ? n : 1, b_col = op_b == Op::none ? 1 : k;
+  for (int64_t i = 0; i < m; ++i)
+    for (int64_t j = 0; j < n; ++j) {
+      double sum = 0;
+      for (int64_t p = 0; p < k; ++p) sum += x[i * a_row + p * a_col] * y[p * b_row + j * b_col];
+      out[i * n + j] = alpha * sum + (beta == 0 ? 0 : beta * out[i * n + j]);
+    }
+  return tensor(out, c.shape(), cpu_f64);
+}
+
+TEST_P(GemmTest, Golden) {
+  const Tensor a = tensor({1, 2, 3, 4, 5, 6}, {2, 3}, GetParam());
+  const Tensor b = tensor({1, -1, 0, 2, 3, 0.5}, {3, 2}, GetParam());
+  const Tensor c = tensor({1, 2, 3, 4}, {2, 2}, GetParam());
+  gemm(c, a, Op::none, b, Op::none, 2, -1);
+  EXPECT_EQ(values(c), (std::vector<double>{19, 7, 41, 14}));
+  EXPECT_EQ(values(matmul_nt(a, tensor({1, 0, -1, 2, 2, 2}, {2, 3}, GetParam()))),
+            (std::vector<double>{-2, 12, -2, 30}));
+  EXPECT_EQ(values(matmul_nn(a, b)), (std::vector<double>{10, 4.5, 22, 9}));
+}
+
+TEST_P(GemmTest, MatchesTheDefinition) {
+  const Sizes sizes[] = {{1, 1, 1},    {3, 5, 7},     {17, 33, 65},  {64, 64, 64},
+                         {1, 96, 200}, {130, 1, 257}, {96, 130, 40}, {300, 16, 576}};
+  for (const auto& [m, n, k] : sizes)
+    for (const auto& [op_a, op_b] : all_ops) {
+      SCOPED_TRACE(fmt::format("M {} N {} K {}, ops {} {}", m, n, k, static_cast<int>(op_a),
+                               static_cast<int>(op_b)));
+      const Tensor a = random(stored(op_a, m, k)), b = random(stored(op_b, k, n));
+      const Tensor c = random({m, n}), again = c.clone();
+      const Tensor expected = plain_gemm(c, a, op_a, b, op_b, 0.75, -0.5);
+      gemm(c, a, op_a, b, op_b, 0.75f, -0.5f);
+      const double scale = std::sqrt(static_cast<double>(k));
+      expect_close(c, expected, k, scale);
+      gemm(again, a, op_a, b, op_b, 0.75f, -0.5f);
+      expect_same_bits(c, again);
+    }
+}
+
+TEST_P(GemmTest, AccumulatesIntoFloat32) {
+  if (dtype() == DType::f64) GTEST_SKIP() << "f64 products stay f64";
+  const Tensor a = random({70, 48}), b = random({70, 33}), c = random_f32({48, 33});
+  const Tensor expected = plain_gemm(c, a, Op::transpose, b, Op::none, 1, 1);
+  gemm(c, a, Op::transpose, b, Op::none, 1, 1);
+  expect_close(c, expected, 70, std::sqrt(70.0));
+}
+
+TEST_P(GemmTest, IgnoresWhatWasInCWhenBetaIsZero) {
+  const Tensor a = random({5, 40}), b = random({24, 40});
+  const Tensor c = tensor(std::vector<double>(5 * 24, NAN), {5, 24}, GetParam());
+  gemm(c, a, Op::none, b, Op::transpose);
+  expect_same_bits(c, matmul_nt(a, b));
+}
+
+TEST_P(GemmTest, HonoursPitches) {
+  for (const auto& [op_a, op_b] : all_ops) {
+    SCOPED_TRACE(fmt::format("ops {} {}", static_cast<int>(op_a), static_cast<int>(op_b)));
+    const Shape sa = stored(op_a, 37, 48), sb = stored(op_b, 48, 56);
+    const Tensor wide_a = random({sa[0], sa[1] + 24}), wide_b = random({sb[0], sb[1] + 16});
+    const Tensor wide_c = random({37, 56 + 32}), guard = wide_c.clone();
+    const Tensor a = wide_a.slice_cols(16, 16 + sa[1]), b = wide_b.slice_cols(8, 8 + sb[1]);
+    const Tensor c = wide_c.slice_cols(16, 72);
+    const Tensor expected = plain_gemm(c.clone(), a.clone(), op_a, b.clone(), op_b, 1, 1);
+    gemm(c, a, op_a, b, op_b, 1, 1);
+    expect_close(c, expected, 48, std::sqrt(48.0));
+    expect_same_bits(wide_c.slice_cols(0, 16), guard.slice_cols(0, 16));
+    expect_same_bits(wide_c.slice_cols(72, 88), guard.slice_cols(72, 88));
+  }
+}
+
+TEST_P(GemmTest, LargeMatchesTheDefinition) {
+  const Tensor x = random({257, 1536}), w = random({576, 1536}, 0.05);
+  const Tensor y = matmul_nt(x, w);
+  expect_close(y, plain_gemm(y, x, Op::none, w, Op::transpose, 1, 0), 1536);
+}
+
+// What lets trials train together: a row's bits depend on that row alone.
+TEST(Gemm, RowsAreIndependentOfTheirNumberAndPlace) {
+  for (const Case& c : {cpu_f32, cpu_bf16})
+    for (const int64_t n : {8, 70}) {
+      const int64_t k = 83, total = 600;
+      const Tensor x = tensor(normals(total * k, 1), {total, k}, c);
+      const Tensor w = tensor(normals(n * k, 2), {n, k}, c),
+                   v = tensor(normals(n * k, 3), {k, n}, c);
+      const Tensor y = matmul_nt(x, w), z = matmul_nn(x, v);
+      const std::vector<int32_t> offset = integers(301, total - 300, 4);
+      for (int64_t m = 1; m <= 300; ++m) {
+        const int64_t begin = offset[m], end = begin + m;
+        const Tensor part = x.slice_rows(begin, end);
+        ASSERT_TRUE(bytes_of(matmul_nt(part, w)) == bytes_of(y.slice_rows(begin, end)))
+            << m << " rows from " << begin << ", N " << n;
+        ASSERT_TRUE(bytes_of(matmul_nn(part, v)) == bytes_of(z.slice_rows(begin, end)))
+            << m << " rows from " << begin << ", N " << n;
+      }
+    }
+}
+
+// And an adapter's columns do not depend on the adapters beside it.
+TEST(Gemm, ColumnsAreIndependentOfTheirNumber) {
+  const Tensor x = tensor(normals(50 * 90, 1), {50, 90}, cpu_f32);
+  const Tensor w = tensor(normals(64 * 90, 2), {64, 90}, cpu_f32);
+  const Tensor y = matmul_nt(x, w);
+  for (const auto& [begin, end] : {std::pair{0, 1}, {3, 20}, {16, 32}, {40, 64}})
+    expect_same_bits(matmul_nt(x, w.slice_rows(begin, end)), y.slice_cols(begin, end));
+}
+
+TEST(Gemm, DoesNotDependOnTheNumberOfThreads) {
+  for (const Case& c : {cpu_f32, cpu_bf16})
+    expect_same_for_all_thread_counts([&] {
+      const Tensor x = tensor(normals(130 * 200, 1), {130, 200}, c);
+      const Tensor w = tensor(normals(150 * 200, 2), {150, 200}, c);
+      const Tensor a = tensor(normals(16 * 200, 3), {16, 200}, c);
+      const Tensor dw = Tensor::empty({200, 200}, DType::f32, Device::cpu());
+      gemm(dw, x, Op::transpose, x, Op::none);
+      return std::vector<Tensor>{matmul_nt(x, w), matmul_nt(x, a), dw};
+    });
+}
+
+TEST(Gemm, CountsProducts) {
+  const Tensor x = tensor(normals(4, 1), {2, 2}, cpu_f32);
+  const int64_t before = gemm_count();
+  matmul_nt(x, x);
+  matmul_nn(x, x);
+  EXPECT_EQ(gemm_count(), before + 2);
+}
+
+TEST(Gemm, RejectsWhatDoesNotFit) {
+  const Tensor a = tensor(normals(6, 1), {2, 3}, cpu_f32),
+               c = tensor(normals(4, 1), {2, 2}, cpu_f32);
+  EXPECT_ERROR(gemm(c, a, Op::none, a, Op::none), "[gemm] shapes do not fit");
+  EXPECT_ERROR(gemm(a, a, Op::none, a, Op::transpose), "[gemm] shapes do not fit");
+  EXPECT_ERROR(gemm(c, a, Op::none, cast(a, DType::bf16), Op::transpose), "[gemm] dtypes");
+  EXPECT_ERROR(gemm(cast(c, DType::bf16), a, Op::none, a, Op::transpose), "[gemm] dtypes");
+  EXPECT_ERROR(gemm(c, a.view({6}), Op::none, a, Op::transpose), "needs matrices");
+}
+
+}  // namespace
+}  // namespace qlab::test
