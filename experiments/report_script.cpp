@@ -294,22 +294,31 @@ function curveSets(focus) {
   }
   return sets;
 }
+function lossScale(sets) {
+  const title = 'loss (nats per token)';
+  const losses = sets.flatMap((set) => set.data.map((p) => p.y)).filter((y) => y > 0);
+  if (state.scale === 'linear' || losses.length === 0) return axis(title, {type: 'linear'});
+  // Losses span far less than a decade: equal ratios make better ticks than powers of ten.
+  const low = losses.reduce((a, b) => Math.min(a, b)) * 0.98;
+  const high = losses.reduce((a, b) => Math.max(a, b)) * 1.02;
+  const values = [0, 1, 2, 3, 4, 5, 6].map((i) =>
+    Number((low * Math.pow(high / low, i / 6)).toPrecision(3)));
+  return axis(title, {type: 'logarithmic', min: Math.min(low, values[0]),
+    max: Math.max(high, values[6]),
+    afterBuildTicks: (a) => { a.ticks = values.map((value) => ({value})); },
+    ticks: {color: css('--soft'), callback: (v) => String(v)}});
+}
 function drawLoss(focus = null) {
   const title = state.against === 'steps' ? 'optimizer steps' : 'trained tokens';
-  const scales = {
-    x: axis(title, {type: 'linear', min: 0}),
-    y: axis('loss (nats per token)', {type: state.scale === 'log' ? 'logarithmic' : 'linear'}),
-  };
-  if (state.scale === 'log') {
-    scales.y.ticks = {color: css('--soft'), callback: (v) => Number(v.toPrecision(3))};
-  }
+  const sets = curveSets(focus);
+  const scales = {x: axis(title, {type: 'linear', min: 0}), y: lossScale(sets)};
   if (lossChart) {
-    lossChart.data.datasets = curveSets(focus);
+    lossChart.data.datasets = sets;
     lossChart.options.scales = scales;
     lossChart.update('none');
     return;
   }
-  lossChart = new Chart(el('loss'), {type: 'line', data: {datasets: curveSets(focus)}, options: {
+  lossChart = new Chart(el('loss'), {type: 'line', data: {datasets: sets}, options: {
     animation: false, parsing: false, normalized: true, maintainAspectRatio: false, scales,
     interaction: {mode: 'nearest', intersect: false},
     plugins: {legend: {display: false}, tooltip: {callbacks: {
