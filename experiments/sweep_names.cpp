@@ -165,7 +165,8 @@ std::string trial_table(const Sweep& sweep) {
     row.push_back(std::to_string(trial.seed));
     rows.push_back(std::move(row));
   }
-  return fmt::format("{}: {} trials ({})\n", sweep.name, sweep.trials.size(), sweep.method) +
+  return fmt::format("{}: {} trial{} ({})\n", sweep.name, sweep.trials.size(),
+                     sweep.trials.size() == 1 ? "" : "s", sweep.method) +
          aligned_table(rows);
 }
 
