@@ -1,7 +1,9 @@
 #include "experiments/report.h"
 
 #include <gmock/gmock.h>
+#include <fmt/format.h>
 #include <gtest/gtest.h>
+#include <unistd.h>
 
 #include <cstdlib>
 #include <filesystem>
@@ -33,7 +35,7 @@ std::vector<std::string> lines(const std::string& text) {
 
 class ReportTest : public testing::Test {
  protected:
-  ReportTest() : dir_(fs::path(testing::TempDir()) / "report_test") {
+  ReportTest() : dir_(fs::path(testing::TempDir()) / fmt::format("report_test_{}", getpid())) {
     fs::remove_all(dir_);
     fs::create_directories(dir_);
     std::ofstream(dir_ / "chart.js") << "/* CHART */ var x = '</script>';";
