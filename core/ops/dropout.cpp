@@ -2,6 +2,7 @@
 
 #include <algorithm>
 
+#include "core/lanes.h"
 #include "core/parallel.h"
 
 namespace qlab {
@@ -48,6 +49,44 @@ void dropout_add(const Tensor& y, const Tensor& x, const Tensor& example, const 
 }
 
 namespace cpu {
+namespace {
+
+/// philox() for the counters first, first + 1, ... of one token, side by side in the lanes of
+/// vector registers; random[j] decides feature j.
+template <int width>
+struct PhiloxVector {
+  static constexpr int counters = width / 4;
+  using U32 = typename VectorOf<uint32_t, width>::type;
+  using U64 = typename VectorOf<uint64_t, width>::type;
+
+  QLAB_INLINE static U32 high_product(const U32& x, uint64_t factor) {
+    const U64 even = ((U64)x & 0xffffffffu) * factor, odd = ((U64)x >> 32) * factor;
+    return (U32)((even >> 32) | (odd & 0xffffffff00000000u));
+  }
+  QLAB_INLINE static void fill(uint32_t* random, uint64_t key, uint32_t first, int32_t position,
+                               int64_t example) {
+    U32 c0;
+    for (int l = 0; l < counters; ++l) c0[l] = first + static_cast<uint32_t>(l);
+    U32 c1 = U32{} + static_cast<uint32_t>(position);
+    U32 c2 = U32{} + static_cast<uint32_t>(example);
+    U32 c3 = U32{} + static_cast<uint32_t>(static_cast<uint64_t>(example) >> 32);
+    uint32_t k0 = static_cast<uint32_t>(key), k1 = static_cast<uint32_t>(key >> 32);
+    for (int round = 0; round < 10; ++round, k0 += 0x9E3779B9u, k1 += 0xBB67AE85u) {
+      const U32 h0 = high_product(c0, 0xD2511F53u), h1 = high_product(c2, 0xCD9E8D57u);
+      const U32 l0 = c0 * 0xD2511F53u, l1 = c2 * 0xCD9E8D57u;
+      c0 = h1 ^ c1 ^ k0, c1 = l1;
+      c2 = h0 ^ c3 ^ k1, c3 = l0;
+    }
+    for (int l = 0; l < counters; ++l) {
+      random[4 * l] = c0[l];
+      random[4 * l + 1] = c1[l];
+      random[4 * l + 2] = c2[l];
+      random[4 * l + 3] = c3[l];
+    }
+  }
+};
+
+}  // namespace
 
 void dropout(const Tensor& y, const Tensor& x, const Tensor& example, const Tensor& position,
              DropoutKey key, bool accumulate) {
@@ -60,19 +99,27 @@ void dropout(const Tensor& y, const Tensor& x, const Tensor& example, const Tens
     T* out = y.data<T>();
     const T* in = x.data<T>();
     const A keep = A(1) - static_cast<A>(key.p);
-    parallel_for(x.rows(), std::max<int64_t>(1, 4096 / cols), [=](int64_t begin, int64_t end) {
-      for (int64_t t = begin; t < end; ++t)
-        for (int64_t i = 0; i < cols; i += 4) {
-          const uint64_t e = static_cast<uint64_t>(owner[t]);
-          const Philox random =
-              philox(key.key, static_cast<uint32_t>(i >> 2), static_cast<uint32_t>(place[t]),
-                     static_cast<uint32_t>(e), static_cast<uint32_t>(e >> 32));
-          for (int64_t j = i; j < std::min(i + 4, cols); ++j) {
-            const int64_t at = t * cols + j;
-            const A value = random.lane[j & 3] >= threshold ? static_cast<A>(in[at]) / keep : A(0);
-            out[at] = static_cast<T>(accumulate ? static_cast<A>(out[at]) + value : value);
+    parallel_for(x.rows(), std::max<int64_t>(1, 16384 / cols), [=](int64_t begin, int64_t end) {
+      vectorized([&]<int width>() QLAB_INLINE {
+        for (int64_t t = begin; t < end; ++t)
+          for (int64_t i = 0; i < cols; i += width) {
+            uint32_t random[width];
+            PhiloxVector<width>::fill(random, key.key, static_cast<uint32_t>(i >> 2), place[t],
+                                      owner[t]);
+            const int64_t n = std::min<int64_t>(width, cols - i);
+            T* to = out + t * cols + i;
+            const T* from = in + t * cols + i;
+            A kept[width];
+            const A share = keep;
+            for (int64_t j = 0; j < n; ++j) {
+              const A quotient = static_cast<A>(from[j]) / share;
+              kept[j] = random[j] >= threshold ? quotient : A(0);
+            }
+            if (accumulate)
+              for (int64_t j = 0; j < n; ++j) kept[j] += static_cast<A>(to[j]);
+            for (int64_t j = 0; j < n; ++j) to[j] = static_cast<T>(kept[j]);
           }
-        }
+      });
     });
   });
 }
