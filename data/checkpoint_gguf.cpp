@@ -63,6 +63,9 @@ nlohmann::json translate_config(const GgufFile& file) {
          architecture);
   if (file.get<std::string>("general.type", "model") != "model")
     fail("{}: holds no model but: {}", file.path(), file.get<std::string>("general.type"));
+  if (file.get<int64_t>("split.count", 1) > 1)
+    fail("{}: is one part of a split model; join the parts with llama-gguf-split --merge",
+         file.path());
   const std::string prefix = architecture + ".";
   const auto integer = [&](const char* key) { return file.get<int64_t>(prefix + key); };
   const int64_t hidden = integer("embedding_length"), heads = integer("attention.head_count");
@@ -141,6 +144,9 @@ class GgufCheckpoint final : public Checkpoint {
       });
       return result;
     }
+    if (cols % block_elems != 0)
+      fail("{}: the rows of tensor \"{}\" cannot be put in order in {}", path_, name,
+           encoding_name);
     const int64_t row_bytes = cols / block_elems * block_bytes;
     parallel_for(rows, 16, [&](int64_t begin, int64_t end) {
       for (int64_t row = begin; row < end; ++row)

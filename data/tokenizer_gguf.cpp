@@ -103,6 +103,9 @@ Tokenizer TokenizerBuilder::from_gguf(const std::string& path) {
   parts.bos = file.get<int32_t>("tokenizer.ggml.bos_token_id", -1);
   parts.eos = file.get<int32_t>("tokenizer.ggml.eos_token_id", -1);
   if (parts.eos >= 0) parts.stop = {parts.eos};
+  for (const char* key : {"tokenizer.ggml.eot_token_id", "tokenizer.ggml.eom_token_id"})
+    if (const auto id = file.get<int32_t>(key, -1); id >= 0 && id != parts.eos)
+      parts.stop.push_back(id);
   if (parts.bos >= 0 && file.get<bool>("tokenizer.ggml.add_bos_token", family.add_bos))
     parts.prefix = {parts.bos};
   if (parts.eos >= 0 && file.get<bool>("tokenizer.ggml.add_eos_token", false))
