@@ -2,6 +2,7 @@
 
 #include <unistd.h>
 
+#include <algorithm>
 #include <csignal>
 #include <cstdio>
 
@@ -26,29 +27,32 @@ std::string duration(double seconds) {
 Terminal::Terminal() : live_(isatty(STDOUT_FILENO)) {}
 
 void Terminal::print(const std::string& line) {
-  if (open_) std::fputs("\n", stdout), open_ = false;
+  lines_.clear();
+  drawn_ = 0;
   std::fputs((line + "\n").c_str(), stdout);
   std::fflush(stdout);
 }
 
 void Terminal::progress(const TrainProgress& p) {
   const auto now = std::chrono::steady_clock::now();
-  // Without a terminal a line now and then is enough to see that it goes on.
-  constexpr auto quiet = std::chrono::seconds(10);
-  if (!live_ && !p.last && current_ == p.name && now - last_ < quiet) return;
-  last_ = now;
-  const std::string text =
-      fmt::format("{}  step {}/{}  loss {:.4f}  {:.0f} tokens/s  {} left", p.name, p.step,
-                  p.total_steps, p.loss, p.tokens_per_s, duration(p.seconds_left));
+  auto line =
+      std::find_if(lines_.begin(), lines_.end(), [&](const Line& l) { return l.name == p.name; });
+  const bool first = line == lines_.end();
+  if (first) line = lines_.insert(lines_.end(), {p.name, "", {}});
+  line->text = fmt::format("{}  step {}/{}  loss {:.4f}  {:.0f} tokens/s  {} left", p.name, p.step,
+                           p.total_steps, p.loss, p.tokens_per_s, duration(p.seconds_left));
   if (!live_) {
-    current_ = p.name;
-    return print(text);
+    // Without a terminal a line now and then is enough to see that it goes on.
+    constexpr auto quiet = std::chrono::seconds(20);
+    if (!first && !p.last && now - line->printed < quiet) return;
+    line->printed = now;
+    std::fputs((line->text + "\n").c_str(), stdout);
+  } else {
+    std::string screen = drawn_ > 0 ? fmt::format("\x1b[{}A", drawn_) : "";
+    for (const Line& l : lines_) screen += "\r\x1b[K" + l.text + "\n";
+    drawn_ = lines_.size();
+    std::fputs(screen.c_str(), stdout);
   }
-  if (open_ && current_ != p.name) std::fputs("\n", stdout);
-  std::fputs(("\r\x1b[K" + text).c_str(), stdout);
-  open_ = !p.last;
-  if (p.last) std::fputs("\n", stdout);
-  current_ = p.name;
   std::fflush(stdout);
 }
 

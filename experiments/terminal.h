@@ -1,8 +1,10 @@
-// What a person sees while something runs: one live line per run on a terminal, plain lines
-// otherwise; and Ctrl-C, which asks the run to save its state and stop.
+// What a person sees while something runs: one live line per run on a terminal (a gang has
+// several), plain lines now and then otherwise; and Ctrl-C, which asks the run to save its state
+// and stop.
 #pragma once
 #include <chrono>
 #include <string>
+#include <vector>
 
 #include "experiments/train.h"
 
@@ -17,10 +19,14 @@ class Terminal {
   TrainCallbacks callbacks();
 
  private:
-  bool live_;          // stdout is a terminal
-  bool open_ = false;  // a live line stands unfinished
-  std::string current_;
-  std::chrono::steady_clock::time_point last_;
+  struct Line {
+    std::string name, text;
+    std::chrono::steady_clock::time_point printed;
+  };
+  bool live_;  // stdout is a terminal
+  std::vector<Line>
+      lines_;         // of the runs that go on; on a terminal they stand below everything else
+  size_t drawn_ = 0;  // live lines on the screen
 };
 
 /// From now on Ctrl-C and SIGTERM only set a flag; a second one ends the program at once.

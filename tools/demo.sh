@@ -11,6 +11,7 @@ if [[ ! -f $model ]]; then
   echo
   echo "The demo model is not there ($model), so the demo trains a small Llama from"
   echo "scratch on the same data instead. With a network, \`make demo\` runs the real one."
+  [[ -f models/scratch/model.safetensors ]] || python3 tools/make_scratch_model.py --out models/scratch
 fi
 printf '\n==> Running the sweep experiments/%s.yaml\n' "$sweep"
 "$build/qlab" sweep "experiments/$sweep.yaml" --out "runs/$sweep" || {
