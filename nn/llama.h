@@ -54,7 +54,7 @@ class Llama {
   KvCache make_cache(int64_t capacity) const;
 
   /// Rows of logits that exist at a time.
-  static constexpr int64_t loss_chunk = 1024;
+  static constexpr int64_t loss_chunk = 512;
 
  private:
   const std::vector<const Linear*> linears() const;
