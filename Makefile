@@ -53,7 +53,7 @@ model: setup
 data: setup
 	$(call say,Preparing the demo data (functions of the Python standard library))
 	@if [[ -f $(DATA)/train.jsonl && -f $(DATA)/eval.jsonl ]]; then echo "$(DATA) is there."; \
-	else python3 tools/extract_python_functions.py --out $(DATA) --max-eval 80 || { \
+	else python3 tools/extract_python_functions.py --out $(DATA) --max-eval 48 || { \
 	  echo "The data could not be made: python3 with its standard library must be installed."; \
 	  exit 1; }; fi
 
