@@ -248,6 +248,7 @@ void Gang::train_step() {
       rows.emplace_back(t, scale);
       counts.push_back(trained);
     }
+    if (rows.empty()) continue;  // the last window of a run may be shorter
     const std::vector<float> nll = stepper_.run(builder, true);
     size_t row = 0;
     for (size_t i = 0; i < rows.size(); ++i) {
