@@ -55,8 +55,9 @@ void save_adapter(const std::string& dir, const Adapter& adapter, const std::str
                  {"rank_pattern", Json::object()},
                  {"revision", nullptr},
                  {"target_modules", target_modules(adapter)},
-                 {"task_type", "CAUSAL_LM"},
-                 {"use_rslora", spec.rslora}};
+                 {"task_type", "CAUSAL_LM"}};
+  if (spec.rslora)
+    config["use_rslora"] = true;  // older releases of PEFT stop at keys they do not know
   const auto whole = static_cast<int64_t>(spec.alpha);
   config["lora_alpha"] = static_cast<double>(whole) == spec.alpha ? Json(whole) : Json(spec.alpha);
 
@@ -81,9 +82,11 @@ LoraSpec read_adapter_spec(const std::string& dir) {
   const std::string path = config_path(dir);
   const Json json = read_json_file(path);
   if (!json.is_object()) fail("{}: must be a JSON object", path);
-  if (json.value("peft_type", "") != "LORA")
-    fail("{}: peft_type must be LORA, got {}", path,
-         json.contains("peft_type") ? json["peft_type"].dump() : "nothing");
+  const auto text = [&](const char* key) {
+    return json.contains(key) ? json[key].dump() : std::string("nothing");
+  };
+  if (text("peft_type") != "\"LORA\"")
+    fail("{}: peft_type must be LORA, got {}", path, text("peft_type"));
   const auto set = [&](const char* key) {
     if (!json.contains(key)) return false;
     const Json& v = json[key];
@@ -96,8 +99,8 @@ LoraSpec read_adapter_spec(const std::string& dir) {
         "exclude_modules", "use_qalora", "alora_invocation_tokens", "arrow_config", "use_bdlora",
         "kasa_config", "velora_config", "monteclora_config", "fan_in_fan_out"})
     if (set(key)) fail("{}: {} is set, which qlab does not support", path, key);
-  if (json.value("bias", std::string("none")) != "none")
-    fail("{}: bias {} is not supported; supported: none", path, json["bias"].dump());
+  if (set("bias") && text("bias") != "\"none\"")
+    fail("{}: bias {} is not supported; supported: none", path, text("bias"));
   LoraSpec spec;
   try {
     spec.r = json.at("r").get<int64_t>();
@@ -111,7 +114,7 @@ LoraSpec read_adapter_spec(const std::string& dir) {
     else
       spec.names = targets.get<std::vector<std::string>>();
   } catch (const Json::exception& error) {
-    fail("{}: r, lora_alpha or target_modules is missing or of the wrong type ({})", path,
+    fail("{}: r, lora_alpha or target_modules is missing, or a value has the wrong type ({})", path,
          error.what());
   }
   if (spec.r <= 0) fail("{}: r must be positive, got {}", path, spec.r);

@@ -8,7 +8,7 @@
 #include <fstream>
 #include <string>
 
-#include "core/error.h"
+#include "tests/support/error_of.h"
 
 namespace qlab::test {
 
@@ -47,17 +47,6 @@ class TemporaryFolder {
  private:
   std::filesystem::path path_;
 };
-
-/// The text of the Error that `action` throws, "" when it throws none.
-template <class Action>
-std::string error_of(Action&& action) {
-  try {
-    action();
-  } catch (const Error& error) {
-    return error.what();
-  }
-  return "";
-}
 
 }  // namespace qlab::test
 

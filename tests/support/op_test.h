@@ -16,6 +16,7 @@
 #include "core/parallel.h"
 #include "core/random.h"
 #include "core/tensor.h"
+#include "tests/support/error_of.h"
 
 namespace qlab::test {
 
@@ -193,16 +194,6 @@ class OpTest : public testing::TestWithParam<Case> {
   uint64_t stream_ = 0;
 };
 
-/// The message of the error that f throws, or "" when it does not.
-template <class F>
-std::string error_of(F&& f) {
-  try {
-    f();
-  } catch (const Error& e) {
-    return e.what();
-  }
-  return "";
-}
 #define EXPECT_ERROR(expression, text) \
   EXPECT_THAT(::qlab::test::error_of([&] { (void)(expression); }), ::testing::HasSubstr(text))
 

@@ -1,0 +1,211 @@
+// Trials that train together: what each computes does not depend on its company.
+#include <algorithm>
+#include <map>
+
+#include "core/ops/gemm.h"
+#include "optim/optimizer.h"
+#include "tests/support/tiny_llama.h"
+
+namespace qlab::test {
+namespace {
+
+struct Member {
+  LoraSpec lora;
+  float lr;
+  std::vector<int64_t> lengths;  // of the sequences of step 0, 1, ..., in turn
+};
+
+LoraSpec lora(int64_t r, double alpha, const std::string& targets, double dropout,
+              bool rslora = false) {
+  LoraSpec spec;
+  spec.r = r;
+  spec.alpha = alpha;
+  spec.pattern = targets;
+  spec.dropout = dropout;
+  spec.rslora = rslora;
+  return spec;
+}
+
+constexpr int diverging = 4;
+const std::vector<Member> members = {
+    {lora(2, 4, "qv", 0), 1e-3f, {2, 1}},  // a single token trains nothing, but takes part
+    {lora(8, 16, "attention", 0.1), 3e-3f, {37}},   {lora(16, 8, "mlp", 0, true), 1e-2f, {130}},
+    {lora(5, 10, "all-linear", 0.3), 2e-3f, {511}}, {lora(4, 8, "all-linear", 0), 1e30f, {64}},
+};
+constexpr int64_t steps = 5;
+
+/// What one member went through.
+struct History {
+  std::vector<double> loss;      // of each step
+  std::vector<float> grad_norm;  // of each step
+  Tensor first_gradient, parameters;
+};
+
+class GangTest : public OpTest {
+ protected:
+  void SetUp() override {
+    OpTest::SetUp();
+    if (IsSkipped()) return;
+    model_ = tiny_llama(WeightFormat::nf4, GetParam());
+  }
+
+  /// Trains the members with these indices together, segments in that order.
+  std::map<int, History> train(const std::vector<int>& gang) const {
+    std::map<int, History> history;
+    std::map<int, std::unique_ptr<Adapter>> adapters;
+    std::map<int, AdamW> optimizers;
+    for (const int i : gang) {
+      adapters[i] = fresh_adapter(*model_, members[i].lora);
+      optimizers.try_emplace(i, AdamWConfig{}, adapters[i]->parameter_count(), device());
+    }
+    Stepper stepper(*model_, false);
+    for (int64_t s = 0; s < steps; ++s) {
+      BatchBuilder builder;
+      std::vector<Tokens> tokens;
+      std::vector<int64_t> rows;
+      for (const int i : gang) {
+        const std::vector<int64_t>& lengths = members[i].lengths;
+        const int64_t length = lengths[static_cast<size_t>(s) % lengths.size()];
+        tokens.push_back(random_tokens(length, static_cast<uint64_t>(100 * i + s), s));
+        fill_zero(adapters[i]->gradients());
+        const int64_t before = builder.loss_tokens();
+        builder.add({tokens.back().sequence()}, adapters[i].get(), true,
+                    1.0f / static_cast<float>(std::max<int64_t>(length - 1, 1)));
+        rows.push_back(builder.loss_tokens() - before);
+      }
+      const std::vector<float> nll = stepper.run(builder, true);
+      size_t row = 0;
+      for (size_t g = 0; g < gang.size(); ++g) {
+        const int i = gang[g];
+        History& own = history[i];
+        double sum = 0;
+        for (int64_t j = 0; j < rows[g]; ++j) sum += nll[row++];
+        own.loss.push_back(rows[g] > 0 ? sum / static_cast<double>(rows[g]) : 0);
+        if (s == 0) own.first_gradient = adapters[i]->gradients().clone();
+        optimizers.at(i).step(adapters[i]->parameters(), adapters[i]->gradients(), members[i].lr);
+        adapters[i]->refresh();
+        own.grad_norm.push_back(optimizers.at(i).grad_norm().to_vector<float>()[0]);
+      }
+    }
+    for (const int i : gang) history[i].parameters = adapters[i]->parameters().clone();
+    return history;
+  }
+
+  void expect_equal(const History& a, const History& b) const {
+    if (!device().is_cuda()) {
+      EXPECT_EQ(a.loss, b.loss);
+      EXPECT_EQ(a.grad_norm, b.grad_norm);
+      expect_same_bits(a.parameters, b.parameters);
+      return;
+    }
+    // The first gradient sees rounding alone. Later steps see weights that Adam moved by at most
+    // about lr a step, in either direction where a gradient is no more than rounding: the losses
+    // show how little that matters.
+    const double bound = model_bound(dtype(), 511);
+    EXPECT_LE(relative_difference(a.first_gradient, b.first_gradient), bound);
+    for (size_t s = 0; s < a.loss.size(); ++s)
+      EXPECT_NEAR(a.loss[s], b.loss[s], bound * (1 + static_cast<double>(s)) * (1 + b.loss[s]))
+          << "step " << s;
+  }
+
+  std::unique_ptr<Llama> model_;
+};
+
+TEST_P(GangTest, AMemberDoesNotSeeTheOthers) {
+  std::map<int, History> alone;
+  for (int i = 0; i < static_cast<int>(members.size()); ++i) alone.merge(train({i}));
+  const std::map<int, History> together = train({0, 1, 2, 3, 4}), shuffled = train({4, 2, 0, 3, 1}),
+                               healthy = train({3, 1, 2, 0});
+  for (int i = 0; i < static_cast<int>(members.size()); ++i) {
+    if (i == diverging) continue;
+    SCOPED_TRACE("member " + std::to_string(i));
+    expect_equal(together.at(i), alone.at(i));
+    expect_equal(shuffled.at(i), alone.at(i));
+    expect_equal(healthy.at(i), alone.at(i));
+    for (const double loss : alone.at(i).loss) EXPECT_TRUE(std::isfinite(loss));
+    EXPECT_GT(relative_difference(alone.at(i).parameters,
+                                  fresh_adapter(*model_, members[i].lora)->parameters()),
+              0.0);
+  }
+  for (const auto& histories : {alone, together, shuffled}) {
+    const History& diverged = histories.at(diverging);
+    EXPECT_TRUE(std::isfinite(diverged.grad_norm[0]));
+    EXPECT_FALSE(std::isfinite(diverged.grad_norm[2]));
+    // A step whose gradient is not finite writes nothing.
+    for (const double p : values(diverged.parameters)) ASSERT_TRUE(std::isfinite(p));
+  }
+}
+
+TEST_P(GangTest, SegmentsOfAnyLengthMeetTheirOwnAdapter) {
+  std::vector<std::unique_ptr<Adapter>> adapters;
+  std::vector<Tokens> tokens;
+  BatchBuilder gang;
+  constexpr std::array<int64_t, 4> lengths = {130, 1, 511, 37};
+  for (size_t i = 0; i < lengths.size(); ++i) {
+    adapters.push_back(trained_adapter(*model_, members[i].lora));
+    tokens.push_back(random_tokens(lengths[i], i, static_cast<int64_t>(i)));
+    gang.add({tokens.back().sequence()}, adapters.back().get(), true, 0.0f);
+  }
+  Tape tape(false);
+  const Tensor hidden = model_->hidden(tape, gang.to(device())).value;
+  int64_t begin = 0;
+  for (size_t i = 0; i < lengths.size(); ++i) {
+    BatchBuilder alone;
+    alone.add({tokens[i].sequence()}, adapters[i].get(), true, 0.0f);
+    const Tensor own = model_->hidden(tape, alone.to(device())).value;
+    const Tensor slice = hidden.slice_rows(begin, begin + lengths[i]);
+    begin += lengths[i];
+    if (device().is_cuda())
+      EXPECT_LE(relative_difference(slice, own), model_bound(dtype(), 511)) << lengths[i];
+    else
+      expect_same_bits(slice, own);
+  }
+}
+
+// Forward: one product for each of the 14 projections and one for the head, whatever the number of
+// trials, and two for each adapted projection of each trial. Backward: dx of every projection but
+// q, k and v of the first layer, whose input needs no gradient, and of the head; for each adapted
+// projection dB, ds, dA and, where dx is wanted, ds A.
+TEST_P(GangTest, TheBaseIsMultipliedOnce) {
+  const auto adapted = [](int i) {
+    int count = 0, first_qkv = 0;
+    LoraSpec spec = members[i].lora;
+    std::vector<std::string> names;
+    for (int layer = 0; layer < 2; ++layer)
+      for (const char* name : {"self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj",
+                               "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"})
+        names.push_back("model.layers." + std::to_string(layer) + "." + name);
+    for (const int index : resolve_targets(spec, names)) ++count, first_qkv += index < 3;
+    return std::pair(count, first_qkv);
+  };
+  for (const std::vector<int>& gang : {std::vector{3}, {3, 1}, {0, 1, 2, 3}}) {
+    std::vector<std::unique_ptr<Adapter>> adapters;
+    std::vector<Tokens> tokens;
+    BatchBuilder builder;
+    int64_t adapter_forward = 0, adapter_backward = 0;
+    for (const int i : gang) {
+      adapters.push_back(fresh_adapter(*model_, members[i].lora));
+      tokens.push_back(random_tokens(20, static_cast<uint64_t>(i)));
+      builder.add({tokens.back().sequence()}, adapters.back().get(), true, 1.0f);
+      const auto [count, first_qkv] = adapted(i);
+      adapter_forward += 2 * count;
+      adapter_backward += 4 * count - first_qkv;
+    }
+    const Batch batch = builder.to(device());
+    const int64_t start = gemm_count();
+    Tape tape;
+    const Variable nll = model_->loss(tape, batch, model_->hidden(tape, batch));
+    const int64_t forward = gemm_count() - start;
+    tape.backward(nll);
+    const int64_t backward = gemm_count() - start - forward;
+    // The head's dx is formed with its loss.
+    EXPECT_EQ(forward, 14 + 2 + adapter_forward) << gang.size() << " trials";
+    EXPECT_EQ(backward, 14 - 3 + adapter_backward) << gang.size() << " trials";
+  }
+}
+
+INSTANTIATE_TEST_SUITE_P(Models, GangTest, testing::Values(cpu_f32, cpu_bf16, cuda_f32, cuda_bf16),
+                         name);
+
+}  // namespace
+}  // namespace qlab::test

@@ -1,0 +1,227 @@
+#include "nn/llama.h"
+
+#include <algorithm>
+
+#include "experiments/evaluate.h"
+#include "experiments/generate.h"
+#include "tests/support/tiny_llama.h"
+
+namespace qlab::test {
+namespace {
+
+class LlamaTest : public OpTest {
+ protected:
+  std::unique_ptr<Llama> model(WeightFormat format) const { return tiny_llama(format, GetParam()); }
+
+  /// nll of every trained row of the sequences, as one packed batch.
+  static std::vector<float> nll(Stepper& stepper, const std::vector<Tokens>& sequences,
+                                const Adapter* adapter, bool train = false) {
+    std::vector<Sequence> all;
+    for (const Tokens& t : sequences) all.push_back(t.sequence());
+    BatchBuilder builder;
+    builder.add(all, adapter, false, 1.0f);
+    return stepper.run(builder, train);
+  }
+  /// Equal on the CPU; on a GPU up to rounding, since the products there depend on the row count.
+  void expect_equal_rows(const std::vector<float>& a, const std::vector<float>& b) const {
+    ASSERT_EQ(a.size(), b.size());
+    const double bound = device().is_cuda() ? model_bound(dtype(), 512) : 0;
+    for (size_t i = 0; i < a.size(); ++i)
+      EXPECT_NEAR(a[i], b[i], bound * (1 + std::abs(b[i]))) << "row " << i;
+  }
+};
+
+TEST_P(LlamaTest, PackedSequencesAreTheSequencesAlone) {
+  const auto llama = model(WeightFormat::nf4);
+  LoraSpec spec;
+  spec.r = 4;
+  const auto adapter = trained_adapter(*llama, spec);
+  Stepper stepper(*llama, false);
+  std::vector<Tokens> all;
+  std::vector<float> alone;
+  for (const int64_t length : {2, 1, 37, 5, 130}) {
+    all.push_back(random_tokens(length, static_cast<uint64_t>(length)));
+    const std::vector<float> own = nll(stepper, {all.back()}, adapter.get());
+    alone.insert(alone.end(), own.begin(), own.end());
+  }
+  expect_equal_rows(nll(stepper, all, adapter.get()), alone);
+}
+
+TEST_P(LlamaTest, AFreshAdapterIsNoAdapter) {
+  const auto llama = model(WeightFormat::nf4);
+  Stepper stepper(*llama, false);
+  const std::vector<Tokens> tokens = {random_tokens(40, 1), random_tokens(9, 2)};
+  const auto adapter = fresh_adapter(*llama, {});
+  EXPECT_EQ(nll(stepper, tokens, adapter.get()), nll(stepper, tokens, nullptr));
+}
+
+// The adapter's products read the same values whether the base is stored in 4 bits or not.
+TEST_P(LlamaTest, QloraIsLoraOnTheDequantizedWeights) {
+  const auto quantized = model(WeightFormat::nf4);
+  const auto plain = tiny_llama(WeightFormat::fp32, GetParam(), rounded_to_nf4);
+  LoraSpec spec;
+  spec.dropout = 0.1;
+  const auto a = trained_adapter(*quantized, spec), b = trained_adapter(*plain, spec);
+  Stepper one(*quantized, false), other(*plain, false);
+  const std::vector<Tokens> tokens = {random_tokens(50, 3), random_tokens(20, 4)};
+  EXPECT_EQ(nll(one, tokens, a.get(), true), nll(other, tokens, b.get(), true));
+  expect_same_bits(a->gradients(), b->gradients());
+}
+
+TEST_P(LlamaTest, RecomputeChangesNoBit) {
+  const auto llama = model(WeightFormat::nf4);
+  LoraSpec spec;
+  spec.r = 3;
+  spec.dropout = 0.2;
+  const auto a = trained_adapter(*llama, spec), b = trained_adapter(*llama, spec);
+  Stepper kept(*llama, false), again(*llama, true);
+  const std::vector<Tokens> tokens = {random_tokens(33, 5, 11), random_tokens(64, 6, 12)};
+  for (int micro = 0; micro < 2; ++micro)
+    EXPECT_EQ(nll(kept, tokens, a.get(), true), nll(again, tokens, b.get(), true));
+  expect_same_bits(a->gradients(), b->gradients());
+}
+
+// Token by token over the cache, against one pass over the finished text.
+TEST_P(LlamaTest, GenerationIsTheFullForward) {
+  const auto llama = model(WeightFormat::nf4);
+  LoraSpec spec;
+  spec.pattern = "mlp";
+  const auto adapter = trained_adapter(*llama, spec);
+  const std::vector<int32_t> prompt = random_tokens(9, 7).ids;
+  SamplingOptions options;
+  options.max_new_tokens = 24;
+  const std::vector<int32_t> produced = generate(*llama, adapter.get(), prompt, {}, options);
+  ASSERT_EQ(produced.size(), 24u);
+
+  Tokens whole{prompt, 0};
+  whole.ids.insert(whole.ids.end(), produced.begin(), produced.end());
+  BatchBuilder builder;
+  builder.add({whole.sequence()}, adapter.get(), false, 0.0f);
+  Tape tape(false);
+  const Tensor hidden = llama->hidden(tape, builder.to(device())).value;
+  const std::vector<double> logits = values(llama->logits(hidden));
+  // A token may differ only where two logits are as close as rounding on a GPU may bring them.
+  const double slack = device().is_cuda() ? 8 * model_bound(dtype(), 512) : 0;
+  for (size_t i = 0; i < produced.size(); ++i) {
+    const auto row = logits.begin() + static_cast<std::ptrdiff_t>((prompt.size() + i - 1) * 512);
+    EXPECT_GE(row[produced[i]], *std::max_element(row, row + 512) - slack) << "token " << i;
+  }
+}
+
+TEST_P(LlamaTest, GenerationStops) {
+  const auto llama = model(WeightFormat::fp32);
+  SamplingOptions options;
+  options.max_new_tokens = 20;
+  const std::vector<int32_t> prompt = {1, 2, 3};
+  const std::vector<int32_t> all = generate(*llama, nullptr, prompt, {}, options);
+  const auto stop = std::find(all.begin(), all.end(), all[4]);
+  EXPECT_EQ(generate(*llama, nullptr, prompt, {all[4]}, options),
+            std::vector<int32_t>(all.begin(), stop + 1));
+  int count = 0;
+  generate(*llama, nullptr, prompt, {}, options, [&](int32_t) { return ++count < 3; });
+  EXPECT_EQ(count, 3);
+  options.max_new_tokens = 510;
+  EXPECT_ERROR(generate(*llama, nullptr, prompt, {}, options), "exceed the model's 512 positions");
+}
+
+TEST_P(LlamaTest, EvaluationDoesNotDependOnItsBatches) {
+  const auto llama = model(WeightFormat::nf4);
+  Dataset data;
+  for (const int64_t length : {30, 2, 77, 16, 16, 120, 9}) {
+    const std::vector<int32_t> ids = random_tokens(length, static_cast<uint64_t>(length)).ids;
+    data.examples.push_back({ids, ids});
+    data.examples.back().labels[0] = not_trained;
+  }
+  data.examples[2].labels.assign(77, not_trained);
+  data.examples[2].labels[40] = 7;
+  const auto adapter = trained_adapter(*llama, {});
+  Stepper stepper(*llama, false);
+  const Evaluation one = evaluate(stepper, data, adapter.get(), {}, 1);
+  EXPECT_EQ(one.trained_tokens, 29 + 1 + 1 + 15 + 15 + 119 + 8);
+  EXPECT_EQ(one.tokens, 270);
+  for (const int64_t batch_tokens : {100, 4096}) {
+    const Evaluation other = evaluate(stepper, data, adapter.get(), {}, batch_tokens);
+    const double bound = device().is_cuda() ? model_bound(dtype(), 512) * 8 : 0;
+    EXPECT_NEAR(one.loss, other.loss, bound);
+    for (size_t i = 0; i < one.example_loss.size(); ++i)
+      EXPECT_NEAR(one.example_loss[i], other.example_loss[i], bound) << "example " << i;
+  }
+  int asked = 0;
+  EXPECT_TRUE(evaluate(
+                  stepper, data, nullptr, [&] { return ++asked > 2; }, 1)
+                  .stopped);
+}
+
+INSTANTIATE_TEST_SUITE_P(Models, LlamaTest, testing::Values(cpu_f32, cpu_bf16, cuda_f32, cuda_bf16),
+                         name);
+
+// Central differences of the loss in fp32. The loss is a mean of R values, each within about
+// 2^-22 of 6, so a difference over 2h is known to about 2^-22 6 / (sqrt(R) h): with h = 0.02 and
+// R = 58 that is 1e-5, below 1 % of the largest gradients; the third derivative adds about h^2.
+TEST(LlamaGradient, OfLoraIsThatOfDifferences) {
+  const auto llama = tiny_llama(WeightFormat::fp32, cpu_f32);
+  LoraSpec spec;
+  spec.r = 3;
+  spec.alpha = 5;
+  const auto adapter = trained_adapter(*llama, spec);
+  Stepper stepper(*llama, false);
+  const Tokens first = random_tokens(40, 21), second = random_tokens(20, 22);
+  BatchBuilder builder;
+  builder.add({first.sequence(), second.sequence()}, adapter.get(), false, 1.0f / 58);
+  const auto loss = [&] { return mean(stepper.run(builder, false)); };
+  stepper.run(builder, true);
+
+  constexpr float h = 0.02f;
+  for (const Adapter::Shape& m : adapter->modules()) {
+    const LoraModule& module = adapter->module(m.name);
+    for (const auto& [x, dx] : {std::pair(module.a, module.da), std::pair(module.b, module.db)}) {
+      const std::vector<float> gradient = dx.to_vector<float>();
+      const auto largest = std::max_element(gradient.begin(), gradient.end(), [](float a, float b) {
+        return std::abs(a) < std::abs(b);
+      });
+      float& element = x.data<float>()[largest - gradient.begin()];
+      const float saved = element;
+      element = saved + h;
+      const double above = loss(), step = element;
+      element = saved - h;
+      const double below = loss(), expected = (above - below) / (step - element);
+      element = saved;
+      EXPECT_NEAR(*largest, expected, 2e-2 * std::abs(expected))
+          << m.name << (&x == &module.a ? " A" : " B");
+    }
+  }
+}
+
+// Biases (Qwen2), an own lm_head and a wider head than the hidden size go the same way.
+TEST(LlamaGradient, OfAModelWithBiases) {
+  LlamaConfig config = synthetic_config("tiny");
+  config.qkv_bias = config.o_bias = config.mlp_bias = true;
+  config.tie_word_embeddings = false;
+  config.head_dim = 24;
+  const Llama llama(config, {WeightFormat::fp32}, DType::f32, Device::cpu(), tiny_tensor);
+  LoraSpec spec;
+  spec.r = 2;
+  const auto adapter = trained_adapter(llama, spec);
+  Stepper stepper(llama, true);
+  const Tokens tokens = random_tokens(50, 23);
+  BatchBuilder builder;
+  builder.add({tokens.sequence()}, adapter.get(), false, 1.0f / 49);
+  stepper.run(builder, true);
+  // Along the gradient itself: the loss changes by h |g| when the parameters move by h g / |g|.
+  const std::vector<float> g = adapter->gradients().to_vector<float>();
+  double norm = 0;
+  for (const float value : g) norm += static_cast<double>(value) * value;
+  norm = std::sqrt(norm);
+  const std::vector<float> start = adapter->parameters().to_vector<float>();
+  const auto loss_at = [&](double h) {
+    for (size_t i = 0; i < g.size(); ++i)
+      adapter->parameters().data<float>()[i] = static_cast<float>(start[i] + h * g[i] / norm);
+    return mean(stepper.run(builder, false));
+  };
+  // The third derivative is large along this direction: h^2 of it is 1e-3 here.
+  constexpr double h = 1e-3;
+  EXPECT_NEAR((loss_at(h) - loss_at(-h)) / (2 * h), norm, 3e-3 * norm);
+}
+
+}  // namespace
+}  // namespace qlab::test
