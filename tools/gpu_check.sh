@@ -7,7 +7,7 @@ build=$1
 jobs=$2
 shards=4 # processes per sanitizer tool
 logs=$build/gpu-check
-filter='*Cuda*:*cuda*-*Large*'
+filter='*Cuda*:*cuda*-*Large*:*Smollm2*' # the small cases
 
 if ! gpu=$(nvidia-smi --query-gpu=name --format=csv,noheader 2>/dev/null); then
   echo "No NVIDIA GPU was found: nvidia-smi is missing or fails${gpu:+ ($gpu)}"

@@ -6,6 +6,11 @@ build=$1
 jobs=$2
 log=$build/ctest.log
 
+# Each of the tests that run side by side gets its share of the cores, and waits without spinning.
+threads=$(($(nproc) / jobs))
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((threads > 0 ? threads : 1))}
+export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-passive}
+
 status=0
 ctest --test-dir "$build" --output-on-failure -j "$jobs" 2>&1 | tee "$log" || status=$?
 
