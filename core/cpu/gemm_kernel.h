@@ -1,7 +1,7 @@
 // The CPU's fp32 product. One tile of C is a set of accumulators in vector registers; each of them
-// is a chain of fused multiply-adds over the whole of K in increasing order. The chain is the same
-// in every instruction set that has fused multiply-adds, so bits do not depend on the machine
-// either.
+// is a chain of fused multiply-adds over a block of K in increasing order, and the blocks' sums are
+// added in that order too. The chains are the same in every instruction set that has fused
+// multiply-adds, so bits do not depend on the machine either.
 #pragma once
 #include <cstdint>
 

@@ -60,21 +60,32 @@ void pack_b(const GemmArgs& g, int64_t tile, float* packed) {
   pack_operand<n_tile>(g.b, g.b_bf16, g.b_col, g.b_row, tile * n_tile, g.n, g.k, packed);
 }
 
+// Where a gradient goes back through the vocabulary K is 49k to 128k. In one chain of that length
+// the gradients of SmolLM2 were 10 times as far from fp64 as PyTorch's.
+constexpr int64_t k_block = 256;
+
 template <int rows>
 void accumulate(const float* a, const float* b, int64_t k, float* out) {
   Vec acc[rows][n_vectors];
-  for (int i = 0; i < rows; ++i)
-    for (int v = 0; v < n_vectors; ++v) acc[i][v] = Vec::zero();
-  for (int64_t p = 0; p < k; ++p, a += m_tile, b += n_tile) {
-    Vec bv[n_vectors];
-    for (int v = 0; v < n_vectors; ++v) bv[v] = Vec::load(b + v * Vec::width);
-    for (int i = 0; i < rows; ++i) {
-      const Vec ai = Vec::broadcast(a[i]);
-      for (int v = 0; v < n_vectors; ++v) acc[i][v] = Vec::fma(ai, bv[v], acc[i][v]);
+  for (int64_t first = 0; first == 0 || first < k; first += k_block) {
+    for (int i = 0; i < rows; ++i)
+      for (int v = 0; v < n_vectors; ++v) acc[i][v] = Vec::zero();
+    const int64_t last = std::min(first + k_block, k);
+    for (int64_t p = first; p < last; ++p, a += m_tile, b += n_tile) {
+      Vec bv[n_vectors];
+      for (int v = 0; v < n_vectors; ++v) bv[v] = Vec::load(b + v * Vec::width);
+      for (int i = 0; i < rows; ++i) {
+        const Vec ai = Vec::broadcast(a[i]);
+        for (int v = 0; v < n_vectors; ++v) acc[i][v] = Vec::fma(ai, bv[v], acc[i][v]);
+      }
     }
+    const Vec one = Vec::broadcast(1.0f);
+    for (int i = 0; i < rows; ++i)
+      for (int v = 0; v < n_vectors; ++v) {
+        float* sum = out + i * n_tile + v * Vec::width;
+        (first == 0 ? acc[i][v] : Vec::fma(acc[i][v], one, Vec::load(sum))).store(sum);
+      }
   }
-  for (int i = 0; i < rows; ++i)
-    for (int v = 0; v < n_vectors; ++v) acc[i][v].store(out + i * n_tile + v * Vec::width);
 }
 
 template <class T>
