@@ -1,9 +1,10 @@
 // Matrix products. C = alpha op(A) op(B) + beta C, row-major, any row pitch; products accumulate in
 // fp32 (fp64 for f64). A and B share a dtype; C has that dtype or f32.
 //
-// CPU: every element of C is the same sequence of fused multiply-adds over k (core/cpu/gemm_kernel.h),
-// whatever M, N, the tile it falls in or the number of threads: a row's bits depend on that row alone, which
-// is what lets trials train together (docs/design.md, "Same seed, same bits").
+// CPU: every element of C is the same sequence of fused multiply-adds over k
+// (core/cpu/gemm_kernel.h), whatever M, N, the tile it falls in or the number of threads: a row's
+// bits depend on that row alone, which is what lets trials train together (docs/design.md, "Same
+// seed, same bits").
 #pragma once
 #include "core/tensor.h"
 
