@@ -74,10 +74,15 @@ std::unique_ptr<Checkpoint> Checkpoint::open(const std::string& path) {
   fail("{}: is neither a directory with config.json nor a .gguf file", found);
 }
 
-Tensor Checkpoint::read(const std::string& name, const Shape& expected, DType dtype) const {
-  if (contains(name) && !(shape(name) == expected))
-    fail("{}: tensor \"{}\" has shape {}, the configuration says {}", path_, name, shape(name),
+void Checkpoint::check(const std::string& name, const Shape& expected) const {
+  const Shape actual = shape(name);
+  if (!(actual == expected))
+    fail("{}: tensor \"{}\" has shape {}, the configuration says {}", path_, name, actual,
          expected);
+}
+
+Tensor Checkpoint::read(const std::string& name, const Shape& expected, DType dtype) const {
+  check(name, expected);
   return read(name, dtype);
 }
 

@@ -28,7 +28,9 @@ class Checkpoint {
   virtual std::string source_dtype(const std::string& name) const = 0;  // "BF16", "Q4_1", ...
   /// A contiguous copy on the CPU, in f64, f32 or bf16.
   virtual Tensor read(const std::string& name, DType dtype) const = 0;
-  /// As read(); Error naming file and tensor when it has another shape than the model needs.
+  /// Error naming file and tensor when it is missing or has another shape than the model needs.
+  void check(const std::string& name, const Shape& expected) const;
+  /// check() and read().
   Tensor read(const std::string& name, const Shape& expected, DType dtype) const;
   /// What each rotary frequency is divided by, [head_dim / 2]; empty when the file has none. Only
   /// GGUF carries them, in place of the llama3 rope scaling.

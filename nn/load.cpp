@@ -39,6 +39,16 @@ bool on_4bit_grid(const std::string& dtype) {
   return dtype.starts_with("Q4_") || dtype.starts_with("Q5_");
 }
 
+// Every tensor of the model, by the headers alone: mistakes surface before anything is loaded.
+void check_tensors(const LlamaConfig& config, const Checkpoint& checkpoint) {
+  const Device meta = Device::cpu().meta();
+  Llama(config, {WeightFormat::bf16}, DType::bf16, meta,
+        [&](const std::string& name, const Shape& shape) {
+          checkpoint.check(name, shape);
+          return Tensor::empty(shape, DType::bf16, meta);
+        });
+}
+
 }  // namespace
 
 ModelSource open_model(const std::string& path) {
@@ -57,6 +67,7 @@ ModelSource open_model(const std::string& path) {
   source.config.rope_divisors = checkpoint->rope_divisors();
   // A checkpoint without lm_head.weight is tied, whatever its configuration says.
   if (!checkpoint->contains("lm_head.weight")) source.config.tie_word_embeddings = true;
+  check_tensors(source.config, *checkpoint);
   source.config.source_dtype = checkpoint->source_dtype("model.layers.0.self_attn.q_proj.weight");
   source.fingerprint = checkpoint->fingerprint();
   source.read = [checkpoint](const std::string& name, const Shape& shape) {
