@@ -52,11 +52,9 @@ struct Loaded {
   std::unique_ptr<Adapter> adapter;
 };
 
-void load(Loaded& loaded, const std::string& model, const std::string& adapter_dir,
-          const CommonOptions& common) {
+void load(Loaded& loaded, const std::string& adapter_dir, const CommonOptions& common) {
   const Device device = parse_device(common.device);
   if (device.is_cuda()) cuda::set_device(device.index);
-  loaded.config = config_for(model, common);
   LoraSpec spec;
   if (!adapter_dir.empty()) spec = read_adapter_spec(adapter_dir);
   loaded.model = &loaded.library.base(loaded.config, compute_dtype(loaded.config, device), device);
@@ -122,7 +120,8 @@ int run_generate_command(const GenerateOptions& options, const CommonOptions& co
   if (options.chat &&
       (tokenizer.token_id("<|im_start|>") < 0 || tokenizer.token_id("<|im_end|>") < 0))
     fail("--chat: the vocabulary of {} has no <|im_start|> and <|im_end|>", options.model);
-  load(loaded, options.model, options.adapter, common);
+  loaded.config = config_for(options.model, common);
+  load(loaded, options.adapter, common);
   const std::string text =
       options.chat ? "<|im_start|>user\n" + options.prompt + "<|im_end|>\n<|im_start|>assistant\n"
                    : options.prompt;
@@ -142,12 +141,11 @@ int run_generate_command(const GenerateOptions& options, const CommonOptions& co
 
 int run_eval_command(const EvalOptions& options, const CommonOptions& common) {
   Loaded loaded;
-  loaded.config = config_for(options.model, common);
-  const int64_t seq_len = loaded.config.data.eval_seq_len;
   // Data first: a mistake there should not cost the loading of a model.
-  loaded.library.dataset(loaded.config, options.data, seq_len);
-  load(loaded, options.model, options.adapter, common);
-  const Dataset& data = loaded.library.dataset(loaded.config, options.data, seq_len);
+  loaded.config = config_for(options.model, common);
+  loaded.config.data.eval = options.data;
+  const Dataset& data = loaded.library.eval_set(loaded.config);
+  load(loaded, options.adapter, common);
   Stepper stepper(*loaded.model, false);
   catch_interrupts();
   const Evaluation result = evaluate(stepper, data, loaded.adapter.get(), interrupted);
@@ -168,7 +166,7 @@ int run_eval_command(const EvalOptions& options, const CommonOptions& common) {
         "loss {:.6f}  perplexity {:.4f}\n{} examples, {} tokens, {} of them trained; {} "
         "cut at {} tokens, {} dropped\n",
         result.loss, perplexity, data.examples.size(), result.tokens, result.trained_tokens,
-        data.truncated, seq_len, data.dropped));
+        data.truncated, loaded.config.data.eval_seq_len, data.dropped));
   }
   return 0;
 }

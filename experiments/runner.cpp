@@ -8,6 +8,7 @@
 #include "data/file.h"
 #include "experiments/report.h"
 #include "generated/version.h"
+#include "nn/adapter_file.h"
 #include "nn/module_tree.h"
 
 namespace qlab {
@@ -19,23 +20,19 @@ struct Planned {
   bool finished = false;
 };
 
-std::string fingerprint_of(Library& library, const Config& config, const std::string& path,
-                           int64_t seq_len) {
-  if (path.empty()) return "";
-  const Dataset& data = library.dataset(config, path, seq_len);
-  return path == "synthetic" ? "synthetic" : data.fingerprint;
-}
-
 std::string adapter_fingerprint(const std::string& dir) {
   if (dir.empty()) return "";
   return file_fingerprint(dir + "/adapter_model.safetensors") +
          file_fingerprint(dir + "/adapter_config.json");
 }
 
-std::vector<std::string> linear_names(const LlamaConfig& config) {
+std::vector<Adapter::Shape> adapted_shapes(const LlamaConfig& config, const LoraSpec& spec) {
+  const std::vector<Adapter::Shape> all = linear_shapes(config);
   std::vector<std::string> names;
-  for (const Adapter::Shape& s : linear_shapes(config)) names.push_back(s.name);
-  return names;
+  for (const Adapter::Shape& s : all) names.push_back(s.name);
+  std::vector<Adapter::Shape> adapted;
+  for (const int i : resolve_targets(spec, names)) adapted.push_back(all[i]);
+  return adapted;
 }
 
 // Opens every file and resolves every target, so that mistakes surface before the first step.
@@ -46,10 +43,10 @@ std::vector<Planned> plan_trials(const Sweep& sweep, const std::string& dir, Dev
     const Config& c = trial.config;
     check_trainable(c, sweep.source_file);
     const ModelSource& model = library.model(c.model.path);
-    resolve_targets(lora_spec(c), linear_names(model.config));
-    const Fingerprints prints{model.fingerprint,
-                              fingerprint_of(library, c, c.data.train, c.data.seq_len),
-                              fingerprint_of(library, c, c.data.eval, c.data.eval_seq_len),
+    const std::vector<Adapter::Shape> targets = adapted_shapes(model.config, lora_spec(c));
+    if (!c.lora.adapter.empty()) check_adapter(c.lora.adapter, lora_spec(c).r, targets);
+    const Fingerprints prints{model.fingerprint, library.train_set(c).fingerprint,
+                              c.data.eval.empty() ? "" : library.eval_set(c).fingerprint,
                               adapter_fingerprint(c.lora.adapter)};
     const std::string hash = trial_hash(trial, prints, name_of(compute_dtype(c, device)));
     Planned p{&trial, dir + "/trials/" + trial_directory(dir + "/trials", hash, trial.name)};
@@ -62,20 +59,19 @@ std::vector<Planned> plan_trials(const Sweep& sweep, const std::string& dir, Dev
 void report_data(const Sweep& sweep, Library& library,
                  const std::function<void(const std::string&)>& print) {
   std::vector<const Dataset*> seen;
+  const auto report = [&](const Dataset& data, const std::string& path, int64_t seq_len) {
+    if (std::find(seen.begin(), seen.end(), &data) != seen.end()) return;
+    seen.push_back(&data);
+    print(
+        fmt::format("data   {}: {} examples, {} tokens, {} trained; {} cut at {} tokens, {} "
+                    "dropped (nothing trained left)",
+                    path, data.examples.size(), data.tokens, data.trained_tokens, data.truncated,
+                    seq_len, data.dropped));
+  };
   for (const Trial& trial : sweep.trials) {
     const DataConfig& d = trial.config.data;
-    for (const auto& [path, seq_len] :
-         {std::pair(d.train, d.seq_len), std::pair(d.eval, d.eval_seq_len)}) {
-      if (path.empty()) continue;
-      const Dataset& data = library.dataset(trial.config, path, seq_len);
-      if (std::find(seen.begin(), seen.end(), &data) != seen.end()) continue;
-      seen.push_back(&data);
-      print(
-          fmt::format("data   {}: {} examples, {} tokens, {} trained; {} cut at {} tokens, {} "
-                      "dropped (nothing trained left)",
-                      path, data.examples.size(), data.tokens, data.trained_tokens, data.truncated,
-                      seq_len, data.dropped));
-    }
+    report(library.train_set(trial.config), d.train, d.seq_len);
+    if (!d.eval.empty()) report(library.eval_set(trial.config), d.eval, d.eval_seq_len);
   }
 }
 
@@ -103,31 +99,37 @@ class Runner {
         result_(result) {}
 
   void run(const std::vector<Planned>& gang) {
-    const Config& first = gang.front().trial->config;
-    const DType compute = compute_dtype(first, device_);
-    std::vector<std::unique_ptr<TrialRun>> runs;
     try {
-      const Llama& model = load(first, compute);
-      reset_peak(device_);
-      std::vector<TrialRun*> pointers;
-      for (const Planned& p : gang) {
+      train(gang);
+    } catch (const OutOfMemory& error) {
+      does_not_fit(gang, error.what());
+    } catch (const std::bad_alloc&) {
+      does_not_fit(gang,
+                   "out of memory on the host; set a smaller train.batch_size or data.seq_len");
+    }
+  }
+
+ private:
+  void train(const std::vector<Planned>& gang) {
+    const Config& first = gang.front().trial->config;
+    const Llama& model = load(first, compute_dtype(first, device_));
+    reset_peak(device_);
+    std::vector<std::unique_ptr<TrialRun>> runs;
+    std::vector<TrialRun*> pointers;
+    std::vector<std::pair<const Planned*, std::string>> damaged;
+    for (const Planned& p : gang) {
+      try {
         runs.push_back(
             std::make_unique<TrialRun>(p.trial->config, p.trial->name, p.dir, library_, model));
         pointers.push_back(runs.back().get());
+      } catch (const OutOfMemory&) {
+        throw;
+      } catch (const Error& error) {  // for example a state that cannot be read
+        damaged.emplace_back(&p, error.what());
       }
-      Gang(library_, model, pointers, callbacks_).run();
-    } catch (const OutOfMemory& error) {
-      runs.clear();
-      if (gang.size() > 1) {
-        print_(fmt::format("a gang of {} does not fit; trying halves", gang.size()));
-        const auto middle = gang.begin() + static_cast<std::ptrdiff_t>(gang.size() / 2);
-        run({gang.begin(), middle});
-        if (!result_.interrupted) run({middle, gang.end()});
-        return;
-      }
-      fail_trial(gang.front(), error.what());
-      return;
     }
+    if (!runs.empty()) Gang(library_, model, pointers, callbacks_).run();
+    for (const auto& [planned, error] : damaged) fail_trial(*planned, error);
     for (const auto& r : runs) {
       switch (r->state()) {
         case TrialRun::State::finished:
@@ -143,7 +145,14 @@ class Runner {
     }
   }
 
- private:
+  void does_not_fit(const std::vector<Planned>& gang, const std::string& error) {
+    if (gang.size() == 1) return fail_trial(gang.front(), error);
+    print_(fmt::format("a gang of {} does not fit; trying halves", gang.size()));
+    const auto middle = gang.begin() + static_cast<std::ptrdiff_t>(gang.size() / 2);
+    run({gang.begin(), middle});
+    if (!result_.interrupted) run({middle, gang.end()});
+  }
+
   const Llama& load(const Config& config, DType compute) {
     const std::string key = base_key(config, compute, device_);
     if (key != loaded_) {

@@ -1,12 +1,21 @@
 #include "experiments/setup.h"
 
-#include <algorithm>
-
 namespace qlab {
 namespace {
 
-// Enough random examples that none repeats in a short run; the cost is tokens, not text.
-constexpr int64_t synthetic_train_examples = 4096, synthetic_eval_examples = 16;
+// Enough random examples that none repeats in a short run, and others that are never trained on.
+constexpr SyntheticSet synthetic_train{4096, 0}, synthetic_eval{16, 1};
+
+void check_vocabulary(const Dataset& data, const std::string& path, int64_t vocab_size) {
+  for (const Example& example : data.examples)
+    for (size_t i = 0; i < example.input_ids.size(); ++i) {
+      const int32_t id = example.input_ids[i], label = example.labels[i];
+      const auto outside = [&](int32_t token) { return token < 0 || token >= vocab_size; };
+      if (outside(id) || (label != not_trained && outside(label)))
+        fail("{}: token {} is outside the model's vocabulary of {}", path, outside(id) ? id : label,
+             vocab_size);
+    }
+}
 
 }  // namespace
 
@@ -61,31 +70,32 @@ const Tokenizer& Library::tokenizer(const std::string& model_path) {
   return it->second;
 }
 
-const Dataset& Library::dataset(const Config& config, const std::string& path, int64_t seq_len) {
+const Dataset& Library::train_set(const Config& config) {
+  return dataset(config, config.data.train, config.data.seq_len, synthetic_train);
+}
+const Dataset& Library::eval_set(const Config& config) {
+  return dataset(config, config.data.eval, config.data.eval_seq_len, synthetic_eval);
+}
+
+const Dataset& Library::dataset(const Config& config, const std::string& path, int64_t seq_len,
+                                const SyntheticSet& synthetic) {
   const LlamaConfig& llama = model(config.model.path).config;
   if (seq_len > llama.max_position_embeddings)
     fail("a sequence length of {} exceeds the {} positions of {}", seq_len,
          llama.max_position_embeddings, config.model.path);
-  const bool evaluation = path == config.data.eval;
+  const bool random = path == "synthetic";
   const std::string key = fmt::format("{}|{}|{}|{}|{}|{}", config.model.path, path, seq_len,
                                       config.data.completion_only, config.data.chat_template,
-                                      path == "synthetic" && evaluation);
+                                      random ? synthetic.seed : 0);
   auto it = datasets_.find(key);
   if (it != datasets_.end()) return it->second;
   Dataset data;
-  if (path == "synthetic") {
-    // The evaluation set has a seed of its own, so that it is never trained on.
-    data = synthetic_dataset(evaluation ? synthetic_eval_examples : synthetic_train_examples,
-                             seq_len, llama.vocab_size, evaluation ? 1 : 0);
+  if (random) {
+    data = synthetic_dataset(synthetic.examples, seq_len, llama.vocab_size, synthetic.seed);
   } else {
     data = load_dataset(path, tokenizer(config.model.path),
                         {seq_len, config.data.completion_only, config.data.chat_template});
-    for (const Example& example : data.examples) {
-      const auto [low, high] =
-          std::minmax_element(example.input_ids.begin(), example.input_ids.end());
-      if (*low < 0 || *high >= llama.vocab_size)
-        fail("{}: token {} is outside the model's vocabulary of {}", path, *high, llama.vocab_size);
-    }
+    check_vocabulary(data, path, llama.vocab_size);
   }
   return datasets_.emplace(key, std::move(data)).first->second;
 }

@@ -19,13 +19,20 @@ AdamWConfig adamw_config(const Config& config);
 /// What quant.compute_dtype means on the device: bf16 on cuda and fp32 on the CPU unless said.
 DType compute_dtype(const Config& config, Device device);
 
+/// How many random examples, and from which seed.
+struct SyntheticSet {
+  int64_t examples;
+  uint64_t seed;
+};
+
 /// Opens files once and keeps what was opened.
 class Library {
  public:
   const ModelSource& model(const std::string& path);
   const Tokenizer& tokenizer(const std::string& model_path);
-  /// `path` may be "synthetic". Checks that every id is in the model's vocabulary.
-  const Dataset& dataset(const Config& config, const std::string& path, int64_t seq_len);
+  /// data.train and data.eval, files or "synthetic". Every id is in the model's vocabulary.
+  const Dataset& train_set(const Config& config);
+  const Dataset& eval_set(const Config& config);
   /// The loaded base. Only the last one is kept: trials that share it run one after another.
   const Llama& base(const Config& config, DType compute, Device device);
   void drop_base();
@@ -34,6 +41,10 @@ class Library {
   std::map<const Dataset*, Evaluation>& base_evaluations() { return base_evaluations_; }
 
  private:
+  /// `synthetic`: the set that the word stands for.
+  const Dataset& dataset(const Config& config, const std::string& path, int64_t seq_len,
+                         const SyntheticSet& synthetic);
+
   std::map<std::string, ModelSource> models_;
   std::map<std::string, Tokenizer> tokenizers_;
   std::map<std::string, Dataset> datasets_;

@@ -27,14 +27,13 @@ TrialRun::TrialRun(const Config& config, std::string name, const std::string& di
     : config_(config),
       name_(std::move(name)),
       files_(dir),
-      train_(library.dataset(config, config.data.train, config.data.seq_len)),
+      train_(library.train_set(config)),
       order_(static_cast<int64_t>(train_.examples.size()),
              static_cast<uint64_t>(config.train.data_seed.value_or(config.train.seed)),
              config.data.shuffle),
       schedule_(schedule_from_name(config.optim.schedule)) {
   const TrainConfig& t = config_.train;
-  if (!config_.data.eval.empty())
-    eval_ = &library.dataset(config_, config_.data.eval, config_.data.eval_seq_len);
+  if (!config_.data.eval.empty()) eval_ = &library.eval_set(config_);
   const int64_t window = t.batch_size * t.grad_accum;
   const auto examples = static_cast<double>(train_.examples.size());
   total_examples_ = t.steps ? *t.steps * window
@@ -93,6 +92,9 @@ bool TrialRun::evaluation_due() const {
 }
 
 void TrialRun::record_evaluation(const Evaluation& evaluation) {
+  if (!std::isfinite(evaluation.loss))
+    return give_up(fmt::format("diverged: the eval loss after step {} is {}; try a lower optim.lr",
+                               progress_.step, std::abs(evaluation.loss)));
   if (evaluated_step_ < 0) first_eval_loss_ = best_eval_loss_ = evaluation.loss;
   evaluated_step_ = progress_.step;
   last_eval_loss_ = evaluation.loss;
@@ -121,11 +123,10 @@ void TrialRun::update() {
   fresh_ = false;
   if (!std::isfinite(loss_) || !std::isfinite(norm)) {
     // The optimizer has already left the adapter as it was before this step.
-    state_ = State::failed;
-    error_ = fmt::format("diverged at step {}: loss {}, gradient norm {}; try a lower optim.lr",
-                         progress_.step, loss_, norm);
-    files_.log(error_);
-    return;
+    return give_up(
+        fmt::format("diverged at step {}: loss {}, gradient norm {}; try a lower "
+                    "optim.lr",
+                    progress_.step, std::abs(loss_), std::abs(norm)));
   }
   if (progress_.step % config_.train.log_every == 0 || progress_.step == total_steps_)
     files_.append_metrics({{"step", progress_.step},
@@ -133,6 +134,13 @@ void TrialRun::update() {
                            {"lr", lr_},
                            {"grad_norm", norm},
                            {"tokens", progress_.trained_tokens}});
+}
+
+void TrialRun::give_up(const std::string& error) {
+  state_ = State::failed;
+  error_ = error;
+  files_.log(error);
+  write_status("failed", error);
 }
 
 void TrialRun::write_status(const char* status, const std::string& error) {
@@ -186,14 +194,18 @@ void Gang::reserve() {
     std::vector<const Example*> longest;
     for (const Example& e : t->train_.examples) longest.push_back(&e);
     const auto count =
-        std::min<size_t>(static_cast<size_t>(t->config_.train.batch_size), longest.size());
-    std::partial_sort(longest.begin(), longest.begin() + static_cast<std::ptrdiff_t>(count),
+        static_cast<size_t>(std::min(t->config_.train.batch_size, t->total_examples_));
+    const size_t different = std::min(count, longest.size());
+    std::partial_sort(longest.begin(), longest.begin() + static_cast<std::ptrdiff_t>(different),
                       longest.end(), [](const Example* a, const Example* b) {
                         return a->input_ids.size() > b->input_ids.size();
                       });
+    // A micro-batch that spans several epochs holds examples more than once.
     std::vector<Sequence> sequences;
-    for (size_t i = 0; i < count; ++i)
-      sequences.push_back({longest[i]->input_ids, longest[i]->input_ids, 0});
+    for (size_t i = 0; i < count; ++i) {
+      const Example& e = *longest[i % different];
+      sequences.push_back({e.input_ids, e.input_ids, 0});
+    }
     largest.add(sequences, t->adapter_.get(), true, 0.0f);
   }
   if (largest.tokens() > 0) stepper_.reserve(largest, true);
@@ -286,7 +298,6 @@ void Gang::run() {
     if (running().empty()) return;
     train_step();
     for (TrialRun* t : trials_) {
-      if (t->state_ == TrialRun::State::failed) t->write_status("failed", t->error_);
       if (t->state_ != TrialRun::State::running || !callbacks_.progress) continue;
       const double per_step = t->progress_.seconds / static_cast<double>(t->progress_.step);
       callbacks_.progress({t->name_, t->progress_.step, t->total_steps_, t->loss_,

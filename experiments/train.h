@@ -39,6 +39,7 @@ class TrialRun {
   bool evaluation_due() const;
   void record_evaluation(const Evaluation& evaluation);
   void update();
+  void give_up(const std::string& error);
   void write_status(const char* status, const std::string& error = "");
   void save_adapter_files();
 

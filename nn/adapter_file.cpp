@@ -121,29 +121,42 @@ LoraSpec read_adapter_spec(const std::string& dir) {
   return spec;
 }
 
-void load_adapter(const std::string& dir, const Adapter& adapter) {
+void check_adapter(const std::string& dir, int64_t r, const std::vector<Adapter::Shape>& modules) {
+  read_adapter_spec(dir);
   const SafetensorsFile file(weights_path(dir));
   std::set<std::string> left;
   for (const auto& [name, entry] : file.entries()) left.insert(name);
+  const auto check = [&](const Adapter::Shape& m, const char* factor,
+                         const std::vector<int64_t>& shape) {
+    const std::string name = tensor_name(m.name, factor);
+    if (left.erase(name) == 0)
+      fail("{}: has no tensor {}; lora.targets does not fit this adapter", file.path(), name);
+    const SafetensorsEntry& entry = file.entries().at(name);
+    if (entry.shape != shape)
+      fail("{}: {} is {}, the model and lora.r need {}", file.path(), name, shape_text(entry.shape),
+           shape_text(shape));
+  };
+  for (const Adapter::Shape& m : modules) {
+    check(m, "lora_A", {r, m.in});
+    check(m, "lora_B", {m.out, r});
+  }
+  if (!left.empty())
+    fail("{}: {} tensors have no module under lora.targets, for example {}", file.path(),
+         left.size(), *left.begin());
+}
+
+void load_adapter(const std::string& dir, const Adapter& adapter) {
+  check_adapter(dir, adapter.spec().r, adapter.modules());
+  const SafetensorsFile file(weights_path(dir));
   const MemoryTag tag(Category::workspace);
   const Tensor host = Tensor::empty({adapter.parameter_count()}, DType::f32, Device::cpu());
   int64_t offset = 0;
   for (const Adapter::Shape& m : adapter.modules())
     for (const char* factor : {"lora_A", "lora_B"}) {
-      const std::string name = tensor_name(m.name, factor);
-      const bool a = factor == std::string("lora_A");
-      const Shape shape = a ? Shape{adapter.spec().r, m.in} : Shape{m.out, adapter.spec().r};
-      if (left.erase(name) == 0)
-        fail("{}: has no tensor {}; lora.targets does not fit this adapter", file.path(), name);
-      const Tensor t = file.read(name, DType::f32);
-      if (t.shape() != shape)
-        fail("{}: {} is {}, the model and lora.r need {}", file.path(), name, t.shape(), shape);
-      copy(host.slice_rows(offset, offset + shape.numel()), t.view({shape.numel()}));
-      offset += shape.numel();
+      const Tensor t = file.read(tensor_name(m.name, factor), DType::f32);
+      copy(host.slice_rows(offset, offset + t.numel()), t.view({t.numel()}));
+      offset += t.numel();
     }
-  if (!left.empty())
-    fail("{}: {} tensors have no module under lora.targets, for example {}", file.path(),
-         left.size(), *left.begin());
   copy(adapter.parameters(), host);
   synchronize(adapter.parameters().device());
   adapter.refresh();

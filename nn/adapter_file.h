@@ -13,7 +13,10 @@ void save_adapter(const std::string& dir, const Adapter& adapter, const std::str
 /// are not implemented (use_dora, rank_pattern, ...) are refused by name.
 LoraSpec read_adapter_spec(const std::string& dir);
 
-/// Fills the adapter's parameters from `dir`; shapes must agree, no tensor may be missing or left.
+/// Refuses an adapter on disk that does not have exactly the tensors of these modules at rank r.
+void check_adapter(const std::string& dir, int64_t r, const std::vector<Adapter::Shape>& modules);
+
+/// Fills the adapter's parameters from `dir`, which must fit it.
 void load_adapter(const std::string& dir, const Adapter& adapter);
 
 }  // namespace qlab

@@ -1,0 +1,338 @@
+// The qlab command as a user meets it: exit codes, messages, and what it leaves on the disk.
+#include <fcntl.h>
+#include <spawn.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include <csignal>
+#include <thread>
+
+#include "core/device.h"
+#include "tests/support/training.h"
+
+namespace qlab::test {
+namespace {
+
+namespace fs = std::filesystem;
+using testing::AllOf;
+using testing::HasSubstr;
+using testing::StartsWith;
+
+struct Ended {
+  int code;  // 128 + signal when killed
+  std::string out, err;
+};
+
+class CommandTest : public testing::Test {
+ protected:
+  using Arguments = std::vector<std::string>;
+
+  /// Beside this program, where the build puts it.
+  static std::string program() {
+    return (fs::read_symlink("/proc/self/exe").parent_path() / "qlab").string();
+  }
+  void SetUp() override {
+    if (!fs::exists(program())) GTEST_SKIP() << program() << " has not been built";
+    fs::create_directory(work_);
+  }
+
+  /// Starts qlab in an empty directory, where no model is cached.
+  pid_t start(const Arguments& arguments) const {
+    posix_spawn_file_actions_t actions;
+    posix_spawn_file_actions_init(&actions);
+    posix_spawn_file_actions_addopen(&actions, 0, "/dev/null", O_RDONLY, 0);
+    const int write_new = O_WRONLY | O_CREAT | O_TRUNC;
+    posix_spawn_file_actions_addopen(&actions, 1, (folder_ / "stdout").c_str(), write_new, 0600);
+    posix_spawn_file_actions_addopen(&actions, 2, (folder_ / "stderr").c_str(), write_new, 0600);
+    posix_spawn_file_actions_addchdir_np(&actions, work_.c_str());
+    std::vector<std::string> words = {program()},
+                             environment = {"HF_HOME=" + folder_ / "cache", "OMP_NUM_THREADS=2",
+                                            "OMP_WAIT_POLICY=passive",
+                                            std::string("PATH=") + std::getenv("PATH")};
+    words.insert(words.end(), arguments.begin(), arguments.end());
+    const auto pointers = [](std::vector<std::string>& texts) {
+      std::vector<char*> result;
+      for (std::string& text : texts) result.push_back(text.data());
+      result.push_back(nullptr);
+      return result;
+    };
+    pid_t pid = 0;
+    const int error = posix_spawn(&pid, program().c_str(), &actions, nullptr,
+                                  pointers(words).data(), pointers(environment).data());
+    posix_spawn_file_actions_destroy(&actions);
+    if (error != 0) fail("cannot start {}", program());
+    return pid;
+  }
+  Ended wait(pid_t pid) const {
+    int status = 0;
+    waitpid(pid, &status, 0);
+    return {WIFEXITED(status) ? WEXITSTATUS(status) : 128 + WTERMSIG(status),
+            read_text_file(folder_ / "stdout"), read_text_file(folder_ / "stderr")};
+  }
+  Ended run(const Arguments& arguments) const { return wait(start(arguments)); }
+
+  /// One message that holds all `parts`, code 2, and no new file.
+  void expect_refused(const Arguments& arguments, const std::vector<std::string>& parts) const {
+    SCOPED_TRACE(testing::PrintToString(arguments));
+    const Ended ended = run(arguments);
+    EXPECT_EQ(ended.code, 2) << ended.out << ended.err;
+    EXPECT_THAT(ended.err, StartsWith("qlab: "));
+    EXPECT_LE(std::count(ended.err.begin(), ended.err.end(), '\n'), 4) << ended.err;
+    for (const std::string& part : parts) EXPECT_THAT(ended.err, HasSubstr(part));
+    EXPECT_TRUE(fs::is_empty(work_)) << "something was written";
+  }
+  /// A run file that is right, but for `rest`.
+  std::string run_file(const std::string& rest = "") const {
+    return folder_.write(
+        "run.yaml", "model: {path: \"synthetic:tiny\"}\ndata: {train: " + train_ +
+                        ", eval: " + eval_ +
+                        ", seq_len: 64, eval_seq_len: 64}\nlora: {r: 4, dropout: 0.1}\n" + rest);
+  }
+  void expect_refused_run(const std::string& rest, const std::vector<std::string>& parts) const {
+    SCOPED_TRACE(rest);
+    expect_refused({"train", run_file(rest), "--device", "cpu"}, parts);
+  }
+
+  TemporaryFolder folder_;
+  const std::string work_ = folder_ / "work";
+  const std::string train_ = folder_.write("train.jsonl", examples(20, 1));
+  const std::string eval_ = folder_.write("eval.jsonl", examples(5, 2));
+};
+
+TEST_F(CommandTest, MistakesInYaml) {
+  expect_refused_run("train: {stps: 4}\n", {"run.yaml:4", "stps", "did you mean", "steps"});
+  expect_refused_run("optim.lr: fast\n", {"run.yaml:4", "optim.lr", "\"fast\""});
+  expect_refused_run("train: {steps: -1}\n", {"run.yaml:4", "train.steps"});
+  expect_refused_run("lora: {r: 4}\n", {"run.yaml", "lora"});
+  expect_refused_run("train: {steps: 4\n", {"run.yaml"});
+  expect_refused({"train", run_file(), "--set", "lora.rr=4"}, {"--set lora.rr=4", "lora.r"});
+  expect_refused({"train", "nowhere.yaml"}, {"nowhere.yaml"});
+  const auto sweep = [&](const std::string& text) {
+    return folder_.write("sweep.yaml", "base: " + run_file() + "\n" + text);
+  };
+  expect_refused({"sweep", sweep("parameters: {lora.r: {values: [4]}}\nexclude: [lora.r == 4]\n")},
+                 {"sweep.yaml", "the sweep is empty"});
+  expect_refused({"sweep", sweep("parameters: {lora.r: {values: []}}\n")},
+                 {"sweep.yaml:2", "empty"});
+  expect_refused({"sweep", sweep(""), "--shard", "3/2"}, {"3/2"});
+  const std::string no_lora =
+      folder_.write("bare.yaml", "model: {path: \"synthetic:tiny\"}\ndata: {train: synthetic}\n");
+  expect_refused({"train", no_lora}, {"bare.yaml", "lora"});
+}
+
+TEST_F(CommandTest, MistakesOnTheCommandLine) {
+  EXPECT_EQ(run({"--help"}).code, 0);
+  EXPECT_EQ(run({"--version"}).code, 0);
+  for (const Arguments& arguments : {Arguments{},
+                                     {"trian"},
+                                     {"train"},
+                                     {"train", "a", "--dry"},
+                                     {"generate", "synthetic:tiny"}}) {
+    const Ended ended = run(arguments);
+    EXPECT_EQ(ended.code, 2) << testing::PrintToString(arguments);
+    EXPECT_FALSE(ended.err.empty());
+  }
+  expect_refused({"generate", "synthetic:tiny", "--prompt", "x"}, {"synthetic:tiny", "tokenizer"});
+  expect_refused({"train", run_file(), "--device", "gpu"}, {"gpu", "cuda"});
+}
+
+TEST_F(CommandTest, NoGpu) {
+  if (cuda::device_count() > 0) GTEST_SKIP() << "there is a GPU";
+  expect_refused({"train", run_file(), "--device", "cuda"}, {"cuda", "--device cpu"});
+  expect_refused({"eval", "synthetic:tiny", "--data", eval_, "--device", "cuda:1"}, {"cuda:1"});
+}
+
+TEST_F(CommandTest, MissingModels) {
+  const auto with = [](const std::string& path) { return "model.path=" + path; };
+  expect_refused({"train", run_file(), "--set", with("gone/model.gguf")}, {"gone/model.gguf"});
+  expect_refused({"train", run_file(), "--set", with("synthetic:huge")},
+                 {"synthetic:huge", "llama-3.1-8b"});
+  expect_refused({"inspect", "some-org/Some-Model"},
+                 {"some-org/Some-Model", "hf download some-org/Some-Model"});
+  fs::create_directory(folder_ / "empty");
+  expect_refused({"inspect", folder_ / "empty"}, {"empty", "config.json"});
+}
+
+TEST_F(CommandTest, DamagedModels) {
+  const std::string model = fs::absolute(golden("model_files")).string();
+  const std::string gguf = read_text_file(model + "/llama.gguf");
+  for (const size_t keep : {size_t{3}, size_t{100}, gguf.size() / 2, gguf.size() - 1})
+    expect_refused({"inspect", folder_.write("cut.gguf", gguf.substr(0, keep))}, {"cut.gguf"});
+  expect_refused({"inspect", folder_.write("text.gguf", std::string(500, 'x'))}, {"text.gguf"});
+
+  const std::string config = read_text_file(model + "/llama/config.json"),
+                    weights = read_text_file(model + "/llama/model.safetensors");
+  const auto inspect = [&](const std::string& new_config, const std::string& new_weights,
+                           const std::vector<std::string>& parts) {
+    folder_.write("model/config.json", new_config);
+    folder_.write("model/model.safetensors", new_weights);
+    expect_refused({"train", run_file(), "--set", "model.path=" + folder_ / "model"}, parts);
+  };
+  inspect(config, weights.substr(0, weights.size() / 2), {"model.safetensors"});
+  std::string lying = weights;
+  lying[6] = '\x7f';  // a header of 35 PB
+  inspect(config, lying, {"model.safetensors", "header"});
+  std::string longer = weights;
+  const size_t at = longer.find("\"shape\":[");
+  ASSERT_NE(at, std::string::npos);
+  longer[at + 9] = '9';
+  inspect(config, longer, {"model.safetensors"});
+  const auto edited = [&](const std::string& key, const nlohmann::json& value) {
+    auto json = nlohmann::json::parse(config);
+    json[key] = value;
+    return json.dump();
+  };
+  inspect(edited("model_type", "gpt2"), weights, {"gpt2", "llama, mistral, qwen2"});
+  inspect(edited("hidden_act", "gelu"), weights, {"gelu", "silu"});
+  inspect(edited("hidden_size", "wide"), weights, {"hidden_size"});
+  inspect("{", weights, {"config.json"});
+  const std::string fits = edited("head_dim", 8);  // the file has 6
+  inspect(fits, weights, {"model: tensor", "q_proj.weight", "[24, 24]", "[32, 24]"});
+}
+
+TEST_F(CommandTest, Targets) {
+  expect_refused({"train", run_file(), "--set", "lora.targets=[c_attn]"}, {"c_attn", "q_proj"});
+  expect_refused({"inspect", "synthetic:tiny", "--set", "lora.targets=q_pro"}, {"q_pro", "q_proj"});
+}
+
+TEST_F(CommandTest, Data) {
+  const auto with = [&](const std::string& text, const std::vector<std::string>& parts) {
+    expect_refused({"train", run_file(), "--set", "data.train=" + folder_.write("bad.jsonl", text)},
+                   parts);
+  };
+  const std::string good = "{\"input_ids\": [1, 2], \"labels\": [1, 2]}\n";
+  with(good + good + "{not json}\n", {"bad.jsonl:3"});
+  with(good + "[1]\n", {"bad.jsonl:2"});
+  with(good + "{\"input_ids\": [1, 512], \"labels\": [1, 2]}\n", {"bad.jsonl:2", "512"});
+  with(good + "{\"input_ids\": [1, 2], \"labels\": [1]}\n", {"bad.jsonl:2", "aligned"});
+  with("{\"input_ids\": [1, 2], \"labels\": [1, -100]}\n", {"bad.jsonl", "token to train"});
+  with("", {"bad.jsonl"});
+  with("{\"text\": \"a model without a tokenizer\"}\n", {"no tokenizer", "input_ids"});
+  expect_refused({"train", run_file(), "--set", "data.train=gone.jsonl"}, {"gone.jsonl"});
+  expect_refused({"train", run_file(), "--set", "data.eval=gone.jsonl"}, {"gone.jsonl"});
+  expect_refused({"eval", "synthetic:tiny", "--data", "gone.jsonl"}, {"gone.jsonl"});
+  expect_refused({"eval", "synthetic:tiny", "--data", eval_, "--adapter", "gone"}, {"gone"});
+}
+
+TEST_F(CommandTest, AnUnwritableDirectory) {
+  folder_.write("file", "");
+  const Ended ended =
+      run({"train", run_file("train: {steps: 1}\n"), "--out", folder_ / "file/results"});
+  EXPECT_EQ(ended.code, 2);
+  EXPECT_THAT(ended.err, AllOf(StartsWith("qlab: "), HasSubstr("file/results")));
+}
+
+TEST_F(CommandTest, DryRunWritesNothing) {
+  const Ended ended = run({"sweep", run_file(), "--dry-run"});
+  EXPECT_EQ(ended.code, 0);
+  EXPECT_THAT(ended.out, HasSubstr("run-s0"));
+  EXPECT_TRUE(fs::is_empty(work_));
+}
+
+TEST_F(CommandTest, EvalReadsWhatTrainWrote) {
+  const Arguments set = {"--device", "cpu", "--set", "data.eval_seq_len=64"};
+  Arguments arguments = {"train", run_file("train: {steps: 8, batch_size: 3}\noptim: {lr: 5e-3}\n"),
+                         "--out", "results"};
+  arguments.insert(arguments.end(), set.begin(), set.end());
+  const Ended trained = run(arguments);
+  ASSERT_EQ(trained.code, 0) << trained.err;
+  std::string trial;
+  for (const auto& entry : fs::directory_iterator(work_ + "/results/trials"))
+    trial = entry.path().string();
+  const auto status = nlohmann::json::parse(read_text_file(trial + "/status.json"));
+  const auto eval = [&](const Arguments& more) {
+    Arguments all = {"eval", "synthetic:tiny", "--data", eval_, "--json"};
+    all.insert(all.end(), set.begin(), set.end());
+    all.insert(all.end(), more.begin(), more.end());
+    const Ended ended = run(all);
+    EXPECT_EQ(ended.code, 0) << ended.err;
+    return nlohmann::json::parse(ended.out);
+  };
+  EXPECT_EQ(eval({})["loss"], status["eval_loss_0"]);
+  EXPECT_EQ(eval({"--adapter", trial + "/adapter"})["loss"], status["eval_loss"]);
+  EXPECT_EQ(eval({})["examples"], 5);
+  EXPECT_EQ(run({"report", work_ + "/results"}).code, 0);
+  for (const char* file : {"plan.yaml", "summary.csv", "summary.md", "report.html"})
+    EXPECT_TRUE(fs::exists(work_ + "/results/" + file)) << file;
+}
+
+class KillTest : public CommandTest {
+ protected:
+  static constexpr const char* schedule =
+      "train: {steps: 120, batch_size: 3, save_every: 25, eval_every: 40}\noptim: {lr: 5e-3}\n";
+
+  Arguments sweep(const std::string& out) const {
+    const std::string file =
+        folder_.write("sweep.yaml", "base: " + run_file(schedule) +
+                                        "\nparallel: {trials_per_gpu: 2}\n"
+                                        "parameters: {lora.r: {values: [2, 4]}}\n");
+    return {"sweep", file, "--device", "cpu", "--out", out};
+  }
+  std::map<std::string, std::string> results(const std::string& out) const {
+    std::map<std::string, std::string> files;
+    for (const auto& entry : fs::directory_iterator(work_ + "/" + out + "/trials"))
+      for (const char* name : {"metrics.jsonl", "adapter/adapter_model.safetensors"})
+        files[entry.path().filename().string() + "/" + name] =
+            read_text_file(entry.path().string() + "/" + name);
+    return files;
+  }
+  /// Steps done so far by the trial that has done most.
+  int64_t steps(const std::string& out) const {
+    int64_t most = 0;
+    std::error_code ignored;
+    for (const auto& entry : fs::directory_iterator(work_ + "/" + out + "/trials", ignored)) {
+      std::ifstream file(entry.path() / "metrics.jsonl");
+      int64_t lines = 0;
+      for (std::string line; std::getline(file, line);)
+        lines += line.find("grad_norm") != line.npos;
+      most = std::max(most, lines);
+    }
+    return most;
+  }
+  /// Sends the signal once `step` steps have been done.
+  Ended interrupt(const std::string& out, int signal, int64_t step) const {
+    const pid_t pid = start(sweep(out));
+    const auto ended = [&] {
+      siginfo_t info{};
+      waitid(P_PID, static_cast<id_t>(pid), &info, WEXITED | WNOHANG | WNOWAIT);
+      return info.si_pid == pid;
+    };
+    while (steps(out) < step && !ended()) std::this_thread::sleep_for(std::chrono::milliseconds(2));
+    kill(pid, signal);
+    return wait(pid);
+  }
+  void expect_as_if_never_stopped(const std::string& out) const {
+    const Ended whole = run(sweep("whole")), rest = run(sweep(out));
+    ASSERT_EQ(whole.code, 0) << whole.err;
+    ASSERT_EQ(rest.code, 0) << rest.err;
+    EXPECT_TRUE(results(out) == results("whole"));
+    EXPECT_EQ(results(out).size(), 4u);
+  }
+};
+
+TEST_F(KillTest, CtrlCSavesTheStateAndTheNextRunContinues) {
+  const Ended ended = interrupt("stopped", SIGINT, 7);
+  EXPECT_EQ(ended.code, 130) << ended.out << ended.err;
+  EXPECT_THAT(ended.out, HasSubstr("interrupted"));
+  EXPECT_EQ(ended.err, "");
+  for (const auto& entry : fs::directory_iterator(work_ + "/stopped/trials")) {
+    const auto status =
+        nlohmann::json::parse(read_text_file(entry.path().string() + "/status.json"));
+    EXPECT_EQ(status["status"], "interrupted");
+    EXPECT_GE(status["steps"], 7);
+    EXPECT_LT(status["steps"], 25);  // before save_every
+    EXPECT_TRUE(fs::exists(entry.path() / "state/state.safetensors"));
+  }
+  expect_as_if_never_stopped("stopped");
+}
+
+TEST_F(KillTest, FiveKillsChangeNothing) {
+  for (const int64_t step : {3, 31, 52, 88, 113}) {
+    const Ended ended = interrupt("killed", SIGKILL, step);
+    EXPECT_EQ(ended.code, 128 + SIGKILL) << ended.out << ended.err;
+  }
+  expect_as_if_never_stopped("killed");
+}
+
+}  // namespace
+}  // namespace qlab::test

@@ -1,0 +1,180 @@
+#include "experiments/runner.h"
+
+#include <sys/resource.h>
+#include <unistd.h>
+
+#include "tests/support/training.h"
+
+namespace qlab::test {
+namespace {
+
+using testing::AllOf;
+using testing::HasSubstr;
+namespace fs = std::filesystem;
+
+class RunnerTest : public TrainingTest {
+ protected:
+  /// A sweep over the tiny model; `rest` follows the base.
+  RunnerResult sweep(const std::string& rest, const std::vector<std::string>& sets = {},
+                     const TrainCallbacks& callbacks = {}) {
+    const std::string file = folder_.write(
+        "sweep.yaml",
+        "base:\n  model: {path: \"synthetic:tiny\"}\n  lora: {r: 4}\n  data: {train: " + train_ +
+            ", eval: " + eval_ +
+            ", seq_len: 64, eval_seq_len: 64}\n  train: {steps: 4, batch_size: 3}\n  "
+            "optim: {lr: 5e-3}\n" +
+            rest);
+    printed_.clear();
+    return run_sweep(
+        load_sweep(file, sets), {folder_ / "out", device(), "", false},
+        [&](const std::string& line) { printed_ += line + "\n"; }, callbacks);
+  }
+  std::vector<std::string> directories() const {
+    std::vector<std::string> names;
+    for (const auto& entry : fs::directory_iterator(folder_ / "out/trials"))
+      names.push_back(entry.path().string());
+    std::sort(names.begin(), names.end());
+    return names;
+  }
+  /// status.json of the trials in one state.
+  std::vector<nlohmann::json> with_status(const std::string& state) const {
+    std::vector<nlohmann::json> found;
+    for (const std::string& dir : directories()) {
+      found.push_back(nlohmann::json::parse(read_text_file(dir + "/status.json")));
+      if (found.back()["status"] != state) found.pop_back();
+    }
+    return found;
+  }
+
+  std::string printed_;
+};
+
+TEST_P(RunnerTest, FinishedTrialsAreSkipped) {
+  const std::string rest = "parameters: {lora.r: {values: [2, 4]}}\n";
+  const RunnerResult first = sweep(rest);
+  EXPECT_EQ(first.finished, 2);
+  EXPECT_EQ(first.failed, 0);
+  std::map<std::string, fs::file_time_type> written;
+  for (const std::string& dir : directories())
+    written[dir] = fs::last_write_time(dir + "/metrics.jsonl");
+  EXPECT_EQ(written.size(), 2u);
+  const RunnerResult second = sweep(rest);
+  EXPECT_EQ(second.finished, 2);
+  EXPECT_EQ(printed_.find("model "), std::string::npos) << "the model was loaded for nothing";
+  for (const auto& [dir, time] : written)
+    EXPECT_EQ(fs::last_write_time(dir + "/metrics.jsonl"), time);
+  // One more value trains one more trial; logging is no part of a trial.
+  EXPECT_EQ(sweep("parameters: {lora.r: {values: [2, 4, 8]}}\n", {"train.log_every=2"}).finished,
+            3);
+  EXPECT_EQ(directories().size(), 3u);
+}
+
+TEST_P(RunnerTest, EditedDataIsAnotherTrial) {
+  EXPECT_EQ(sweep("").finished, 1);
+  folder_.write("train.jsonl", examples(20, 3));
+  EXPECT_EQ(sweep("").finished, 1);
+  EXPECT_EQ(directories().size(), 2u);
+  folder_.write("eval.jsonl", examples(5, 4));
+  EXPECT_EQ(sweep("").finished, 1);
+  EXPECT_EQ(directories().size(), 3u);
+  EXPECT_EQ(sweep("").finished, 1);
+  EXPECT_EQ(directories().size(), 3u);
+}
+
+TEST_P(RunnerTest, ATrialThatDivergesFailsAlone) {
+  const RunnerResult result = sweep(
+      "parallel: {trials_per_gpu: 2}\nparameters: {optim.lr: {values: [1e30, 1e-3, 2e-3]}}\n");
+  EXPECT_EQ(result.finished, 2);
+  EXPECT_EQ(result.failed, 1);
+  EXPECT_FALSE(result.interrupted);
+  ASSERT_EQ(with_status("failed").size(), 1u);
+  EXPECT_THAT(with_status("failed")[0]["error"].get<std::string>(),
+              AllOf(HasSubstr("diverged at step"), HasSubstr("optim.lr")));
+  EXPECT_EQ(with_status("failed")[0]["gang_size"], 2);
+  EXPECT_THAT(printed_, HasSubstr("failed: diverged"));
+  EXPECT_THAT(read_text_file(folder_ / "out/summary.csv"), HasSubstr(",failed"));
+}
+
+TEST_P(RunnerTest, ATrialThatDoesNotFitFailsAlone) {
+  sweep("", {"optim.lr=1e-3"});
+  const int64_t held = memory_account(device()).total;  // the map that all NF4 tensors share
+  const RunnerResult result =
+      sweep("parallel: {trials_per_gpu: 3}\nparameters: {lora.r: {values: [2, 2000000000, 4]}}\n");
+  EXPECT_EQ(result.finished, 2);
+  EXPECT_EQ(result.failed, 1);
+  ASSERT_EQ(with_status("failed").size(), 1u);
+  const nlohmann::json failed = with_status("failed")[0];
+  EXPECT_THAT(failed["error"].get<std::string>(),
+              AllOf(HasSubstr("out of memory"), HasSubstr("adapters asked for 17.92 TB"),
+                    HasSubstr("held: weights"), HasSubstr("train.batch_size")));
+  EXPECT_THAT(printed_, HasSubstr("a gang of 3 does not fit; trying halves"));
+  EXPECT_EQ(memory_account(device()).total, held) << "something was not given back";
+}
+
+TEST_P(RunnerTest, ABatchThatDoesNotFitFailsBeforeItsFirstStep) {
+  if (device().is_cuda()) GTEST_SKIP() << "the address space of the host is limited here";
+  // 20000 examples of up to 64 tokens, of which 256 MB are left to hold the activations.
+  std::ifstream pages("/proc/self/statm");
+  rlim_t used = 0;
+  pages >> used;
+  rlimit limit{};
+  ASSERT_EQ(getrlimit(RLIMIT_AS, &limit), 0);
+  const rlimit before = limit;
+  limit.rlim_cur = used * static_cast<rlim_t>(sysconf(_SC_PAGESIZE)) + (rlim_t{256} << 20);
+  ASSERT_EQ(setrlimit(RLIMIT_AS, &limit), 0);
+  const RunnerResult result = sweep("parameters: {train.batch_size: {values: [2, 20000]}}\n");
+  ASSERT_EQ(setrlimit(RLIMIT_AS, &before), 0);
+  EXPECT_EQ(result.finished, 1);
+  EXPECT_EQ(result.failed, 1);
+  EXPECT_THAT(printed_, AllOf(HasSubstr("out of memory on cpu: a step asked for"),
+                              HasSubstr("held: weights"), HasSubstr("optimizer")));
+  EXPECT_EQ(printed_.find("step 1"), std::string::npos);
+}
+
+TEST_P(RunnerTest, ADamagedStateFailsAlone) {
+  const std::string rest = "parameters: {lora.r: {values: [2, 4]}}\n";
+  int asked = 0;
+  TrainCallbacks callbacks;
+  callbacks.stop = [&] { return ++asked > 2; };
+  const RunnerResult interrupted = sweep(rest, {}, callbacks);
+  EXPECT_TRUE(interrupted.interrupted);
+  EXPECT_EQ(interrupted.finished + interrupted.failed, 0);
+  ASSERT_EQ(directories().size(), 1u);
+  folder_.write("damage", "short");
+  fs::copy_file(folder_ / "damage", directories()[0] + "/state/state.safetensors",
+                fs::copy_options::overwrite_existing);
+  const RunnerResult result = sweep(rest);
+  EXPECT_EQ(result.finished, 1);
+  EXPECT_EQ(result.failed, 1);
+  EXPECT_THAT(printed_, HasSubstr("state.safetensors"));
+}
+
+TEST_P(RunnerTest, MistakesSurfaceBeforeAnythingIsWritten) {
+  const auto error = [&](const std::string& rest) { return error_of([&] { sweep(rest); }); };
+  EXPECT_THAT(error("parameters: {lora.targets: {values: [mlp, [c_attn]]}}\n"),
+              HasSubstr("no module matches c_attn"));
+  EXPECT_THAT(error("parameters: {data.train: {values: [nowhere.jsonl]}}\n"),
+              HasSubstr("nowhere.jsonl"));
+  EXPECT_THAT(error("parameters: {lora.adapter: {values: [nowhere]}}\n"), HasSubstr("nowhere"));
+  EXPECT_THAT(error("parameters: {data.seq_len: {values: [64, 1000]}}\n"),
+              HasSubstr("exceeds the 512 positions"));
+  EXPECT_FALSE(fs::exists(folder_ / "out"));
+}
+
+TEST_P(RunnerTest, AnAdapterThatDoesNotFitIsRefused) {
+  sweep("");
+  const std::string adapter = folder_ / "adapter";
+  fs::rename(directories()[0] + "/adapter", adapter);
+  fs::remove_all(folder_ / "out");
+  EXPECT_THAT(error_of([&] {
+                sweep("", {"lora.adapter=" + adapter, "lora.r=8"});
+              }),
+              AllOf(HasSubstr("adapter_model.safetensors"), HasSubstr("lora.r")));
+  EXPECT_FALSE(fs::exists(folder_ / "out"));
+  EXPECT_EQ(sweep("", {"lora.adapter=" + adapter}).finished, 1);
+}
+
+INSTANTIATE_TEST_SUITE_P(Sweeps, RunnerTest, cpu_and_cuda, device_name);
+
+}  // namespace
+}  // namespace qlab::test

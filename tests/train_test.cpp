@@ -1,0 +1,286 @@
+#include "experiments/train.h"
+
+#include "nn/adapter_file.h"
+#include "tests/support/tiny_llama.h"
+#include "tests/support/training.h"
+
+namespace qlab::test {
+namespace {
+
+using State = TrialRun::State;
+using testing::HasSubstr;
+
+using TrainTest = TrainingTest;
+
+TEST_P(TrainTest, WritesWhatItPromises) {
+  const Outcome run = train("a", config());
+  ASSERT_EQ(run.state, State::finished) << run.error;
+  EXPECT_EQ(run.values("step"), (std::vector<double>{0, 1, 2, 2, 3, 4, 4, 5, 6, 6}));
+  EXPECT_EQ(run.values("loss").size(), 6u);
+  EXPECT_EQ(run.values("grad_norm").size(), 6u);
+  const std::vector<double> eval = run.values("eval_loss"), lr = run.values("lr");
+  ASSERT_EQ(eval.size(), 4u);
+  EXPECT_LT(eval.back(), eval.front());
+  // Cosine over 6 steps, of which ceil(0.03 * 6) = 1 warms up.
+  for (int64_t s = 0; s < 6; ++s)
+    EXPECT_DOUBLE_EQ(lr[s], 5e-3 * schedule_factor(Schedule::cosine, s, 1, 6));
+  const auto status = nlohmann::json::parse(read_text_file(folder_ / "a/status.json"));
+  EXPECT_EQ(status["status"], "finished");
+  EXPECT_EQ(status["steps"], 6);
+  EXPECT_EQ(status["eval_loss_0"], eval.front());
+  EXPECT_EQ(status["eval_loss"], eval.back());
+  EXPECT_GT(status["peak_bytes"], 0);
+  EXPECT_EQ(status["trained_tokens"], run.values("tokens").back());
+  EXPECT_EQ(read_adapter_spec(folder_ / "a/adapter").r, 4);
+  EXPECT_EQ(canonical(load_config(folder_ / "a/config.yaml", {})), canonical(config()));
+}
+
+TEST_P(TrainTest, TheSameRunGivesTheSameBits) {
+  const Config c = config({"lora.dropout=0.1", "train.grad_accum=2"});
+  expect_same(train("a", c), train("b", c));
+}
+
+TEST_P(TrainTest, RecomputeChangesNoBit) {
+  const std::vector<std::string> sets = {"lora.dropout=0.2", "lora.targets=[q_proj, down_proj]"};
+  std::vector<std::string> full = sets;
+  full.push_back("train.recompute=full");
+  expect_same(train("none", config(sets)), train("full", config(full)));
+}
+
+// Stops at five pseudo-random moments, some of them between two batches of an evaluation, and once
+// at every chance it gets.
+TEST_P(TrainTest, InterruptedRunsContinueBitForBit) {
+  for (const char* variant : {"lora.dtype=fp32", "lora.dtype=bf16"}) {
+    const Config c = config({variant, "lora.dropout=0.1", "train.epochs=1.3"});
+    const Outcome whole = train(std::string("whole-") + variant, c);
+    ASSERT_EQ(whole.state, State::finished) << whole.error;
+    int number = 0;
+    for (const int moment : integers(5, 16, 77)) {
+      SCOPED_TRACE(moment);
+      const std::string name = std::string(variant) + "-" + std::to_string(++number);
+      int asked = 0;
+      const Outcome part = train(name, c, [&] { return ++asked > moment; });
+      EXPECT_EQ(part.state, State::interrupted);
+      EXPECT_TRUE(part.adapter.empty());
+      expect_same(train(name, c), whole);
+    }
+  }
+  const Config c = config();
+  Outcome last;
+  int starts = 0;
+  do {
+    int asked = 0;
+    last = train("often", c, [&] { return ++asked > 3; });
+  } while (last.state == State::interrupted && ++starts < 20);
+  EXPECT_GE(starts, 3);
+  expect_same(last, train("once", c));
+}
+
+TEST_P(TrainTest, AGangIsItsTrialsAlone) {
+  const std::vector<std::pair<std::string, Config>> trials = {
+      {"a", config({"lora.targets=qv", "lora.r=2", "optim.lr=1e-3"})},
+      {"b", config({"lora.dropout=0.1", "train.seed=5", "train.grad_accum=2"})},
+      {"c", config({"lora.targets=mlp", "lora.r=9", "train.batch_size=5", "train.steps=4",
+                    "optim.schedule=linear", "train.loss_norm=microbatch"})},
+      {"diverges", config({"optim.lr=1e30", "train.eval_every=0"})}};
+  const std::vector<Outcome> together = gang(trials);
+  for (size_t i = 0; i < trials.size(); ++i) {
+    SCOPED_TRACE(trials[i].first);
+    const Outcome alone = train(trials[i].first + "-alone", trials[i].second);
+    EXPECT_EQ(together[i].state, i == 3 ? State::failed : State::finished) << together[i].error;
+    if (!device().is_cuda()) {
+      expect_same(together[i], alone);
+      continue;
+    }
+    const std::vector<double> a = together[i].values("loss"), b = alone.values("loss");
+    ASSERT_EQ(a.size(), b.size());
+    for (size_t s = 0; s < a.size(); ++s)
+      EXPECT_NEAR(a[s], b[s], static_cast<double>(s + 1) * model_bound(DType::bf16, 64) * b[s]);
+  }
+  EXPECT_THAT(together[3].error, HasSubstr("diverged at step 3"));
+  EXPECT_THAT(together[3].error, HasSubstr("optim.lr"));
+  const auto status = nlohmann::json::parse(read_text_file(folder_ / "diverges/status.json"));
+  EXPECT_EQ(status["status"], "failed");
+  EXPECT_EQ(status["error"], together[3].error);
+}
+
+TEST_P(TrainTest, AnEvaluationThatDivergesFailsTheTrial) {
+  const Outcome run = train("a", config({"optim.lr=1e30"}));
+  EXPECT_EQ(run.state, State::failed);
+  EXPECT_THAT(run.error,
+              testing::AllOf(HasSubstr("eval loss after step 2"), HasSubstr("optim.lr")));
+  EXPECT_EQ(run.values("eval_loss").size(), 1u);
+  EXPECT_EQ(train("a", config({"optim.lr=1e30"})).error, run.error);  // again, from the start
+}
+
+// The same products, summed over the tokens of a window in one chain or in four that are added: the
+// gradient agrees to about sqrt(n) 2^-24, the loss to that times the distance moved. Adam turns the
+// sign of a gradient that is all rounding into a step of lr, which by then hardly moves the loss.
+TEST_P(TrainTest, ABatchIsItsMicroBatches) {
+  std::vector<std::string> sets = {"quant.compute_dtype=fp32", "lora.dropout=0.1"};
+  const auto with = [&](const char* batch, const char* accum) {
+    std::vector<std::string> all = sets;
+    all.push_back(batch), all.push_back(accum);
+    return config(all);
+  };
+  const Outcome one = train("one", with("train.batch_size=4", "train.grad_accum=1"));
+  const Outcome four = train("four", with("train.batch_size=1", "train.grad_accum=4"));
+  const Outcome two = train("two", with("train.batch_size=2", "train.grad_accum=2"));
+  for (const Outcome* other : {&four, &two})
+    for (const char* key : {"loss", "eval_loss", "grad_norm", "tokens"}) {
+      const std::vector<double> a = one.values(key), b = other->values(key);
+      ASSERT_EQ(a.size(), b.size());
+      for (size_t s = 0; s < a.size(); ++s)
+        EXPECT_NEAR(a[s], b[s], (key == std::string("grad_norm") ? 1e-4 : 1e-5) * a[s]) << key;
+    }
+  // The mean of the micro-batches' means is another loss when they differ in length.
+  sets.push_back("train.loss_norm=microbatch");
+  const Outcome means = train("means", with("train.batch_size=1", "train.grad_accum=4"));
+  EXPECT_GT(std::abs(means.values("loss")[0] - one.values("loss")[0]), 1e-3);
+}
+
+TEST_P(TrainTest, DropoutActsAndIsSeeded) {
+  const Outcome none = train("none", config()), some = train("some", config({"lora.dropout=0.5"})),
+                seeded = train("seeded", config({"lora.dropout=0.5", "train.dropout_seed=9"}));
+  EXPECT_TRUE(none.adapter != some.adapter);
+  EXPECT_TRUE(some.adapter != seeded.adapter);
+  // B is zero at first, so what is dropped shows in the gradient, not in the loss.
+  EXPECT_EQ(none.values("loss")[0], some.values("loss")[0]);
+  EXPECT_NE(none.values("grad_norm")[0], some.values("grad_norm")[0]);
+}
+
+TEST_P(TrainTest, TheFirstEvaluationIsOfTheBase) {
+  const Outcome run = train("a", config());
+  Library library;
+  const Config c = config();
+  const Llama& model = library.base(c, compute_dtype(c, device()), device());
+  Stepper stepper(model, false);
+  const Evaluation base = evaluate(stepper, library.eval_set(c), nullptr);
+  EXPECT_EQ(run.values("eval_loss")[0], base.loss);
+  // A gang evaluates the base once, and every member has it.
+  const std::vector<Outcome> two = gang({{"b", config()}, {"c", config({"train.seed=1"})}});
+  for (const Outcome& o : two) EXPECT_EQ(o.values("eval_loss")[0], base.loss);
+}
+
+TEST_P(TrainTest, StartsFromAnAdapter) {
+  const Outcome first = train("first", config());
+  const Outcome second =
+      train("second", config({"lora.adapter=" + folder_ / "first/adapter", "optim.lr=1e-3"}));
+  EXPECT_EQ(second.values("eval_loss").front(), first.values("eval_loss").back());
+  EXPECT_LT(second.values("eval_loss").back(), second.values("eval_loss").front());
+}
+
+// 20 examples in windows of 3 x 4: the last micro-batches of the second one are short or empty.
+TEST_P(TrainTest, TheLastWindowMayBeShort) {
+  const Outcome run =
+      train("a", config({"train.epochs=1", "train.batch_size=3", "train.grad_accum=4"}));
+  ASSERT_EQ(run.state, State::finished) << run.error;
+  const std::vector<double> tokens = run.values("tokens");
+  int64_t all = 0;
+  Library library;
+  for (const Example& e : library.train_set(config()).examples)
+    all += trained_tokens({e.input_ids, e.labels});
+  EXPECT_EQ(run.values("loss").size(), 2u);
+  EXPECT_EQ(tokens.back(), all);
+}
+
+TEST_P(TrainTest, SyntheticSetsDoNotOverlap) {
+  Library library;
+  const Config c = config({"data.train=synthetic", "data.eval=synthetic"});
+  const Dataset &train_set = library.train_set(c), &eval_set = library.eval_set(c);
+  ASSERT_NE(&train_set, &eval_set);
+  for (const Example& e : eval_set.examples)
+    for (const Example& t : train_set.examples) ASSERT_NE(e.input_ids, t.input_ids);
+}
+
+// A state that was damaged, or belongs to another adapter, is named with the remedy.
+TEST_P(TrainTest, DamagedStatesAreRefused) {
+  int asked = 0;
+  train("a", config(), [&] { return ++asked > 4; });
+  EXPECT_THAT(error_of([&] { train("a", config({"lora.r=8"})); }),
+              testing::AllOf(HasSubstr("state.safetensors"), HasSubstr("delete")));
+  folder_.write("a/state/state.safetensors", "short");
+  EXPECT_THAT(error_of([&] { train("a", config()); }), HasSubstr("state.safetensors"));
+}
+
+TEST_P(TrainTest, ADirectoryBelongsToOneProcess) {
+  const TrialFiles files(folder_ / "a");
+  EXPECT_THAT(error_of([&] { train("a", config()); }), HasSubstr("another qlab process"));
+}
+
+INSTANTIATE_TEST_SUITE_P(Runs, TrainTest, cpu_and_cuda, device_name);
+
+class StepperTest : public OpTest {};
+
+// A step takes its memory from the plan, and throws when it asks for anything else.
+TEST_P(StepperTest, StepsRunInsideTheirPlan) {
+  if (std::getenv("QLAB_PLAIN_ALLOC") != nullptr) GTEST_SKIP() << "QLAB_PLAIN_ALLOC is set";
+  const auto model = tiny_llama(WeightFormat::nf4, GetParam());
+  LoraSpec some, all;
+  some.pattern = "qv";
+  all.dropout = 0.1;
+  const auto a = fresh_adapter(*model, some), b = fresh_adapter(*model, all);
+  for (const bool recompute : {false, true}) {
+    Stepper stepper(*model, recompute);
+    for (const bool train : {true, false})
+      for (const std::vector<int64_t>& lengths :
+           {std::vector<int64_t>{40, 1, 7}, {300, 300}, {2}}) {
+        BatchBuilder builder;
+        std::vector<Tokens> tokens;
+        for (const int64_t length : lengths)
+          tokens.push_back(random_tokens(length, static_cast<uint64_t>(length)));
+        for (size_t i = 0; i < tokens.size(); ++i)
+          builder.add({tokens[i].sequence()}, (i % 2 == 0 ? a : b).get(), train, 1.0f);
+        stepper.reserve(builder, train);
+        reset_peak(device());
+        const int64_t before = memory_account(device()).total;
+        stepper.run(builder, train);
+        // Beside the reservation there are only the batch's integers: seven arrays.
+        const int64_t beside = memory_account(device()).peak - before;
+        EXPECT_LE(beside, 7 * 256 + builder.tokens() * 32);
+        EXPECT_EQ(memory_account(device()).total, before);
+      }
+  }
+}
+
+TEST_P(StepperTest, WhatDoesNotFitIsAnErrorThatSaysWhatToDo) {
+  const auto model = tiny_llama(WeightFormat::nf4, GetParam());
+  const auto adapter = fresh_adapter(*model, {});
+  StepPlan plan;
+  plan.bytes = int64_t{1} << 50;
+  StepMemory memory(device());
+  EXPECT_THROW(memory.reserve(plan), OutOfMemory);
+  const std::string text = error_of([&] { memory.reserve(plan); });
+  for (const char* part : {"out of memory on", "asked for 1125.90 TB", "held: ", "weights",
+                           "constants", "adapters", "gradients", "train.recompute: full",
+                           "train.batch_size", "data.seq_len", "parallel.trials_per_gpu"})
+    EXPECT_THAT(text, HasSubstr(part));
+  LoraSpec huge;
+  huge.r = 2'000'000'000;
+  const std::string adapters = error_of([&] { fresh_adapter(*model, huge); });
+  EXPECT_THAT(adapters, HasSubstr("adapters asked for"));
+  EXPECT_EQ(adapters.find("held: nothing"), std::string::npos);
+}
+
+TEST_P(StepperTest, ARankIsTheFirstRowsOfAHigherOne) {
+  const auto model = tiny_llama(WeightFormat::fp32, GetParam());
+  LoraSpec four, eight;
+  four.r = 4;
+  eight.r = 8;
+  eight.pattern = "qv";
+  const auto low = fresh_adapter(*model, four), high = fresh_adapter(*model, eight);
+  for (const Adapter::Shape& m : high->modules()) {
+    const Tensor a = high->module(m.name).a;
+    expect_same_bits(low->module(m.name).a.clone(), a.slice_rows(0, 4).clone());
+    for (const double x : values(a)) EXPECT_LE(std::abs(x), 1 / std::sqrt(m.in));
+    for (const double x : values(high->module(m.name).b)) ASSERT_EQ(x, 0);
+  }
+  const Adapter other(four, model->adapter_shapes(four), 99, 4, model->compute_dtype(), device());
+  EXPECT_GT(relative_difference(other.parameters(), low->parameters()), 0.5);
+}
+
+INSTANTIATE_TEST_SUITE_P(Models, StepperTest,
+                         testing::Values(cpu_f32, cpu_bf16, cuda_f32, cuda_bf16), name);
+
+}  // namespace
+}  // namespace qlab::test
