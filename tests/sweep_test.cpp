@@ -1,7 +1,7 @@
 #include "experiments/sweep.h"
 
-#include <gmock/gmock.h>
 #include <fmt/format.h>
+#include <gmock/gmock.h>
 #include <gtest/gtest.h>
 #include <unistd.h>
 
@@ -30,7 +30,9 @@ base:
 
 class SweepTest : public testing::Test {
  protected:
-  SweepTest() : dir_(fs::path(testing::TempDir()) / fmt::format("sweep_test_{}", getpid())) { fs::create_directories(dir_); }
+  SweepTest() : dir_(fs::path(testing::TempDir()) / fmt::format("sweep_test_{}", getpid())) {
+    fs::create_directories(dir_);
+  }
   ~SweepTest() override { fs::remove_all(dir_); }
 
   std::string write(const std::string& text, const std::string& name = "ranks.yaml") const {
