@@ -45,8 +45,15 @@ QLAB_INLINE inline Statistics<accumulate_t<T>> row_statistics(const T* z, int64_
   L highest = L::all(lowest), sum = L::all(0);
   for (int64_t i = 0; i < cols; i += 16) highest = max(highest, L::load(z + i, cols - i, lowest));
   const A maximum = highest.maximum();
-  for (int64_t i = 0; i < cols; i += 16)
-    sum = sum + exp(L::load(z + i, cols - i, lowest) - maximum);
+  // In blocks: the many small terms of a vocabulary would be lost one by one beside the largest.
+  constexpr int64_t block = 1024;
+  for (int64_t first = 0; first < cols; first += block) {
+    const int64_t last = std::min(first + block, cols);
+    L part = L::all(0);
+    for (int64_t i = first; i < last; i += 16)
+      part = part + exp(L::load(z + i, last - i, lowest) - maximum);
+    sum = sum + part;
+  }
   return {maximum, sum.sum()};
 }
 
