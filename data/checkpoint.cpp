@@ -77,7 +77,7 @@ std::unique_ptr<Checkpoint> Checkpoint::open(const std::string& path) {
 void Checkpoint::check(const std::string& name, const Shape& expected) const {
   const Shape actual = shape(name);
   if (!(actual == expected))
-    fail("{}: tensor \"{}\" has shape {}, the configuration says {}", path_, name, actual,
+    fail("{}: tensor \"{}\" has shape {}, the configuration says {}", file_of(name), name, actual,
          expected);
 }
 

@@ -25,7 +25,8 @@ class Checkpoint {
   virtual std::vector<std::string> names() const = 0;  // sorted
   virtual bool contains(const std::string& name) const = 0;
   virtual Shape shape(const std::string& name) const = 0;
-  virtual std::string source_dtype(const std::string& name) const = 0;  // "BF16", "Q4_1", ...
+  virtual std::string source_dtype(const std::string& name) const = 0;     // "BF16", "Q4_1", ...
+  virtual std::string file_of(const std::string&) const { return path_; }  // that holds a tensor
   /// A contiguous copy on the CPU, in f64, f32 or bf16.
   virtual Tensor read(const std::string& name, DType dtype) const = 0;
   /// Error naming file and tensor when it is missing or has another shape than the model needs.

@@ -79,6 +79,7 @@ class HuggingFaceDirectory final : public Checkpoint {
   std::string source_dtype(const std::string& name) const override {
     return file_with(name).entries().at(name).dtype;
   }
+  std::string file_of(const std::string& name) const override { return file_with(name).path(); }
   Tensor read(const std::string& name, DType dtype) const override {
     return file_with(name).read(name, dtype);
   }
