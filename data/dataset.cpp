@@ -200,7 +200,12 @@ Dataset load_dataset(const std::string& path, const Tokenizer& tokenizer,
         "{}: none of its {} examples has a token to train within seq_len {}; raise data.seq_len or "
         "check the labels",
         path, dataset.lines, options.seq_len);
-  dataset.fingerprint = Fingerprint().add(file.bytes()).hex();
+  // The tokens besides the bytes: a tokenizer that was edited gives other numbers.
+  Fingerprint fingerprint;
+  fingerprint.add(file.bytes());
+  for (const Example& e : dataset.examples)
+    fingerprint.add(std::as_bytes(std::span(e.input_ids))).add(std::as_bytes(std::span(e.labels)));
+  dataset.fingerprint = fingerprint.hex();
   return dataset;
 }
 

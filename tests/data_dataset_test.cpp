@@ -143,7 +143,9 @@ TEST_F(DatasetTest, FingerprintFollowsContent) {
   const std::string a = load(R"({"text": "a"})", tokenizer()).fingerprint;
   EXPECT_EQ(a, load(R"({"text": "a"})", tokenizer()).fingerprint);
   EXPECT_NE(a, load(R"({"text": "b"})", tokenizer()).fingerprint);
-  EXPECT_EQ(a, file_fingerprint(folder_.write("copy", R"({"text": "a"})")));
+  tokenizer();
+  folder_.write("tokenizer_config.json", R"({"eos_token": "<|begin|>"})");
+  EXPECT_NE(a, load(R"({"text": "a"})", Tokenizer::load(folder_.path())).fingerprint);
 }
 
 TEST_F(DatasetTest, ErrorsNameFileAndLine) {
