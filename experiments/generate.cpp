@@ -23,7 +23,9 @@ int32_t sample(const std::vector<float>& logits, double temperature, double top_
     total += weight[i] = std::exp((logits[order[i]] - *best) / temperature);
   double kept = 0;
   size_t count = 0;
-  while (count < order.size() && kept < top_p * total) kept += weight[count++];
+  do {  // at least the likeliest
+    kept += weight[count++];
+  } while (count < order.size() && kept < top_p * total);
   double left = draw * kept;
   for (size_t i = 0; i < count; ++i) {
     left -= weight[i];
@@ -38,7 +40,8 @@ std::vector<int32_t> generate(const Llama& model, const Adapter* adapter,
                               const std::function<bool(int32_t)>& token) {
   const auto prompt_length = static_cast<int64_t>(prompt.size());
   const int64_t capacity = prompt_length + options.max_new_tokens;
-  QLAB_CHECK(prompt_length > 0, "the prompt is empty");
+  if (prompt_length == 0)
+    fail("the prompt is empty, and the tokenizer puts nothing before a text; give some text");
   if (capacity > model.config().max_position_embeddings)
     fail("a prompt of {} tokens and {} new ones exceed the model's {} positions", prompt_length,
          options.max_new_tokens, model.config().max_position_embeddings);
