@@ -38,6 +38,8 @@ TrialRun::TrialRun(const Config& config, std::string name, const std::string& di
   const auto examples = static_cast<double>(train_.examples.size());
   total_examples_ = t.steps ? *t.steps * window
                             : static_cast<int64_t>(std::llround(t.epochs.value_or(1) * examples));
+  if (total_examples_ == 0)
+    fail("train.epochs: {} of {} examples is not even one", t.epochs.value_or(1), examples);
   total_steps_ = (total_examples_ + window - 1) / window;
   warmup_steps_ = config_.optim.warmup_steps.value_or(static_cast<int64_t>(
       std::ceil(config_.optim.warmup_ratio.value_or(0) * static_cast<double>(total_steps_))));
@@ -234,10 +236,12 @@ void Gang::train_step() {
     micro_batches = std::max(micro_batches, t->config_.train.grad_accum);
     fill_zero(t->adapter_->gradients());
     t->loss_ = 0;
-    t->window_tokens_ = 0;
-    for (int64_t m = 0; m < t->config_.train.grad_accum; ++m)
-      for (const Sequence& s : t->micro_batch(t->progress_.step, m))
-        t->window_tokens_ += trained_tokens(s);
+    t->window_tokens_ = t->window_batches_ = 0;
+    for (int64_t m = 0; m < t->config_.train.grad_accum; ++m) {
+      const std::vector<Sequence> batch = t->micro_batch(t->progress_.step, m);
+      for (const Sequence& s : batch) t->window_tokens_ += trained_tokens(s);
+      t->window_batches_ += !batch.empty();
+    }
   }
   for (int64_t m = 0; m < micro_batches; ++m) {
     BatchBuilder builder;
@@ -255,7 +259,7 @@ void Gang::train_step() {
       // tokens: one mean over the whole window. microbatch: the mean of the micro-batches' means.
       const double scale = t->config_.train.loss_norm == "tokens"
                                ? 1.0 / static_cast<double>(t->window_tokens_)
-                               : 1.0 / static_cast<double>(trained * t->config_.train.grad_accum);
+                               : 1.0 / static_cast<double>(trained * t->window_batches_);
       builder.add(batch, t->adapter_.get(), true, static_cast<float>(scale));
       rows.emplace_back(t, scale);
       counts.push_back(trained);

@@ -62,7 +62,7 @@ class TrialRun {
 
   // Of the step being taken.
   double loss_ = 0, lr_ = 0;
-  int64_t window_tokens_ = 0;
+  int64_t window_tokens_ = 0, window_batches_ = 0;  // the last window of a run may be shorter
 };
 
 /// What a run tells while it goes on.
