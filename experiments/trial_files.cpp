@@ -52,7 +52,9 @@ std::string TrialFiles::read_status(const std::string& dir) {
   const std::string path = dir + "/status.json";
   if (!std::filesystem::exists(path)) return "";
   const Json json = Json::parse(read_text_file(path), nullptr, false);
-  return json.is_object() ? json.value("status", "") : "";
+  // Unreadable: the trial counts as unfinished.
+  if (!json.is_object() || !json.contains("status") || !json["status"].is_string()) return "";
+  return json["status"].get<std::string>();
 }
 
 void TrialFiles::write_status(const Json& status) {
@@ -69,7 +71,9 @@ std::vector<Json> TrialFiles::read_metrics() const {
   for (std::string text; std::getline(file, text);) {
     Json line = Json::parse(text, nullptr, false);
     // A killed process may leave half a line at the end.
-    if (line.is_object() && line.contains("step")) lines.push_back(std::move(line));
+    if (!line.is_object() || !line.contains("step") || !line["step"].is_number_integer()) continue;
+    if (line.contains("eval_loss") && !line["eval_loss"].is_number()) continue;
+    lines.push_back(std::move(line));
   }
   return lines;
 }
