@@ -123,13 +123,6 @@ TEST_P(LlamaTest, GenerationStops) {
   EXPECT_ERROR(generate(*llama, nullptr, prompt, {}, options), "exceed the model's 512 positions");
 }
 
-TEST(SampleTest, TheLikeliestTokenIsAlwaysKept) {
-  const std::vector<float> logits = {0, 3, 2.5f, -1};
-  for (const double draw : {0.0, 0.5, 0.999}) EXPECT_EQ(sample(logits, 1, 0, draw), 1);
-  EXPECT_EQ(sample(logits, 1, 0.8, 0.999), 2);
-  EXPECT_EQ(sample(logits, 0, 1, 0.999), 1);
-}
-
 TEST(Sampling, TakesTheLikeliestMass) {
   const std::vector<float> logits = {0, 1, 2, 1};  // shares 0.072, 0.197, 0.534, 0.197
   EXPECT_EQ(sample({1, 3, 3}, 0, 1, 0.99), 1);     // the first of equals
