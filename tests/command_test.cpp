@@ -187,7 +187,7 @@ TEST_F(CommandTest, DamagedModels) {
   inspect(edited("hidden_size", "wide"), weights, {"hidden_size"});
   inspect("{", weights, {"config.json"});
   const std::string fits = edited("head_dim", 8);  // the file has 6
-  inspect(fits, weights, {"model: tensor", "q_proj.weight", "[24, 24]", "[32, 24]"});
+  inspect(fits, weights, {"model.safetensors", "q_proj.weight", "[24, 24]", "[32, 24]"});
 }
 
 TEST_F(CommandTest, Targets) {

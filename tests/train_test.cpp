@@ -47,10 +47,11 @@ TEST_P(TrainTest, RecomputeChangesNoBit) {
   expect_same(train("none", config(sets)), train("full", config(full)));
 }
 
-// Stops at five pseudo-random moments, some of them between two batches of an evaluation, and once
-// at every chance it gets.
-TEST_P(TrainTest, InterruptedRunsContinueBitForBit) {
-  for (const char* variant : {"lora.dtype=fp32", "lora.dtype=bf16"}) {
+// Ends at five pseudo-random moments, some of them between two batches of an evaluation: in turn as
+// by Ctrl-C, which saves the state, and as by a kill, after which an older state is continued.
+TEST_P(TrainTest, RunsThatEndedContinueBitForBit) {
+  struct Killed {};
+  for (const char* variant : {"lora.dtype=fp32", "lora.dtype=bf16", "quant.compute_dtype=bf16"}) {
     const Config c = config({variant, "lora.dropout=0.1", "train.epochs=1.3"});
     const Outcome whole = train(std::string("whole-") + variant, c);
     ASSERT_EQ(whole.state, State::finished) << whole.error;
@@ -58,10 +59,19 @@ TEST_P(TrainTest, InterruptedRunsContinueBitForBit) {
     for (const int moment : integers(5, 16, 77)) {
       SCOPED_TRACE(moment);
       const std::string name = std::string(variant) + "-" + std::to_string(++number);
+      const bool killed = number % 2 == 0;
       int asked = 0;
-      const Outcome part = train(name, c, [&] { return ++asked > moment; });
-      EXPECT_EQ(part.state, State::interrupted);
-      EXPECT_TRUE(part.adapter.empty());
+      const auto stop = [&] {
+        if (++asked > moment && killed) throw Killed();
+        return asked > moment;
+      };
+      if (killed) {
+        EXPECT_THROW(train(name, c, stop), Killed);
+      } else {
+        const Outcome part = train(name, c, stop);
+        EXPECT_EQ(part.state, State::interrupted);
+        EXPECT_TRUE(part.adapter.empty());
+      }
       expect_same(train(name, c), whole);
     }
   }
@@ -92,10 +102,11 @@ TEST_P(TrainTest, AGangIsItsTrialsAlone) {
       expect_same(together[i], alone);
       continue;
     }
+    // A step of this model in bf16 has a loss within 1e-4 of the one in fp32; ten times that.
     const std::vector<double> a = together[i].values("loss"), b = alone.values("loss");
     ASSERT_EQ(a.size(), b.size());
     for (size_t s = 0; s < a.size(); ++s)
-      EXPECT_NEAR(a[s], b[s], static_cast<double>(s + 1) * model_bound(DType::bf16, 64) * b[s]);
+      EXPECT_NEAR(a[s], b[s], 1e-3 * static_cast<double>(s + 1));
   }
   EXPECT_THAT(together[3].error, HasSubstr("diverged at step 3"));
   EXPECT_THAT(together[3].error, HasSubstr("optim.lr"));
