@@ -18,7 +18,10 @@ namespace {
 
 using Json = nlohmann::json;
 
-void out(const std::string& text) { std::fwrite(text.data(), 1, text.size(), stdout); }
+void out(const std::string& text) {
+  if (std::fwrite(text.data(), 1, text.size(), stdout) != text.size() || std::fflush(stdout) != 0)
+    fail("the standard output cannot be written to; is the disk full?");
+}
 
 int run(const Sweep& sweep, const SweepOptions& options, const CommonOptions& common) {
   Terminal terminal;

@@ -44,7 +44,7 @@ std::vector<Planned> plan_trials(const Sweep& sweep, const std::string& dir, Dev
     check_trainable(c, sweep.source_file);
     const ModelSource& model = library.model(c.model.path);
     const std::vector<Adapter::Shape> targets = adapted_shapes(model.config, lora_spec(c));
-    if (!c.lora.adapter.empty()) check_adapter(c.lora.adapter, lora_spec(c).r, targets);
+    if (!c.lora.adapter.empty()) check_adapter(c.lora.adapter, lora_spec(c), targets);
     const Fingerprints prints{model.fingerprint, library.train_set(c).fingerprint,
                               c.data.eval.empty() ? "" : library.eval_set(c).fingerprint,
                               adapter_fingerprint(c.lora.adapter)};
@@ -214,9 +214,20 @@ RunnerResult run_sweep(const Sweep& sweep, const RunnerOptions& options,
                                     ? std::vector<int>{}
                                     : shard(options.shard, static_cast<int>(sweep.trials.size()));
   if (options.dry_run) {
-    print(trial_table(sweep));
+    Sweep shown = sweep;
+    if (!options.shard.empty()) {
+      shown.trials.clear();
+      for (const int i : mine) shown.trials.push_back(sweep.trials[static_cast<size_t>(i)]);
+    }
+    print(trial_table(shown));
     return result;
   }
+  if (options.out.empty() &&
+      (sweep.name.find('/') != std::string::npos || sweep.name.starts_with('.')))
+    fail(
+        "{}: the name {} cannot be a folder in runs/; use one without / and a leading dot, or "
+        "--out",
+        sweep.source_file, sweep.name);
   Library library;
   const std::vector<Planned> planned = plan_trials(sweep, result.dir, options.device, library);
   report_data(sweep, library, print);
@@ -235,7 +246,11 @@ RunnerResult run_sweep(const Sweep& sweep, const RunnerOptions& options,
   std::vector<std::string> directories;
   for (const Planned& p : planned)
     directories.push_back(std::filesystem::path(p.dir).filename().string());
-  std::filesystem::create_directories(result.dir + "/trials");
+  std::error_code error;
+  std::filesystem::create_directories(result.dir + "/trials", error);
+  if (error)
+    fail("{}/trials: cannot be created: {}; give --out a directory that can be written to",
+         result.dir, error.message());
   write_plan(result.dir, sweep, directories, environment(sweep, options.device));
 
   std::vector<Planned> pending;

@@ -57,8 +57,7 @@ void Terminal::progress(const TrainProgress& p) {
 }
 
 TrainCallbacks Terminal::callbacks() {
-  return {[this](const TrainProgress& p) { progress(p); },
-          [this](const std::string& line) { print(line); }, interrupted};
+  return {[this](const TrainProgress& p) { progress(p); }, interrupted};
 }
 
 void catch_interrupts() {

@@ -188,8 +188,9 @@ std::vector<TrialRun*> Gang::running() const {
   return left;
 }
 
-// The largest micro-batch is not known without trying them all; the one with the most tokens, made
-// of each trial's own largest, is at least as large as any that will come.
+// The largest micro-batch is not known without trying them all; the one made of each trial's
+// longest examples needs at least about as much, so that a gang that cannot fit is refused at once.
+// Where a later shape lays out a little larger, the reservation grows before that step.
 void Gang::reserve() {
   BatchBuilder largest;
   for (TrialRun* t : running()) {

@@ -74,7 +74,6 @@ struct TrainProgress {
 };
 struct TrainCallbacks {
   std::function<void(const TrainProgress&)> progress;
-  std::function<void(const std::string&)> note;
   std::function<bool()> stop;  // asked between steps; true saves the state and ends the run
 };
 

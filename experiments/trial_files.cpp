@@ -138,9 +138,4 @@ std::optional<TrialProgress> TrialFiles::load_state(const Adapter& adapter, Adam
                        std::stoll(number("tokens")), std::stod(number("seconds"))};
 }
 
-void TrialFiles::remove_state() {
-  std::error_code ignored;
-  std::filesystem::remove_all(path("state"), ignored);
-}
-
 }  // namespace qlab

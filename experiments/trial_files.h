@@ -37,7 +37,7 @@ class TrialFiles {
   void write_status(const nlohmann::json& status);
 
   void append_metrics(const nlohmann::json& line);
-  /// Lines of metrics.jsonl; with `cut`, those of later steps are removed from the file.
+  /// Lines of metrics.jsonl; half a line that a killed process left is passed over.
   std::vector<nlohmann::json> read_metrics() const;
   void cut_metrics_after(int64_t step);
 
@@ -46,7 +46,6 @@ class TrialFiles {
   void save_state(const TrialProgress& progress, const Adapter& adapter, const AdamW& optimizer);
   /// nullopt when there is none.
   std::optional<TrialProgress> load_state(const Adapter& adapter, AdamW& optimizer);
-  void remove_state();
 
  private:
   std::string path(const char* name) const { return dir_ + "/" + name; }

@@ -22,6 +22,8 @@ std::string tensor_name(const std::string& module, const char* factor) {
 std::string config_path(const std::string& dir) { return dir + "/adapter_config.json"; }
 std::string weights_path(const std::string& dir) { return dir + "/adapter_model.safetensors"; }
 
+const char* scaling(const LoraSpec& spec) { return spec.rslora ? "alpha/sqrt(r)" : "alpha/r"; }
+
 // PEFT knows all-linear but not our other keywords, so names go into the file.
 Json target_modules(const Adapter& adapter) {
   const LoraSpec& spec = adapter.spec();
@@ -121,8 +123,16 @@ LoraSpec read_adapter_spec(const std::string& dir) {
   return spec;
 }
 
-void check_adapter(const std::string& dir, int64_t r, const std::vector<Adapter::Shape>& modules) {
-  read_adapter_spec(dir);
+void check_adapter(const std::string& dir, const LoraSpec& spec,
+                   const std::vector<Adapter::Shape>& modules) {
+  const LoraSpec saved = read_adapter_spec(dir);
+  if (saved.r != spec.r || saved.alpha != spec.alpha || saved.rslora != spec.rslora)
+    fail(
+        "{}: was saved with r {}, alpha {}, {} scaling, the run has r {}, alpha {}, {} scaling; "
+        "set "
+        "lora.r: {}, lora.alpha: {} and lora.scaling: {}",
+        config_path(dir), saved.r, saved.alpha, scaling(saved), spec.r, spec.alpha, scaling(spec),
+        saved.r, saved.alpha, scaling(saved));
   const SafetensorsFile file(weights_path(dir));
   std::set<std::string> left;
   for (const auto& [name, entry] : file.entries()) left.insert(name);
@@ -137,8 +147,8 @@ void check_adapter(const std::string& dir, int64_t r, const std::vector<Adapter:
            shape_text(shape));
   };
   for (const Adapter::Shape& m : modules) {
-    check(m, "lora_A", {r, m.in});
-    check(m, "lora_B", {m.out, r});
+    check(m, "lora_A", {spec.r, m.in});
+    check(m, "lora_B", {m.out, spec.r});
   }
   if (!left.empty())
     fail("{}: {} tensors have no module under lora.targets, for example {}", file.path(),
@@ -146,7 +156,7 @@ void check_adapter(const std::string& dir, int64_t r, const std::vector<Adapter:
 }
 
 void load_adapter(const std::string& dir, const Adapter& adapter) {
-  check_adapter(dir, adapter.spec().r, adapter.modules());
+  check_adapter(dir, adapter.spec(), adapter.modules());
   const SafetensorsFile file(weights_path(dir));
   const MemoryTag tag(Category::workspace);
   const Tensor host = Tensor::empty({adapter.parameter_count()}, DType::f32, Device::cpu());

@@ -14,7 +14,8 @@ void save_adapter(const std::string& dir, const Adapter& adapter, const std::str
 LoraSpec read_adapter_spec(const std::string& dir);
 
 /// Refuses an adapter on disk that does not have exactly the tensors of these modules at rank r.
-void check_adapter(const std::string& dir, int64_t r, const std::vector<Adapter::Shape>& modules);
+void check_adapter(const std::string& dir, const LoraSpec& spec,
+                   const std::vector<Adapter::Shape>& modules);
 
 /// Fills the adapter's parameters from `dir`, which must fit it.
 void load_adapter(const std::string& dir, const Adapter& adapter);

@@ -104,7 +104,7 @@ LlamaConfig llama_config_from_json(const Json& json, const std::string& where) {
   if (c.num_attention_heads % c.num_key_value_heads != 0)
     fail("{}: num_attention_heads {} is no multiple of num_key_value_heads {}", where,
          c.num_attention_heads, c.num_key_value_heads);
-  if (c.head_dim % 8 != 0 || c.head_dim > 256)
+  if (c.head_dim <= 0 || c.head_dim % 8 != 0 || c.head_dim > 256)
     fail("{}: head_dim {} is not supported; it must be a multiple of 8 up to 256", where,
          c.head_dim);
   if (in.has("sliding_window") && in.flag("use_sliding_window", c.model_type == "mistral"))

@@ -191,7 +191,7 @@ TEST_P(RunnerTest, AnAdapterThatDoesNotFitIsRefused) {
   EXPECT_THAT(error_of([&] {
                 sweep("", {"lora.adapter=" + adapter, "lora.r=8"});
               }),
-              AllOf(HasSubstr("adapter_model.safetensors"), HasSubstr("lora.r")));
+              AllOf(HasSubstr("adapter_config.json"), HasSubstr("set lora.r: 4")));
   EXPECT_FALSE(fs::exists(folder_ / "out"));
   EXPECT_EQ(sweep("", {"lora.adapter=" + adapter}).finished, 1);
 }

@@ -184,7 +184,7 @@ seeds: [0, 1, 2]
 parameters:
   lora.r: {values: [4, 8]}
   train.steps: {values: [10, 20]}
-derived: {lora.alpha: 2*lora.r}
+derived: {alpha: 2*r}
 )";
   const Sweep sweep = load(text, {"lora.r=2", "train.epochs=1", "lora.alpha=7", "seed=5"});
   ASSERT_EQ(sweep.trials.size(), 1u);
