@@ -20,6 +20,14 @@ const std::map<std::string, std::vector<std::string>> keywords = {
     {"qv", {"q_proj", "v_proj"}},
 };
 
+bool matches(const std::regex& regex, const std::string& name) {
+  try {
+    return std::regex_match(name, regex);
+  } catch (const std::regex_error&) {
+    fail("lora.targets: the regular expression is too complex to match {}", name);
+  }
+}
+
 bool matches_name(const std::string& full, const std::string& entry) {
   return full == entry || full.ends_with("." + entry);
 }
@@ -49,7 +57,7 @@ std::vector<int> resolve_targets(const LoraSpec& spec, const std::vector<std::st
   std::vector<int> found;
   std::vector<bool> used(entries.size());
   for (size_t i = 0; i < linears.size(); ++i) {
-    bool hit = regex && std::regex_match(linears[i], *regex);
+    bool hit = regex && matches(*regex, linears[i]);
     for (size_t e = 0; e < entries.size(); ++e)
       if (matches_name(linears[i], entries[e])) hit = true, used[e] = true;
     if (hit) found.push_back(static_cast<int>(i));
