@@ -113,9 +113,10 @@ TEST_P(Smollm2Test, TrainsAsPeft) {
   for (const auto& run : runs) gang.push_back(run.get());
   Gang(library, *model, gang, {}).run();
 
-  // On a GPU the gradient's way back through the vocabulary is one fp32 chain of 49,152 products,
-  // whose error, 49,152 roundings of 2^-24 at the worst, Adam's first steps pass on to the norms.
-  const double norm_bound = device().is_cuda() ? 1e-3 : 1e-4;
+  // On a GPU the gradient's way back through the vocabulary is one fp32 chain of 49,152 products.
+  // Such a chain was measured on the CPU: norms up to 1.1e-4 from fp64, beside the golden file's
+  // own 7.5e-5.
+  const double norm_bound = device().is_cuda() ? 1.1e-4 + 7.5e-5 : 1e-4;
   for (const auto& run : runs) {
     SCOPED_TRACE(run->name());
     const Json& expected = golden_["runs"][run->name()];
