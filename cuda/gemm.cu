@@ -13,6 +13,9 @@ namespace qlab::cuda {
 namespace {
 
 constexpr uint32_t largest_alignment = 256;
+/// fp32 products add along k in parts of this length: one chain through a vocabulary of 49,152
+/// costs a digit, and fp32 is what one compares with.
+constexpr int64_t f32_chain = 1024;
 
 /// Everything the choice of an algorithm depends on; also what an error message tells.
 struct Product {
@@ -108,7 +111,7 @@ bool first_choice(cublasLtMatmulAlgo_t& algorithm, const Product& p, Descriptors
   return true;
 }
 
-/// One chain over K where the library has it; otherwise parts of K added in a fixed order in fp32.
+/// No split of K where the library has it; otherwise parts of K added in a fixed order in fp32.
 cublasLtMatmulAlgo_t choose(const Product& p, Descriptors& d) {
   static std::mutex mutex;
   static std::map<Product, cublasLtMatmulAlgo_t> chosen;
@@ -147,9 +150,10 @@ Product describe(const Tensor& c, const Tensor& a, Op op_a, const Tensor& b, Op 
 
 }  // namespace
 
-void gemm(const Tensor& c, const Tensor& a, Op op_a, const Tensor& b, Op op_b, float alpha,
-          float beta, const Tensor& workspace) {
-  if (c.numel() == 0) return;
+namespace {
+
+void multiply(const Tensor& c, const Tensor& a, Op op_a, const Tensor& b, Op op_b, float alpha,
+              float beta, const Tensor& workspace) {
   const Product p = describe(c, a, op_a, b, op_b, workspace);
   Descriptors d(p, a, b);
   const cublasLtMatmulAlgo_t algorithm = choose(p, d);
@@ -158,6 +162,22 @@ void gemm(const Tensor& c, const Tensor& a, Op op_a, const Tensor& b, Op op_b, f
                             workspace.defined() ? workspace.raw() : nullptr,
                             static_cast<size_t>(p.workspace_bytes), current_stream()),
              "cublasLtMatmul", p);
+}
+
+}  // namespace
+
+void gemm(const Tensor& c, const Tensor& a, Op op_a, const Tensor& b, Op op_b, float alpha,
+          float beta, const Tensor& workspace) {
+  if (c.numel() == 0) return;
+  const int64_t k = op_a == Op::none ? a.cols() : a.rows();
+  if (a.dtype() != DType::f32 || k <= f32_chain)
+    return multiply(c, a, op_a, b, op_b, alpha, beta, workspace);
+  for (int64_t begin = 0; begin < k; begin += f32_chain) {
+    const int64_t end = std::min(begin + f32_chain, k);
+    const Tensor a_part = op_a == Op::none ? a.slice_cols(begin, end) : a.slice_rows(begin, end);
+    const Tensor b_part = op_b == Op::none ? b.slice_rows(begin, end) : b.slice_cols(begin, end);
+    multiply(c, a_part, op_a, b_part, op_b, alpha, begin == 0 ? beta : 1.0f, workspace);
+  }
 }
 
 }  // namespace qlab::cuda

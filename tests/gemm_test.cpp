@@ -103,6 +103,22 @@ TEST_P(GemmTest, LargeMatchesTheDefinition) {
   expect_close(y, plain_gemm(y, x, Op::none, w, Op::transpose, 1, 0), 1536);
 }
 
+// One chain of 49,152 would be off by about sqrt(K / 2) half-ulps of its partial sums, 3.7e-6.
+TEST_P(GemmTest, SumsLongChainsInParts) {
+  if (dtype() != DType::f32) GTEST_SKIP() << "a property of fp32 products";
+  const int64_t k = 49152;
+  const Tensor a = random({16, k}), b = random({24, k});
+  const Tensor y = matmul_nt(a, b);
+  const std::vector<double> got = values(y),
+                            expected = values(plain_gemm(y, a, Op::none, b, Op::transpose, 1, 0));
+  double error = 0, square = 0;
+  for (size_t i = 0; i < got.size(); ++i) {
+    error += (got[i] - expected[i]) * (got[i] - expected[i]);
+    square += expected[i] * expected[i];
+  }
+  EXPECT_LT(std::sqrt(error / square), 1e-6);
+}
+
 // What lets trials train together: a row's bits depend on that row alone.
 TEST(Gemm, RowsAreIndependentOfTheirNumberAndPlace) {
   for (const Case& c : {cpu_f32, cpu_bf16})
