@@ -18,7 +18,7 @@ Variable Tape::input(Tensor value, bool requires_grad) {
 }
 
 Variable Tape::record(const char* op, Tensor result, const std::vector<Variable>& inputs,
-                      std::vector<Slot> slots, Backward backward, bool trains) {
+                      std::vector<Slot> slots, Backward backward, bool trains, Sum sum) {
   bool wanted = trains;
   for (const Variable& v : inputs) wanted |= v.requires_grad();
   if (!recording_ || !wanted) return {std::move(result), -1};
@@ -43,6 +43,7 @@ Variable Tape::record(const char* op, Tensor result, const std::vector<Variable>
     for (Slot& slot : node.slots_)
       if (dropped(slot)) slot.value = Tensor();
   node.backward_ = std::move(backward);
+  node.sum_ = sum;
   nodes_.push_back(std::move(node));
   return {std::move(result), nodes_.back().output_};
 }
@@ -93,6 +94,10 @@ void Tape::backward(const Variable& output, const Tensor& g) {
     Tensor incoming = std::move(gradients_[node.output_]);
     gradients_[node.output_] = Tensor();
     if (incoming.defined() || node.output_ == output.id) {
+      if (node.sum_ == Sum::own && node.needs(0)) {
+        node.collected_ = std::move(gradients_[node.inputs_[0]]);
+        gradients_[node.inputs_[0]] = Tensor();
+      }
       std::vector<Tensor> results = node.backward_(incoming, node);
       incoming = Tensor();
       const std::vector<int> inputs = std::move(node.inputs_);

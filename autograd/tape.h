@@ -10,10 +10,12 @@
 
 namespace qlab {
 
-/// A tensor on the tape. id < 0: no gradient flows to it.
+/// A tensor on the tape. id < 0: no gradient flows to it. Whoever forms its gradient leaves room
+/// for `tail` more columns (Tensor::with_tail): a linear layer with folded adapters works in them.
 struct Variable {
   Tensor value;
   int id = -1;
+  int64_t tail = 0;
   bool requires_grad() const { return id >= 0; }
 };
 
@@ -26,12 +28,19 @@ struct Slot {
   Tensor value;
 };
 
+/// Who adds a node's first result to the gradient that other uses of its first input have left:
+/// the tape, or the node's own backward (Node::collected).
+enum class Sum : uint8_t { tape, own };
+
 class Node {
  public:
   /// The saved tensor of that name.
   const Tensor& saved(std::string_view name) const;
   /// Whether the gradient of input i is wanted.
   bool needs(size_t i) const { return inputs_[i] >= 0; }
+  /// With Sum::own: the gradient of input 0 collected so far, undefined when there is none. The
+  /// first result replaces it, so that a kernel adds it on the way.
+  const Tensor& collected() const { return collected_; }
 
  private:
   friend class Tape;
@@ -41,6 +50,8 @@ class Node {
   int output_ = -1;
   std::vector<Slot> slots_;
   Backward backward_;
+  Sum sum_ = Sum::tape;
+  Tensor collected_;
 };
 
 class Tape {
@@ -60,7 +71,8 @@ class Tape {
   /// needed may be undefined. `trains`: the operation has parameters of its own, whose gradients
   /// its backward accumulates, so it is recorded even when no input requires a gradient.
   Variable record(const char* op, Tensor result, const std::vector<Variable>& inputs,
-                  std::vector<Slot> slots, Backward backward, bool trains = false);
+                  std::vector<Slot> slots, Backward backward, bool trains = false,
+                  Sum sum = Sum::tape);
 
   /// Runs `forward` and keeps only its input; its slots are filled again, by running it once more,
   /// when backward needs them. Bits do not change: the same operations run on the same values.

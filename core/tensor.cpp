@@ -26,6 +26,12 @@ Tensor Tensor::pitched(int64_t rows, int64_t cols, int64_t pitch, DType dtype, D
   return empty({rows, pitch}, dtype, device).slice_cols(0, cols);
 }
 
+Tensor Tensor::with_tail(int64_t rows, int64_t cols, int64_t tail, DType dtype, Device device) {
+  constexpr int64_t step = 64;
+  if (tail == 0) return empty({rows, cols}, dtype, device);
+  return pitched(rows, cols, (cols + tail + step - 1) / step * step, dtype, device);
+}
+
 Tensor Tensor::from_storage(std::shared_ptr<Storage> storage, int64_t byte_offset,
                             const Shape& shape, DType dtype) {
   Tensor t;
@@ -83,6 +89,16 @@ Tensor Tensor::slice_cols(int64_t begin, int64_t end) const {
   Tensor t = *this;
   t.shape_ = {dim(0), end - begin};
   t.offset_ += begin * static_cast<int64_t>(size_of(dtype_));
+  return t;
+}
+
+Tensor Tensor::widened(int64_t cols) const {
+  const auto element = static_cast<int64_t>(size_of(dtype_));
+  QLAB_CHECK(rank() == 2 && dim(1) <= cols && cols <= pitch_ &&
+                 offset_ + ((dim(0) - 1) * pitch_ + cols) * element <= storage_->bytes(),
+             "{} at a pitch of {} has no {} columns", str(), pitch_, cols);
+  Tensor t = *this;
+  t.shape_ = {dim(0), cols};
   return t;
 }
 

@@ -20,6 +20,9 @@ class Tensor {
   static Tensor zeros(const Shape& shape, DType dtype, Device device);
   /// Rank 2 with `pitch` elements between rows, so that columns can be carved out of a wider block.
   static Tensor pitched(int64_t rows, int64_t cols, int64_t pitch, DType dtype, Device device);
+  /// Rank 2 with room for `tail` more columns behind each row, at a pitch that is a multiple of 64;
+  /// contiguous where `tail` is 0. widened() reaches them.
+  static Tensor with_tail(int64_t rows, int64_t cols, int64_t tail, DType dtype, Device device);
   static Tensor from_storage(std::shared_ptr<Storage> storage, int64_t byte_offset,
                              const Shape& shape, DType dtype);
   template <class T>
@@ -55,6 +58,7 @@ class Tensor {
   Tensor view(const Shape& shape) const;                // contiguous tensors only
   Tensor slice_rows(int64_t begin, int64_t end) const;  // rank 1: elements
   Tensor slice_cols(int64_t begin, int64_t end) const;  // rank 2; keeps the pitch
+  Tensor widened(int64_t cols) const;                   // rank 2; more columns, at most the pitch
 
   // Copies.
   Tensor clone() const;            // contiguous, same device

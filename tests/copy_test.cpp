@@ -40,6 +40,19 @@ TEST_P(CopyTest, HonoursPitches) {
   expect_same_bits(wide.slice_cols(21, 40), guard.slice_cols(21, 40));
 }
 
+TEST_P(CopyTest, ATailIsPartOfTheBlock) {
+  const auto [device, type] = std::pair(this->device(), dtype());
+  const Tensor x = Tensor::with_tail(5, 40, 24, type, device);
+  EXPECT_EQ(x.pitch(), 64);
+  EXPECT_EQ(Tensor::with_tail(5, 40, 25, type, device).pitch(), 128);
+  EXPECT_TRUE(Tensor::with_tail(5, 40, 0, type, device).contiguous());
+  const Tensor source = random({5, 64});
+  copy(x.widened(64), source);
+  expect_same_bits(x, source.slice_cols(0, 40));
+  EXPECT_ERROR(x.widened(65), "has no 65 columns");
+  EXPECT_ERROR(x.slice_cols(16, 40).widened(64), "has no 64 columns");
+}
+
 TEST_P(CopyTest, FillsWithZeros) {
   const Tensor x = random({5, 33});
   fill_zero(x.slice_rows(1, 4));
