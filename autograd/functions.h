@@ -10,8 +10,10 @@ Variable add(Tape& tape, const Variable& a, const Variable& b);
 Variable rms_norm(Tape& tape, const Variable& x, const Tensor& weight, float eps);
 Variable rope(Tape& tape, const Variable& x, const Tensor& positions, const RopeTables& tables,
               int64_t head_dim);
-Variable attention(Tape& tape, const Variable& q, const Variable& k, const Variable& v,
-                   const Tensor& cu_q, const Tensor& cu_k, const AttentionShape& shape);
+/// qkv.value is q | k | v, [T, (heads + 2 kv_heads) D]; the result has room for `tail` more
+/// columns.
+Variable attention(Tape& tape, const Variable& qkv, const Tensor& cu_seqlens,
+                   const AttentionShape& shape, int64_t tail = 0);
 Variable swiglu(Tape& tape, const Variable& gate, const Variable& up);
 Variable gather_rows(Tape& tape, const Variable& x, const Tensor& index);
 

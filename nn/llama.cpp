@@ -19,6 +19,22 @@ Tensor to_dtype(const Tensor& t, DType dtype, Device device) {
   return cast(t, dtype).to(device);
 }
 
+/// q | k | v side by side.
+Variable merge(Tape& tape, const Variable& q, const Variable& k, const Variable& v,
+               const AttentionShape& shape) {
+  const Tensor merged =
+      Tensor::empty({q.value.dim(0), q.value.dim(1) + k.value.dim(1) + v.value.dim(1)},
+                    q.value.dtype(), q.value.device());
+  const auto [mq, mk, mv] = attention_columns(merged, shape);
+  copy(mq, q.value);
+  copy(mk, k.value);
+  copy(mv, v.value);
+  return tape.record("merge", merged, {q, k, v}, {}, [shape](const Tensor& g, const Node&) {
+    const auto [dq, dk, dv] = attention_columns(g, shape);
+    return std::vector<Tensor>{dq.clone(), dk.clone(), dv.clone()};
+  });
+}
+
 }  // namespace
 
 Llama::Llama(const LlamaConfig& config, const WeightSpec& spec, DType compute, Device device,
@@ -102,20 +118,23 @@ Variable Llama::layer(Tape& tape, const DecoderLayer& layer, int64_t index, cons
   const Variable normed = rms_norm(tape, x, layer.input_layernorm, eps);
   const Variable q = rope(tape, linear(tape, normed, layer.q_proj, batch), batch.positions, rope_,
                           config_.head_dim);
-  Variable k = rope(tape, linear(tape, normed, layer.k_proj, batch), batch.positions, rope_,
-                    config_.head_dim);
-  Variable v = linear(tape, normed, layer.v_proj, batch);
-  Tensor cu_k = batch.cu_seqlens;
+  const Variable k = rope(tape, linear(tape, normed, layer.k_proj, batch), batch.positions, rope_,
+                          config_.head_dim);
+  const Variable v = linear(tape, normed, layer.v_proj, batch);
+  Variable mixed;
   if (cache != nullptr) {
     const int64_t end = cache->length + k.value.dim(0);
     copy(cache->k[index].slice_rows(cache->length, end), k.value);
     copy(cache->v[index].slice_rows(cache->length, end), v.value);
-    k.value = cache->k[index].slice_rows(0, end);
-    v.value = cache->v[index].slice_rows(0, end);
-    cu_k = Tensor::from_vector<int32_t>({0, static_cast<int32_t>(end)}, {2}, batch.ids.device());
+    const Tensor cu_k =
+        Tensor::from_vector<int32_t>({0, static_cast<int32_t>(end)}, {2}, batch.ids.device());
     shape.max_k = end;
+    mixed = tape.input(attention(q.value, cache->k[index].slice_rows(0, end),
+                                 cache->v[index].slice_rows(0, end), batch.cu_seqlens, cu_k, shape)
+                           .o);
+  } else {
+    mixed = attention(tape, merge(tape, q, k, v, shape), batch.cu_seqlens, shape);
   }
-  const Variable mixed = attention(tape, q, k, v, batch.cu_seqlens, cu_k, shape);
   const Variable h = add(tape, x, linear(tape, mixed, layer.o_proj, batch));
   const Variable normed2 = rms_norm(tape, h, layer.post_attention_layernorm, eps);
   const Variable activated = swiglu(tape, linear(tape, normed2, layer.gate_proj, batch),

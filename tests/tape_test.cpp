@@ -17,11 +17,25 @@ class TapeTest : public testing::Test {
     return tensor(normals(shape.numel(), seed), shape, c);
   }
 
+  /// q | k | v of one width side by side.
+  static Variable merged(Tape& tape, const std::vector<Variable>& parts) {
+    const auto column = [](const Tensor& whole, size_t i) {
+      const auto begin = static_cast<int64_t>(i) * width;
+      return whole.slice_cols(begin, begin + width);
+    };
+    const Tensor whole = Tensor::empty({rows, 3 * width}, parts[0].value.dtype(), Device::cpu());
+    for (size_t i = 0; i < parts.size(); ++i) copy(column(whole, i), parts[i].value);
+    return tape.record("merged", whole, parts, {}, [column](const Tensor& g, const Node&) {
+      return std::vector<Tensor>{column(g, 0).clone(), column(g, 1).clone(), column(g, 2).clone()};
+    });
+  }
+
   // Every operation of the tape, with x entering twice: as the residual and as the norm's input.
   Variable layer(Tape& tape, const Variable& x) const {
     const Variable n = rms_norm(tape, x, norm_, 1e-5f);
     const Variable q = rope(tape, n, positions_, tables_, head_dim);
-    const Variable mixed = attention(tape, q, q, n, cu_, cu_, {heads, heads, head_dim, rows, rows});
+    const Variable mixed =
+        attention(tape, merged(tape, {q, q, n}), cu_, {heads, heads, head_dim, rows, rows});
     const Variable h = add(tape, x, mixed);
     return add(tape, h, swiglu(tape, h, n));
   }
@@ -110,9 +124,7 @@ TEST_F(TapeTest, SlotsAreListedWithNamesAndBytes) {
   constexpr int64_t block = rows * width * 8, layers = 2;
   const std::map<std::string, int64_t> expected = {{"rms_norm.x", layers * block},
                                                    {"rms_norm.r", layers * rows * 8},
-                                                   {"attention.q", layers * block},
-                                                   {"attention.k", layers * block},
-                                                   {"attention.v", layers * block},
+                                                   {"attention.qkv", 3 * layers * block},
                                                    {"attention.o", layers * block},
                                                    {"attention.lse", layers * rows * heads * 8},
                                                    {"swiglu.gate", layers * block},

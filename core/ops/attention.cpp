@@ -17,8 +17,8 @@ void check_cu(const char* op, const char* name, const Tensor& cu, const Tensor& 
 void check_matrix(const char* op, const char* name, const Tensor& x, const Shape& shape,
                   const Tensor& like) {
   check_shape(op, name, x, shape);
-  QLAB_CHECK(x.dtype() == like.dtype() && x.contiguous(),
-             "[{}] {} must be {} and contiguous, got {}", op, name, name_of(like.dtype()), x.str());
+  QLAB_CHECK(x.dtype() == like.dtype(), "[{}] {} must be {}, got {}", op, name,
+             name_of(like.dtype()), x.str());
   check_device(op, like, x);
 }
 
@@ -49,11 +49,18 @@ Tensor workspace_of(int64_t bytes, Device device) {
 
 }  // namespace
 
+AttentionColumns attention_columns(const Tensor& merged, const AttentionShape& shape) {
+  const int64_t q = shape.heads * shape.head_dim, kv = shape.kv_heads * shape.head_dim;
+  check_shape("attention", "q | k | v", merged, {merged.dim(0), q + 2 * kv});
+  return {merged.slice_cols(0, q), merged.slice_cols(q, q + kv),
+          merged.slice_cols(q + kv, q + 2 * kv)};
+}
+
 Attention attention(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& cu_q,
-                    const Tensor& cu_k, const AttentionShape& shape) {
+                    const Tensor& cu_k, const AttentionShape& shape, int64_t tail) {
   check_inputs("attention", q, k, v, cu_q, cu_k, shape);
   const Device device = q.device();
-  Attention out{Tensor::empty(q.shape(), q.dtype(), device),
+  Attention out{Tensor::with_tail(q.dim(0), q.dim(1), tail, q.dtype(), device),
                 Tensor::empty({q.dim(0), shape.heads}, statistic_of(q), device)};
   if (q.dim(0) == 0) return out;
   const Tensor workspace = device.target == DeviceType::cpu
@@ -65,12 +72,13 @@ Attention attention(const Tensor& q, const Tensor& k, const Tensor& v, const Ten
   return out;
 }
 
-AttentionGradient attention_backward(const Tensor& g, const Tensor& q, const Tensor& k,
-                                     const Tensor& v, const Tensor& o, const Tensor& lse,
-                                     const Tensor& cu_q, const Tensor& cu_k,
-                                     const AttentionShape& shape) {
+Tensor attention_backward(const Tensor& g, const Tensor& q, const Tensor& k, const Tensor& v,
+                          const Tensor& o, const Tensor& lse, const Tensor& cu_q,
+                          const Tensor& cu_k, const AttentionShape& shape, int64_t tail) {
   const char* op = "attention_backward";
   check_inputs(op, q, k, v, cu_q, cu_k, shape);
+  QLAB_CHECK(q.dim(0) == k.dim(0), "[{}] q and k must have as many rows, got {} and {}", op,
+             q.str(), k.str());
   check_matrix(op, "g", g, q.shape(), q);
   check_matrix(op, "o", o, q.shape(), q);
   check_shape(op, "lse", lse, {q.dim(0), shape.heads});
@@ -78,23 +86,21 @@ AttentionGradient attention_backward(const Tensor& g, const Tensor& q, const Ten
              name_of(statistic_of(q)), lse.str());
   check_device(op, q, lse);
   const Device device = q.device();
-  AttentionGradient out{Tensor::empty(q.shape(), q.dtype(), device),
-                        Tensor::empty(k.shape(), q.dtype(), device),
-                        Tensor::empty(v.shape(), q.dtype(), device)};
-  if (q.dim(0) == 0 || k.dim(0) == 0) return out;
+  const Tensor out =
+      Tensor::with_tail(q.dim(0), q.dim(1) + k.dim(1) + v.dim(1), tail, q.dtype(), device);
+  if (q.dim(0) == 0) return out;
+  const AttentionColumns d = attention_columns(out, shape);
   const int64_t bytes = device.target == DeviceType::cpu
                             ? cpu::attention_backward_workspace(shape, q.dtype())
-                            : lse.numel() * static_cast<int64_t>(sizeof(float));
+                            : lse.numel() * static_cast<int64_t>(2 * sizeof(float));
   const Tensor workspace = workspace_of(bytes, device);
   on_device(
       device,
       [&] {
-        cpu::attention_backward(out.dq, out.dk, out.dv, g, q, k, v, o, lse, cu_q, cu_k, shape,
-                                workspace);
+        cpu::attention_backward(d.q, d.k, d.v, g, q, k, v, o, lse, cu_q, cu_k, shape, workspace);
       },
       [&] {
-        cuda::attention_backward(out.dq, out.dk, out.dv, g, q, k, v, o, lse, cu_q, cu_k, shape,
-                                 workspace);
+        cuda::attention_backward(d.q, d.k, d.v, g, q, k, v, o, lse, cu_q, cu_k, shape, workspace);
       });
   return out;
 }
@@ -279,21 +285,30 @@ QLAB_INLINE inline A row_maximum(const A* s, int64_t visible) {
   return highest.maximum();
 }
 
+/// One of the matrices [tokens, heads * D].
+template <class T>
+struct Matrix {
+  T* data;
+  int64_t pitch, dim;
+
+  Matrix(const Tensor& x, int64_t head_dim) : data(x.data<T>()), pitch(x.pitch()), dim(head_dim) {}
+  T* at(int64_t row, int64_t head) const { return data + row * pitch + head * dim; }
+};
+
 template <class T>
 struct ForwardPair {
   using A = accumulate_t<T>;
-  T* o;
+  Matrix<T> o;
   A* lse;
-  const T *q, *k, *v;
+  Matrix<T> q, k, v;
   AttentionShape shape;
 
   void operator()(const Span& span, int64_t head, Scratch<A> scratch) const {
-    const int64_t dim = shape.head_dim, kv_pitch = shape.kv_heads * dim;
-    const int64_t at = span.k * kv_pitch + head / (shape.heads / shape.kv_heads) * dim;
+    const int64_t dim = shape.head_dim, kv_head = head / (shape.heads / shape.kv_heads);
     A* keys = scratch.take(dim * padded(span.len_k));
     A* values = scratch.take(span.len_k * padded(dim));
-    pack_transposed(keys, k + at, kv_pitch, span.len_k, dim);
-    pack(values, v + at, kv_pitch, span.len_k, dim);
+    pack_transposed(keys, k.at(span.k, kv_head), k.pitch, span.len_k, dim);
+    pack(values, v.at(span.k, kv_head), v.pitch, span.len_k, dim);
     for (int64_t first = 0; first < span.len_q; first += tile)
       vectorized([&]<int width>()
                      QLAB_INLINE { query_tile<width>(span, head, first, keys, values, scratch); });
@@ -302,7 +317,7 @@ struct ForwardPair {
   template <int width>
   QLAB_INLINE void query_tile(const Span& span, int64_t head, int64_t first, const A* keys,
                               const A* values, Scratch<A> scratch) const {
-    const int64_t dim = shape.head_dim, pitch = shape.heads * dim, ld = padded(dim);
+    const int64_t dim = shape.head_dim, ld = padded(dim);
     const int64_t rows = std::min(tile, span.len_q - first);
     const int64_t visible = span.visible(first + rows - 1), end = padded(visible);
     const A scale = A(1) / std::sqrt(static_cast<A>(dim));
@@ -310,7 +325,7 @@ struct ForwardPair {
     A* queries = scratch.take(tile * ld);
     A* out = scratch.take(tile * ld);
     A* s = scratch.take(tile * end);
-    pack(queries, q + row0 * pitch + head * dim, pitch, rows, dim);
+    pack(queries, q.at(row0, head), q.pitch, rows, dim);
     product<width>(s, end, queries, ld, int64_t{1}, keys, padded(span.len_k), rows, end, dim,
                    false);
     A total[tile];
@@ -324,7 +339,7 @@ struct ForwardPair {
     product<width>(out, ld, s, end, int64_t{1}, values, ld, rows, ld, visible, true);
     for (int64_t i = 0; i < rows; ++i) {
       const A inverse = total[i] == A(0) ? A(0) : A(1) / total[i];
-      T* to = o + (row0 + i) * pitch + head * dim;
+      T* to = o.at(row0 + i, head);
       for (int64_t d = 0; d < dim; ++d) to[d] = static_cast<T>(out[i * ld + d] * inverse);
     }
   }
@@ -333,8 +348,7 @@ struct ForwardPair {
 template <class T>
 struct BackwardPair {
   using A = accumulate_t<T>;
-  T *dq, *dk, *dv;
-  const T *g, *q, *k, *v, *o;
+  Matrix<T> dq, dk, dv, g, q, k, v, o;
   const A* lse;
   AttentionShape shape;
 
@@ -343,13 +357,13 @@ struct BackwardPair {
   };
 
   void operator()(const Span& span, int64_t kv_head, Scratch<A> scratch) const {
-    const int64_t dim = shape.head_dim, pitch = shape.kv_heads * dim, ld = padded(dim);
-    const int64_t at = span.k * pitch + kv_head * dim, keys = padded(span.len_k);
+    const int64_t dim = shape.head_dim, ld = padded(dim), keys = padded(span.len_k);
+    const T* key_rows = k.at(span.k, kv_head);
     const Packed packed{scratch.take(span.len_k * ld), scratch.take(dim * keys),
                         scratch.take(dim * keys), scratch.take(keys * ld), scratch.take(keys * ld)};
-    pack(packed.keys, k + at, pitch, span.len_k, dim);
-    pack_transposed(packed.keys_t, k + at, pitch, span.len_k, dim);
-    pack_transposed(packed.values_t, v + at, pitch, span.len_k, dim);
+    pack(packed.keys, key_rows, k.pitch, span.len_k, dim);
+    pack_transposed(packed.keys_t, key_rows, k.pitch, span.len_k, dim);
+    pack_transposed(packed.values_t, v.at(span.k, kv_head), v.pitch, span.len_k, dim);
     std::fill(packed.dk, packed.dk + keys * ld, A(0));
     std::fill(packed.dv, packed.dv + keys * ld, A(0));
     const int64_t group = shape.heads / shape.kv_heads;
@@ -357,32 +371,32 @@ struct BackwardPair {
       for (int64_t first = 0; first < span.len_q; first += tile)
         vectorized([&]<int width>()
                        QLAB_INLINE { query_tile<width>(span, head, first, packed, scratch); });
-    unpack(dk + at, pitch, packed.dk, span.len_k, dim);
-    unpack(dv + at, pitch, packed.dv, span.len_k, dim);
+    unpack(dk.at(span.k, kv_head), dk.pitch, packed.dk, span.len_k, dim);
+    unpack(dv.at(span.k, kv_head), dv.pitch, packed.dv, span.len_k, dim);
   }
 
   template <int width>
   QLAB_INLINE void query_tile(const Span& span, int64_t head, int64_t first, const Packed& packed,
                               Scratch<A> scratch) const {
-    const int64_t dim = shape.head_dim, pitch = shape.heads * dim, ld = padded(dim);
+    const int64_t dim = shape.head_dim, ld = padded(dim);
     const int64_t rows = std::min(tile, span.len_q - first), keys = padded(span.len_k);
     const int64_t visible = span.visible(first + rows - 1), end = padded(visible);
-    const int64_t row0 = span.q + first, at = row0 * pitch + head * dim;
+    const int64_t row0 = span.q + first;
     A* queries = scratch.take(tile * ld);
     A* grads = scratch.take(tile * ld);
     A* out = scratch.take(tile * ld);
     A* p = scratch.take(tile * end);
     A* ds = scratch.take(tile * end);
-    pack(queries, q + at, pitch, rows, dim);
-    pack(grads, g + at, pitch, rows, dim);
+    pack(queries, q.at(row0, head), q.pitch, rows, dim);
+    pack(grads, g.at(row0, head), g.pitch, rows, dim);
     product<width>(p, end, queries, ld, int64_t{1}, packed.keys_t, keys, rows, end, dim, false);
     product<width>(ds, end, grads, ld, int64_t{1}, packed.values_t, keys, rows, end, dim, false);
     for (int64_t i = 0; i < rows; ++i)
       score_gradient<width>(p + i * end, ds + i * end, span.visible(first + i), end, grads + i * ld,
-                            o + at + i * pitch, lse[(row0 + i) * shape.heads + head]);
+                            o.at(row0 + i, head), lse[(row0 + i) * shape.heads + head]);
     std::fill(out, out + rows * ld, A(0));
     product<width>(out, ld, ds, end, int64_t{1}, packed.keys, ld, rows, ld, visible, true);
-    unpack(dq + at, pitch, out, rows, dim);
+    unpack(dq.at(row0, head), dq.pitch, out, rows, dim);
     product<width>(packed.dv, ld, p, int64_t{1}, end, grads, ld, visible, ld, rows, true);
     product<width>(packed.dk, ld, ds, int64_t{1}, end, queries, ld, visible, ld, rows, true);
   }
@@ -423,8 +437,8 @@ void attention(const Tensor& o, const Tensor& lse, const Tensor& q, const Tensor
   check_coverage(cu_k, k.dim(0));
   dispatch(CpuFloats{}, q.dtype(), "attention", [&]<class T>() {
     using A = accumulate_t<T>;
-    const ForwardPair<T> pair{o.data<T>(), lse.data<A>(), q.data<T>(),
-                              k.data<T>(), v.data<T>(),   shape};
+    const int64_t dim = shape.head_dim;
+    const ForwardPair<T> pair{{o, dim}, lse.data<A>(), {q, dim}, {k, dim}, {v, dim}, shape};
     for_each_pair<A>(workspace, forward_elements(shape), cu_q.dim(0) - 1, shape.heads,
                      [&](int64_t sequence, int64_t head, const Scratch<A>& scratch) {
                        pair(span_of(cu_q, cu_k, sequence, shape), head, scratch);
@@ -440,8 +454,9 @@ void attention_backward(const Tensor& dq, const Tensor& dk, const Tensor& dv, co
   check_coverage(cu_k, k.dim(0));
   dispatch(CpuFloats{}, q.dtype(), "attention_backward", [&]<class T>() {
     using A = accumulate_t<T>;
-    const BackwardPair<T> pair{dq.data<T>(), dk.data<T>(), dv.data<T>(), g.data<T>(),   q.data<T>(),
-                               k.data<T>(),  v.data<T>(),  o.data<T>(),  lse.data<A>(), shape};
+    const int64_t dim = shape.head_dim;
+    const BackwardPair<T> pair{{dq, dim}, {dk, dim}, {dv, dim}, {g, dim},      {q, dim},
+                               {k, dim},  {v, dim},  {o, dim},  lse.data<A>(), shape};
     for_each_pair<A>(workspace, backward_elements(shape), cu_q.dim(0) - 1, shape.kv_heads,
                      [&](int64_t sequence, int64_t head, const Scratch<A>& scratch) {
                        pair(span_of(cu_q, cu_k, sequence, shape), head, scratch);

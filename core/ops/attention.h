@@ -7,7 +7,10 @@
 //   dQ = dS K,  dK = dS^T Q,  dV = P^T dO     (dK, dV summed over the heads of a group, in order)
 // Saved: q, k, v, o, L; P is recomputed from L (Dao et al. 2022), never stored in full.
 // Shapes: q, o [Tq, heads * D]; k, v [Tk, kv_heads * D]; L fp32 [Tq, heads] (f64 for f64);
-// cu_q, cu_k i32 [sequences + 1]. Every reduction is inside one sequence, in a fixed order.
+// cu_q, cu_k i32 [sequences + 1]. All matrices may be columns of wider ones. The gradient is
+// dqkv = dq | dk | dv side by side, [T, (heads + 2 kv_heads) D]; there Tq = Tk = T. `tail`: room
+// for that many more columns behind the result (Tensor::with_tail). Every reduction is inside one
+// sequence, in a fixed order.
 #pragma once
 #include "core/tensor.h"
 
@@ -20,15 +23,17 @@ struct AttentionShape {
 struct Attention {
   Tensor o, lse;
 };
-struct AttentionGradient {
-  Tensor dq, dk, dv;
-};
 Attention attention(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& cu_q,
-                    const Tensor& cu_k, const AttentionShape& shape);
-AttentionGradient attention_backward(const Tensor& g, const Tensor& q, const Tensor& k,
-                                     const Tensor& v, const Tensor& o, const Tensor& lse,
-                                     const Tensor& cu_q, const Tensor& cu_k,
-                                     const AttentionShape& shape);
+                    const Tensor& cu_k, const AttentionShape& shape, int64_t tail = 0);
+Tensor attention_backward(const Tensor& g, const Tensor& q, const Tensor& k, const Tensor& v,
+                          const Tensor& o, const Tensor& lse, const Tensor& cu_q,
+                          const Tensor& cu_k, const AttentionShape& shape, int64_t tail = 0);
+
+/// q, k and v (or their gradients) inside a merged [T, (heads + 2 kv_heads) D].
+struct AttentionColumns {
+  Tensor q, k, v;
+};
+AttentionColumns attention_columns(const Tensor& merged, const AttentionShape& shape);
 
 namespace cpu {
 /// Bytes: per thread, the keys and values of one sequence and head, and the scores of a query tile.
@@ -43,7 +48,7 @@ void attention_backward(const Tensor& dq, const Tensor& dk, const Tensor& dv, co
                         const AttentionShape& shape, const Tensor& workspace);
 }  // namespace cpu
 namespace cuda {
-/// `workspace` of the backward pass holds delta, fp32 [Tq, heads]. The forward needs none.
+/// `workspace` of the backward pass holds L and delta, fp32 [Tq, heads, 2]. The forward needs none.
 void attention(const Tensor& o, const Tensor& lse, const Tensor& q, const Tensor& k,
                const Tensor& v, const Tensor& cu_q, const Tensor& cu_k, const AttentionShape& shape,
                const Tensor& workspace);
