@@ -22,7 +22,8 @@ void expect_relative(double actual, const Json& expected, double bound, const st
 class Smollm2Test : public testing::TestWithParam<Device> {
  protected:
   void SetUp() override {
-    if (device().is_cuda() && cuda::device_count() == 0) GTEST_SKIP() << "no GPU";
+    if (device().is_cuda() && cuda::device_count() == 0)
+      GTEST_SKIP() << "needs a GPU and a build with CUDA";
     QLAB_SKIP_WITHOUT_DEMO_MODEL();
     golden_ = read_json_file(golden("smollm2.json"));
   }
