@@ -63,6 +63,7 @@ Tensor Tensor::view(const Shape& shape) const {
   Tensor t = *this;
   t.shape_ = shape;
   t.pitch_ = t.cols();
+  t.column_ = 0;
   return t;
 }
 
@@ -88,15 +89,15 @@ Tensor Tensor::slice_cols(int64_t begin, int64_t end) const {
              begin, end, str());
   Tensor t = *this;
   t.shape_ = {dim(0), end - begin};
+  t.column_ += begin;
   t.offset_ += begin * static_cast<int64_t>(size_of(dtype_));
   return t;
 }
 
 Tensor Tensor::widened(int64_t cols) const {
-  const auto element = static_cast<int64_t>(size_of(dtype_));
-  QLAB_CHECK(rank() == 2 && dim(1) <= cols && cols <= pitch_ &&
-                 offset_ + ((dim(0) - 1) * pitch_ + cols) * element <= storage_->bytes(),
-             "{} at a pitch of {} has no {} columns", str(), pitch_, cols);
+  QLAB_CHECK(rank() == 2 && dim(1) <= cols && column_ + cols <= pitch_,
+             "{} from column {} of its block of {} has no {} columns", str(), column_, pitch_,
+             cols);
   Tensor t = *this;
   t.shape_ = {dim(0), cols};
   return t;

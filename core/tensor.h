@@ -58,7 +58,7 @@ class Tensor {
   Tensor view(const Shape& shape) const;                // contiguous tensors only
   Tensor slice_rows(int64_t begin, int64_t end) const;  // rank 1: elements
   Tensor slice_cols(int64_t begin, int64_t end) const;  // rank 2; keeps the pitch
-  Tensor widened(int64_t cols) const;                   // rank 2; more columns, at most the pitch
+  Tensor widened(int64_t cols) const;                   // rank 2; more of the block's columns
 
   // Copies.
   Tensor clone() const;            // contiguous, same device
@@ -71,6 +71,7 @@ class Tensor {
   std::shared_ptr<Storage> storage_;
   int64_t offset_ = 0;  // bytes
   int64_t pitch_ = 0;
+  int64_t column_ = 0;  // of the block with this pitch, where the rows begin
   Shape shape_;
   DType dtype_ = DType::f32;
 };

@@ -137,7 +137,7 @@ TEST_F(CommandTest, MistakesOnTheCommandLine) {
 }
 
 TEST_F(CommandTest, NoGpu) {
-  if (cuda::device_count() > 0) GTEST_SKIP() << "there is a GPU";
+  if (cuda::device_count() > 0) GTEST_SKIP() << "needs a machine without a GPU";
   expect_refused({"train", run_file(), "--device", "cuda"}, {"cuda", "--device cpu"});
   expect_refused({"eval", "synthetic:tiny", "--data", eval_, "--device", "cuda:1"}, {"cuda:1"});
 }

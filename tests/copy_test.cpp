@@ -50,7 +50,10 @@ TEST_P(CopyTest, ATailIsPartOfTheBlock) {
   copy(x.widened(64), source);
   expect_same_bits(x, source.slice_cols(0, 40));
   EXPECT_ERROR(x.widened(65), "has no 65 columns");
-  EXPECT_ERROR(x.slice_cols(16, 40).widened(64), "has no 64 columns");
+  const Tensor inner = x.slice_cols(16, 40);
+  expect_same_bits(inner.widened(48), source.slice_cols(16, 64));
+  EXPECT_ERROR(inner.widened(49), "from column 16 of its block of 64 has no 49 columns");
+  EXPECT_ERROR(inner.slice_rows(1, 3).widened(64), "has no 64 columns");
 }
 
 TEST_P(CopyTest, FillsWithZeros) {

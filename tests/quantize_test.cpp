@@ -84,7 +84,7 @@ TEST_P(QuantizeTest, ZeroBlocksAndOddTails) {
 }
 
 TEST_P(QuantizeTest, ASubnormalScaleCountsAsZero) {
-  if (dtype() == DType::bf16) GTEST_SKIP() << "the same rule";
+  if (dtype() == DType::bf16) GTEST_SKIP() << "the same rule as in fp32";
   std::vector<double> v(32, 0x1p-130);
   const Nf4Tensor x = quantize_nf4(tensor(v, {32}, GetParam()), 32, false);
   EXPECT_EQ(hex(x.codes), std::string(32, '0'));

@@ -22,7 +22,8 @@ void expect_relative(double actual, const Json& expected, double bound, const st
 class Smollm2Test : public testing::TestWithParam<Device> {
  protected:
   void SetUp() override {
-    if (device().is_cuda() && cuda::device_count() == 0) GTEST_SKIP() << "no GPU";
+    if (device().is_cuda() && cuda::device_count() == 0)
+      GTEST_SKIP() << "needs a GPU and a build with CUDA";
     QLAB_SKIP_WITHOUT_DEMO_MODEL();
     golden_ = read_json_file(golden("smollm2.json"));
   }
@@ -77,9 +78,17 @@ TEST_P(Smollm2Test, LogitsAreThoseOfTransformers) {
   }
 }
 
+// AdamW's first steps have the size of the learning rate whatever that of the gradient: rounding
+// that turns the sign of a tiny gradient turns a full step, and some steps' gradient norms show it.
+// How far PEFT's fp32 run is from the same run in fp64 measures that: 2e-5 at most, but 7.5e-5 and
+// 4.1e-5 at steps 8 and 9 of all-linear. Another order of sums may be as far off, to either side.
+void expect_gradient_norm(double actual, const Json& step, const std::string& what) {
+  const double fp64 = step["grad_norm_fp64"], fp32 = step["grad_norm"];
+  expect_relative(actual, fp64, 1e-4 + std::abs(fp32 - fp64) / fp64, what);
+}
+
 // Both runs as one gang, through the training loop itself. Against fp64, PEFT's fp32 losses are off
-// by up to 7e-6 and its gradient norms by up to 8e-5: AdamW's first steps have the size of the
-// learning rate whatever that of the gradient, and so carry on the rounding of small ones.
+// by up to 7e-6.
 TEST_P(Smollm2Test, TrainsAsPeft) {
   const TemporaryFolder folder;
   std::string lines;
@@ -129,7 +138,7 @@ TEST_P(Smollm2Test, TrainsAsPeft) {
       }
       const Json& at = expected["steps"][step - 1];
       expect_relative(record["loss"], at["loss"], 1e-4, "loss" + where);
-      expect_relative(record["grad_norm"], at["grad_norm"], 1e-4, "gradient norm" + where);
+      expect_gradient_norm(record["grad_norm"], at, "gradient norm" + where);
       expect_relative(record["lr"], at["lr"], 1e-12, "learning rate" + where);
     }
     EXPECT_EQ(run->step(), t["steps"].get<int64_t>());

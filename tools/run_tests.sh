@@ -15,10 +15,13 @@ status=0
 ctest --test-dir "$build" --output-on-failure -j "$jobs" 2>&1 | tee "$log" || status=$?
 
 skipped=$(grep -c '\*\*\*Skipped' "$log" || true)
-gpu=$(grep '\*\*\*Skipped' "$log" | grep -ci cuda || true)
 if ((status != 0)); then
   echo "Tests failed: their output is above and in $log. One of them again, with all its output:"
   echo "  ctest --test-dir $build -V -R NAME"
 fi
-echo "Skipped tests: $skipped ($gpu of them need an NVIDIA GPU and a build with CUDA)"
+echo "Skipped tests: $skipped"
+# GoogleTest writes "FILE:LINE: Skipped" and on the next line why; ctest keeps all output there.
+awk '/: Skipped$/ && (getline reason) > 0 { ++count[reason] }
+     END { for (reason in count) printf "%6d  %s\n", count[reason], reason }' \
+  "$build/Testing/Temporary/LastTest.log" | sort -k1,1nr -k2
 exit "$status"

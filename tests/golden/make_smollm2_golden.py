@@ -1,5 +1,6 @@
 """Writes smollm2.json: logits of SmolLM2-135M-Instruct by Transformers, and 20 training steps by
-PEFT with PyTorch's AdamW, all in float32 on the CPU.
+PEFT with PyTorch's AdamW, all in float32 on the CPU. The same steps in float64 give each step a
+second gradient norm: how far float32 is off there.
 
     python tests/golden/make_smollm2_golden.py [MODEL.gguf]
 
@@ -100,7 +101,7 @@ def loss_sum(model, batch):
     mask = torch.tensor([[1] * len(s["input_ids"]) + [0] * (width - len(s["input_ids"]))
                          for s in batch])
     logits = model(input_ids=pad("input_ids", 0), attention_mask=mask).logits
-    return torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(),
+    return torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1),
                                              pad("labels", -100)[:, 1:].flatten(),
                                              ignore_index=-100, reduction="sum")
 
@@ -146,6 +147,18 @@ def adapter_values(model):
     return values
 
 
+def build_trial(path, c, double=False):
+    model = reference.add_lora(reference.build_llama(path), c["r"], c["alpha"], c["targets"],
+                               c["seed"])
+    return reference.in_double(model) if double else model
+
+
+def add_double_norms(path, run, sequences):
+    """The gradient norms of the same steps in float64."""
+    for step, double in zip(run["steps"], train(build_trial(path, run, True), sequences)):
+        step["grad_norm_fp64"] = double["grad_norm"]
+
+
 def main():
     path = sys.argv[1] if len(sys.argv) > 1 else str(MODEL)
     torch.manual_seed(0)
@@ -170,13 +183,13 @@ def main():
     golden["runs"] = {}
     for name, c in CONFIGS.items():
         print(name)
-        model = reference.add_lora(reference.build_llama(path), c["r"], c["alpha"], c["targets"],
-                                   c["seed"])
+        model = build_trial(path, c)
         before = eval_loss(model, held_out)
         steps = train(model, sequences)
         golden["runs"][name] = {**c, "eval_loss_0": before, "steps": steps,
                                 "eval_loss": eval_loss(model, held_out),
                                 "adapter": adapter_values(model)}
+        add_double_norms(path, golden["runs"][name], sequences)
     # One line per record: readable differences when the file is made again.
     text = json.dumps(golden, indent=1)
     output = HERE / "smollm2.json"

@@ -5,6 +5,7 @@ and the initial values of LoRA A; and from them a Transformers model with PEFT's
 numpy; torch, transformers and peft only for the functions that build models.
 """
 
+import functools
 import hashlib
 import mmap
 import struct
@@ -277,3 +278,28 @@ def add_lora(model, r, alpha, targets, seed):
                 module = name.removeprefix("base_model.model.").split(".lora_A")[0]
                 parameter.copy_(torch.from_numpy(lora_a(seed, module, r, parameter.shape[1])))
     return model
+
+
+def in_double(model):
+    """The same model in float64 throughout, also where Transformers computes in float32 by itself:
+    RMSNorm and RoPE."""
+    import torch
+    from transformers.models.llama import modeling_llama as llama
+
+    def norm(module, h):
+        square = h.pow(2).mean(-1, keepdim=True)
+        return module.weight * (h * torch.rsqrt(square + module.variance_epsilon))
+
+    def rope(config, x, position_ids):
+        assert x.dtype == torch.float64 and config.rope_parameters["rope_type"] == "default"
+        exponents = torch.arange(0, config.head_dim, 2, dtype=x.dtype) / config.head_dim
+        angles = position_ids[..., None] / config.rope_parameters["rope_theta"] ** exponents
+        angles = torch.cat((angles, angles), dim=-1)
+        return angles.cos(), angles.sin()
+
+    for module in model.modules():
+        if isinstance(module, llama.LlamaRMSNorm):
+            module.forward = functools.partial(norm, module)
+        elif isinstance(module, llama.LlamaRotaryEmbedding):
+            module.forward = functools.partial(rope, module.config)
+    return model.double()

@@ -174,7 +174,8 @@ inline void expect_same_for_all_thread_counts(const std::function<std::vector<Te
 class OpTest : public testing::TestWithParam<Case> {
  protected:
   void SetUp() override {
-    if (GetParam().device.is_cuda() && cuda::device_count() == 0) GTEST_SKIP() << "no GPU";
+    if (GetParam().device.is_cuda() && cuda::device_count() == 0)
+      GTEST_SKIP() << "needs a GPU and a build with CUDA";
   }
   Device device() const { return GetParam().device; }
   DType dtype() const { return GetParam().dtype; }

@@ -43,7 +43,8 @@ struct Outcome {
 class TrainingTest : public testing::TestWithParam<Device> {
  protected:
   void SetUp() override {
-    if (device().is_cuda() && cuda::device_count() == 0) GTEST_SKIP() << "no GPU";
+    if (device().is_cuda() && cuda::device_count() == 0)
+      GTEST_SKIP() << "needs a GPU and a build with CUDA";
   }
   Device device() const { return GetParam(); }
 
