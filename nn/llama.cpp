@@ -19,6 +19,18 @@ Tensor to_dtype(const Tensor& t, DType dtype, Device device) {
   return cast(t, dtype).to(device);
 }
 
+/// a | b in one tensor.
+Variable side_by_side(Tape& tape, const Variable& a, const Variable& b) {
+  const int64_t rows = a.value.dim(0), left = a.value.dim(1), cols = left + b.value.dim(1);
+  const Tensor merged = Tensor::empty({rows, cols}, a.value.dtype(), a.value.device());
+  copy(merged.slice_cols(0, left), a.value);
+  copy(merged.slice_cols(left, cols), b.value);
+  return tape.record(
+      "side_by_side", merged, {a, b}, {}, [left, cols](const Tensor& g, const Node&) {
+        return std::vector<Tensor>{g.slice_cols(0, left).clone(), g.slice_cols(left, cols).clone()};
+      });
+}
+
 }  // namespace
 
 Llama::Llama(const LlamaConfig& config, const WeightSpec& spec, DType compute, Device device,
@@ -100,10 +112,10 @@ Variable Llama::layer(Tape& tape, const DecoderLayer& layer, int64_t index, cons
   AttentionShape shape{config_.num_attention_heads, config_.num_key_value_heads, config_.head_dim,
                        batch.max_length, batch.max_length};
   const Variable normed = rms_norm(tape, x, layer.input_layernorm, eps);
-  const Variable q = rope(tape, linear(tape, normed, layer.q_proj, batch), batch.positions, rope_,
-                          config_.head_dim);
-  Variable k = rope(tape, linear(tape, normed, layer.k_proj, batch), batch.positions, rope_,
-                    config_.head_dim);
+  const Variable q = rope(tape, linear(tape, normed, layer.q_proj, batch), config_.q_size(),
+                          batch.positions, rope_, config_.head_dim);
+  Variable k = rope(tape, linear(tape, normed, layer.k_proj, batch), config_.kv_size(),
+                    batch.positions, rope_, config_.head_dim);
   Variable v = linear(tape, normed, layer.v_proj, batch);
   Tensor cu_k = batch.cu_seqlens;
   if (cache != nullptr) {
@@ -118,8 +130,9 @@ Variable Llama::layer(Tape& tape, const DecoderLayer& layer, int64_t index, cons
   const Variable mixed = attention(tape, q, k, v, batch.cu_seqlens, cu_k, shape);
   const Variable h = add(tape, x, linear(tape, mixed, layer.o_proj, batch));
   const Variable normed2 = rms_norm(tape, h, layer.post_attention_layernorm, eps);
-  const Variable activated = swiglu(tape, linear(tape, normed2, layer.gate_proj, batch),
-                                    linear(tape, normed2, layer.up_proj, batch));
+  const Variable activated =
+      swiglu(tape, side_by_side(tape, linear(tape, normed2, layer.gate_proj, batch),
+                                linear(tape, normed2, layer.up_proj, batch)));
   return add(tape, h, linear(tape, activated, layer.down_proj, batch));
 }
 
