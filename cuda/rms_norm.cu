@@ -33,11 +33,13 @@ __global__ void __launch_bounds__(threads)
   if (threadIdx.x == 0) r[row] = scale;
 }
 
-// One block per row; g and x are read twice (the second time from cache), dx written once.
+// One block per row; g and x are read twice (the second time from cache), the residual once, dx is
+// written once and may be the residual.
 template <class T, int width>
 __global__ void __launch_bounds__(threads)
     rms_norm_backward_kernel(T* dx, const T* g, const T* x, const float* w, const float* r,
-                             int cols, int64_t dx_pitch, int64_t g_pitch, int64_t x_pitch) {
+                             const T* residual, int cols, int64_t dx_pitch, int64_t g_pitch,
+                             int64_t x_pitch, int64_t residual_pitch) {
   __shared__ float scratch[warp_size];
   const int64_t row = blockIdx.x;
   dx += row * dx_pitch;
@@ -54,11 +56,12 @@ __global__ void __launch_bounds__(threads)
   const float scale = r[row];
   const float shift = scale * scale * scale * (block_sum(sum, scratch) / cols);
   for (int c = threadIdx.x * width; c < cols; c += threads * width) {
-    float dy[width], v[width], u[width];
+    float dy[width], v[width], u[width], past[width] = {};
     load(dy, g + c);
     load(v, x + c);
     load(u, w + c);
-    for (int i = 0; i < width; ++i) v[i] = scale * (dy[i] * u[i]) - v[i] * shift;
+    if (residual != nullptr) load(past, residual + row * residual_pitch + c);
+    for (int i = 0; i < width; ++i) v[i] = scale * (dy[i] * u[i]) - v[i] * shift + past[i];
     store(dx + c, v);
   }
 }
@@ -80,17 +83,20 @@ void rms_norm(const Tensor& y, const Tensor& r, const Tensor& x, const Tensor& w
 }
 
 void rms_norm_backward(const Tensor& dx, const Tensor& g, const Tensor& x, const Tensor& w,
-                       const Tensor& r) {
+                       const Tensor& r, const Tensor& residual) {
   if (x.numel() == 0) return;
   const int cols = static_cast<int>(x.cols());
   const unsigned blocks = grid_of("rms_norm_backward", x.rows());
-  const bool vectors = vectorizable(cols, dx, g, x, w);
+  const bool has_residual = residual.defined();
+  const bool vectors =
+      vectorizable(cols, dx, g, x, w) && (!has_residual || rows_aligned16(residual));
   dispatch(CudaFloats{}, x.dtype(), "rms_norm_backward", [&]<class T>() {
     const auto kernel =
         vectors ? rms_norm_backward_kernel<T, vector_width> : rms_norm_backward_kernel<T, 1>;
-    kernel<<<blocks, threads, 0, current_stream()>>>(dx.data<T>(), g.data<T>(), x.data<T>(),
-                                                     w.data<float>(), r.data<float>(), cols,
-                                                     dx.pitch(), g.pitch(), x.pitch());
+    kernel<<<blocks, threads, 0, current_stream()>>>(
+        dx.data<T>(), g.data<T>(), x.data<T>(), w.data<float>(), r.data<float>(),
+        has_residual ? residual.data<T>() : nullptr, cols, dx.pitch(), g.pitch(), x.pitch(),
+        has_residual ? residual.pitch() : 0);
   });
   check_launch("rms_norm_backward");
 }

@@ -5,15 +5,14 @@
 namespace qlab::cuda {
 namespace {
 
-// Rows are tokens, columns the heads * D / 2 pairs; y may be x.
+// Rows are tokens, columns the heads * D / 2 pairs.
 template <class T>
 struct Rope {
-  T* y;
-  const T* x;
+  T* x;
   const int32_t* positions;
   const float* cosines;
   const float* sines;
-  int64_t y_pitch, x_pitch;
+  int64_t pitch;
   uint32_t half;
   float sign;  // -1 rotates back
 
@@ -24,8 +23,8 @@ struct Rope {
     const int64_t first = static_cast<int64_t>(head) * 2 * half + i;
     const int64_t angle = static_cast<int64_t>(positions[row]) * half + i;
     float a[width], b[width], c[width], s[width];
-    load(a, x + row * x_pitch + first);
-    load(b, x + row * x_pitch + first + half);
+    load(a, x + row * pitch + first);
+    load(b, x + row * pitch + first + half);
     load(c, cosines + angle);
     load(s, sines + angle);
     for (int j = 0; j < width; ++j) {
@@ -33,24 +32,24 @@ struct Rope {
       a[j] = u * c[j] - v * sine;
       b[j] = v * c[j] + u * sine;
     }
-    store(y + row * y_pitch + first, a);
-    store(y + row * y_pitch + first + half, b);
+    store(x + row * pitch + first, a);
+    store(x + row * pitch + first + half, b);
   }
 };
 
 }  // namespace
 
-void rope(const Tensor& y, const Tensor& x, const Tensor& positions, const Tensor& cos,
-          const Tensor& sin, int64_t head_dim, bool inverse) {
+void rope(const Tensor& x, const Tensor& positions, const Tensor& cos, const Tensor& sin,
+          int64_t head_dim, bool inverse) {
   const int64_t half = head_dim / 2;
   // A row of x is aligned when its halves are: all of them start at multiples of D / 2.
-  const bool vectors = vectorizable(half, y, x, cos, sin);
+  const bool vectors = vectorizable(half, x, cos, sin);
   dispatch(CudaFloats{}, x.dtype(), "rope", [&]<class T>() {
-    elementwise("rope",
-                Rope<T>{y.data<T>(), x.data<T>(), positions.data<int32_t>(), cos.data<float>(),
-                        sin.data<float>(), y.pitch(), x.pitch(), static_cast<uint32_t>(half),
-                        inverse ? -1.0f : 1.0f},
-                x.rows(), x.cols() / 2, vectors);
+    elementwise(
+        "rope",
+        Rope<T>{x.data<T>(), positions.data<int32_t>(), cos.data<float>(), sin.data<float>(),
+                x.pitch(), static_cast<uint32_t>(half), inverse ? -1.0f : 1.0f},
+        x.rows(), x.cols() / 2, vectors);
   });
 }
 

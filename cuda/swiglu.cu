@@ -11,61 +11,61 @@ template <class T>
 struct Swiglu {
   T* y;
   const T* gate;
-  const T* up;
+  int64_t inner, y_pitch, pitch;
 
   template <int width>
-  __device__ void apply(int64_t, int64_t i) const {
+  __device__ void apply(int64_t row, int64_t col) const {
     float z[width], u[width];
-    load(z, gate + i);
-    load(u, up + i);
+    load(z, gate + row * pitch + col);
+    load(u, gate + row * pitch + inner + col);
     for (int j = 0; j < width; ++j) u[j] *= z[j] * sigmoid(z[j]);
-    store(y + i, u);
+    store(y + row * y_pitch + col, u);
   }
 };
 
+// dgate | dup may be gate | up.
 template <class T>
 struct SwigluBackward {
   T* dgate;
-  T* dup;
   const T* g;
   const T* gate;
-  const T* up;
+  int64_t inner, d_pitch, g_pitch, pitch;
 
   template <int width>
-  __device__ void apply(int64_t, int64_t i) const {
+  __device__ void apply(int64_t row, int64_t col) const {
     float dy[width], z[width], u[width];
-    load(dy, g + i);
-    load(z, gate + i);
-    load(u, up + i);
+    load(dy, g + row * g_pitch + col);
+    load(z, gate + row * pitch + col);
+    load(u, gate + row * pitch + inner + col);
     for (int j = 0; j < width; ++j) {
       const float s = sigmoid(z[j]);
       const float slope = s + z[j] * s * (1.0f - s);
       u[j] *= dy[j] * slope;
       dy[j] *= z[j] * s;
     }
-    store(dgate + i, u);
-    store(dup + i, dy);
+    store(dgate + row * d_pitch + col, u);
+    store(dgate + row * d_pitch + inner + col, dy);
   }
 };
 
 }  // namespace
 
-void swiglu(const Tensor& y, const Tensor& gate, const Tensor& up) {
-  const int64_t n = y.numel();
+void swiglu(const Tensor& y, const Tensor& gate_up) {
+  const int64_t inner = y.cols();
   dispatch(CudaFloats{}, y.dtype(), "swiglu", [&]<class T>() {
-    elementwise("swiglu", Swiglu<T>{y.data<T>(), gate.data<T>(), up.data<T>()}, 1, n,
-                vectorizable(n, y, gate, up));
+    elementwise("swiglu",
+                Swiglu<T>{y.data<T>(), gate_up.data<T>(), inner, y.pitch(), gate_up.pitch()},
+                y.rows(), inner, vectorizable(inner, y, gate_up));
   });
 }
 
-void swiglu_backward(const Tensor& dgate, const Tensor& dup, const Tensor& g, const Tensor& gate,
-                     const Tensor& up) {
-  const int64_t n = g.numel();
+void swiglu_backward(const Tensor& dgate_up, const Tensor& g, const Tensor& gate_up) {
+  const int64_t inner = g.cols();
   dispatch(CudaFloats{}, g.dtype(), "swiglu_backward", [&]<class T>() {
     elementwise("swiglu_backward",
-                SwigluBackward<T>{dgate.data<T>(), dup.data<T>(), g.data<T>(), gate.data<T>(),
-                                  up.data<T>()},
-                1, n, vectorizable(n, dgate, dup, g, gate, up));
+                SwigluBackward<T>{dgate_up.data<T>(), g.data<T>(), gate_up.data<T>(), inner,
+                                  dgate_up.pitch(), g.pitch(), gate_up.pitch()},
+                g.rows(), inner, vectorizable(inner, dgate_up, g, gate_up));
   });
 }
 

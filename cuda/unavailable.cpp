@@ -55,12 +55,12 @@ void cross_entropy(In, In, In, In) { missing(); }
 void dropout(In, In, In, In, DropoutKey, bool) { missing(); }
 void gemm(In, In, Op, In, Op, float, float, In) { missing(); }
 void rms_norm(In, In, In, In, float) { missing(); }
-void rms_norm_backward(In, In, In, In, In) { missing(); }
-void rope(In, In, In, In, In, int64_t, bool) { missing(); }
+void rms_norm_backward(In, In, In, In, In, In) { missing(); }
+void rope(In, In, In, In, int64_t, bool) { missing(); }
 void gather_rows(In, In, In) { missing(); }
 void scatter_rows(In, In, In) { missing(); }
-void swiglu(In, In, In) { missing(); }
-void swiglu_backward(In, In, In, In, In) { missing(); }
+void swiglu(In, In) { missing(); }
+void swiglu_backward(In, In, In) { missing(); }
 
 // quant and optim
 void quantize_nf4(In, In, In, int64_t) { missing(); }

@@ -1,5 +1,7 @@
 #include "nn/llama.h"
 
+#include <algorithm>
+
 #include "core/ops/copy.h"
 #include "core/ops/cross_entropy.h"
 #include "core/ops/gemm.h"
@@ -17,22 +19,6 @@ Tensor to_dtype(const Tensor& t, DType dtype, Device device) {
   const MemoryTag tag(Category::weights);
   if (t.device().is_meta()) return Tensor::empty(t.shape(), dtype, device);
   return cast(t, dtype).to(device);
-}
-
-/// q | k | v side by side.
-Variable merge(Tape& tape, const Variable& q, const Variable& k, const Variable& v,
-               const AttentionShape& shape) {
-  const Tensor merged =
-      Tensor::empty({q.value.dim(0), q.value.dim(1) + k.value.dim(1) + v.value.dim(1)},
-                    q.value.dtype(), q.value.device());
-  const auto [mq, mk, mv] = attention_columns(merged, shape);
-  copy(mq, q.value);
-  copy(mk, k.value);
-  copy(mv, v.value);
-  return tape.record("merge", merged, {q, k, v}, {}, [shape](const Tensor& g, const Node&) {
-    const auto [dq, dk, dv] = attention_columns(g, shape);
-    return std::vector<Tensor>{dq.clone(), dk.clone(), dv.clone()};
-  });
 }
 
 }  // namespace
@@ -65,15 +51,18 @@ Llama::Llama(const LlamaConfig& config, const WeightSpec& spec, DType compute, D
       return module;
     };
     layer.input_layernorm = norm("input_layernorm");
-    layer.q_proj = linear("self_attn.q_proj", config.q_size(), hidden, config.qkv_bias);
-    layer.k_proj = linear("self_attn.k_proj", config.kv_size(), hidden, config.qkv_bias);
-    layer.v_proj = linear("self_attn.v_proj", config.kv_size(), hidden, config.qkv_bias);
-    layer.o_proj = linear("self_attn.o_proj", hidden, config.q_size(), config.o_bias);
+    layer.qkv_proj.members = {
+        linear("self_attn.q_proj", config.q_size(), hidden, config.qkv_bias),
+        linear("self_attn.k_proj", config.kv_size(), hidden, config.qkv_bias),
+        linear("self_attn.v_proj", config.kv_size(), hidden, config.qkv_bias)};
+    layer.o_proj.members = {linear("self_attn.o_proj", hidden, config.q_size(), config.o_bias)};
     layer.post_attention_layernorm = norm("post_attention_layernorm");
-    layer.gate_proj = linear("mlp.gate_proj", inter, hidden, config.mlp_bias);
-    layer.up_proj = linear("mlp.up_proj", inter, hidden, config.mlp_bias);
-    layer.down_proj = linear("mlp.down_proj", hidden, inter, config.mlp_bias);
+    layer.gate_up_proj.members = {linear("mlp.gate_proj", inter, hidden, config.mlp_bias),
+                                  linear("mlp.up_proj", inter, hidden, config.mlp_bias)};
+    layer.down_proj.members = {linear("mlp.down_proj", hidden, inter, config.mlp_bias)};
   }
+  set_folded(device.target == DeviceType::cuda && compute == DType::bf16 &&
+             spec.format == WeightFormat::nf4);
   norm_ = to_dtype(source("model.norm.weight", {hidden}), DType::f32, device);
   const Tensor head =
       config.tie_word_embeddings
@@ -89,10 +78,42 @@ Llama::Llama(const LlamaConfig& config, const WeightSpec& spec, DType compute, D
 const std::vector<const Linear*> Llama::linears() const {
   std::vector<const Linear*> all;
   for (const DecoderLayer& l : layers_)
-    for (const Linear* module :
-         {&l.q_proj, &l.k_proj, &l.v_proj, &l.o_proj, &l.gate_proj, &l.up_proj, &l.down_proj})
-      all.push_back(module);
+    for (const LinearGroup* group : {&l.qkv_proj, &l.o_proj, &l.gate_up_proj, &l.down_proj})
+      for (const Linear& module : group->members) all.push_back(&module);
   return all;
+}
+
+void Llama::set_folded(bool folded) {
+  for (DecoderLayer& l : layers_)
+    for (LinearGroup* group : {&l.qkv_proj, &l.o_proj, &l.gate_up_proj, &l.down_proj})
+      group->folded = folded;
+}
+
+bool Llama::hold_resident(int64_t budget, const Batch& batch) {
+  bool changed = false;
+  for (DecoderLayer& l : layers_)
+    for (LinearGroup* group : {&l.qkv_proj, &l.o_proj, &l.gate_up_proj, &l.down_proj}) {
+      const int64_t width = group->tail(batch), n = group->out_features() + width;
+      const int64_t k = group->in_features();
+      Tensor& held = group->resident;
+      const int64_t bytes =
+          n * (k + width + 63) / 64 * 64 * static_cast<int64_t>(size_of(compute_));
+      const bool fits = group->folded && bytes <= budget;
+      if (fits) budget -= bytes;
+      if (fits == held.defined() && (!fits || held.shape() == Shape{n, k + width})) continue;
+      changed = true;
+      held = Tensor();
+      if (!fits) continue;
+      const MemoryTag tag(Category::weights);
+      held = Tensor::with_tail(n, k, width, compute_, device_).widened(k + width);
+      int64_t row = 0;
+      for (const Linear& member : group->members) {
+        const int64_t end = row + member.weight.out_features();
+        member.weight.expand(held.slice_rows(row, end).slice_cols(0, k));
+        row = end;
+      }
+    }
+  return changed;
 }
 
 std::vector<std::string> Llama::linear_names() const {
@@ -113,37 +134,41 @@ std::vector<Adapter::Shape> Llama::adapter_shapes(const LoraSpec& spec) const {
 Variable Llama::layer(Tape& tape, const DecoderLayer& layer, int64_t index, const Variable& x,
                       const Batch& batch, KvCache* cache) const {
   const float eps = static_cast<float>(config_.rms_norm_eps);
+  const int64_t q_size = config_.q_size(), kv_size = config_.kv_size();
+  const Variable normed = rms_norm(tape, x, layer.input_layernorm, eps, layer.qkv_proj.tail(batch));
+  const Variable qkv = rope(tape, linear(tape, normed, layer.qkv_proj, batch), q_size + kv_size,
+                            batch.positions, rope_, config_.head_dim);
   AttentionShape shape{config_.num_attention_heads, config_.num_key_value_heads, config_.head_dim,
                        batch.max_length, batch.max_length};
-  const Variable normed = rms_norm(tape, x, layer.input_layernorm, eps);
-  const Variable q = rope(tape, linear(tape, normed, layer.q_proj, batch), batch.positions, rope_,
-                          config_.head_dim);
-  const Variable k = rope(tape, linear(tape, normed, layer.k_proj, batch), batch.positions, rope_,
-                          config_.head_dim);
-  const Variable v = linear(tape, normed, layer.v_proj, batch);
   Variable mixed;
-  if (cache != nullptr) {
-    const int64_t end = cache->length + k.value.dim(0);
-    copy(cache->k[index].slice_rows(cache->length, end), k.value);
-    copy(cache->v[index].slice_rows(cache->length, end), v.value);
+  if (cache == nullptr) {
+    mixed = attention(tape, qkv, batch.cu_seqlens, shape, layer.o_proj.tail(batch));
+  } else {
+    const int64_t end = cache->length + qkv.value.dim(0);
+    const Tensor k = qkv.value.slice_cols(q_size, q_size + kv_size);
+    const Tensor v = qkv.value.slice_cols(q_size + kv_size, q_size + 2 * kv_size);
+    copy(cache->k[index].slice_rows(cache->length, end), k);
+    copy(cache->v[index].slice_rows(cache->length, end), v);
+    shape.max_k = end;
     const Tensor cu_k =
         Tensor::from_vector<int32_t>({0, static_cast<int32_t>(end)}, {2}, batch.ids.device());
-    shape.max_k = end;
-    mixed = tape.input(attention(q.value, cache->k[index].slice_rows(0, end),
-                                 cache->v[index].slice_rows(0, end), batch.cu_seqlens, cu_k, shape)
-                           .o);
-  } else {
-    mixed = attention(tape, merge(tape, q, k, v, shape), batch.cu_seqlens, shape);
+    mixed.value = attention(qkv.value.slice_cols(0, q_size), cache->k[index].slice_rows(0, end),
+                            cache->v[index].slice_rows(0, end), batch.cu_seqlens, cu_k, shape)
+                      .o;
   }
-  const Variable h = add(tape, x, linear(tape, mixed, layer.o_proj, batch));
-  const Variable normed2 = rms_norm(tape, h, layer.post_attention_layernorm, eps);
-  const Variable activated = swiglu(tape, linear(tape, normed2, layer.gate_proj, batch),
-                                    linear(tape, normed2, layer.up_proj, batch));
-  return add(tape, h, linear(tape, activated, layer.down_proj, batch));
+  const Variable h = linear(tape, mixed, layer.o_proj, batch, x);
+  const Variable normed2 =
+      rms_norm(tape, h, layer.post_attention_layernorm, eps, layer.gate_up_proj.tail(batch));
+  const Variable activated =
+      swiglu(tape, linear(tape, normed2, layer.gate_up_proj, batch), layer.down_proj.tail(batch));
+  return linear(tape, activated, layer.down_proj, batch, h);
 }
 
 Variable Llama::hidden(Tape& tape, const Batch& batch, bool recompute, KvCache* cache) const {
   Variable x = tape.input(gather_rows(embed_tokens_, batch.ids, compute_));
+  // The residual stream's gradient is one buffer; folded adapters of o and down work in its tail.
+  for (const DecoderLayer& l : layers_)
+    x.tail = std::max({x.tail, l.o_proj.tail(batch), l.down_proj.tail(batch)});
   for (size_t l = 0; l < layers_.size(); ++l) {
     const auto forward = [this, &tape, &batch, l, cache](const Variable& in) {
       return layer(tape, layers_[l], static_cast<int64_t>(l), in, batch, cache);

@@ -42,15 +42,16 @@ TEST_P(MetaTest, ElementwiseAndNorms) {
   expect_meta(y, {6, 32});
   expect_meta(r, {6});
   expect_meta(rms_norm_backward(x, x, vector(32, DType::f32), r), {6, 32});
+  expect_meta(rms_norm_backward(x, x, vector(32, DType::f32), r, matrix(6, 32), 16), {6, 32});
   expect_meta(add(x, x), {6, 32});
   add_inplace(x, x);
   add_bias(x, vector(32, DType::f32));
-  expect_meta(swiglu(x, x), {6, 32});
-  expect_meta(swiglu_backward(x, x, x).dup, {6, 32});
+  expect_meta(swiglu(matrix(6, 64)), {6, 32});
+  expect_meta(swiglu_backward(x, matrix(6, 64)), {6, 64});
   expect_meta(dropout(x, vector(6, DType::i64), vector(6, DType::i32), {1, 0.1f}), {6, 32});
   const RopeTables tables = rope_tables(10, 16, 1e4, std::nullopt, {}, GetParam());
   expect_meta(tables.cos, {10, 8});
-  expect_meta(rope(x, vector(6, DType::i32), tables, 16), {6, 32});
+  rope_inplace(x, vector(6, DType::i32), tables, 16);
 }
 
 TEST_P(MetaTest, RowsLossAndProducts) {

@@ -12,6 +12,14 @@ RopeTables small_tables() {
   return {tensor({1, 1, 0.6, 0}, {2, 2}, cpu_f32), tensor({0, 0, 0.8, -1}, {2, 2}, cpu_f32)};
 }
 
+/// A rotated copy.
+Tensor rope(const Tensor& x, const Tensor& positions, const RopeTables& tables, int64_t head_dim,
+            bool inverse = false) {
+  const Tensor y = x.clone();
+  rope_inplace(y, positions, tables, head_dim, inverse);
+  return y;
+}
+
 // Position 1 turns the pair (x0, x2) by the angle of (0.6, 0.8) and (x1, x3) by -90 degrees.
 TEST(Rope, Golden) {
   const Tensor x = tensor({5, 2, 10, 3, 1, 2, 3, 4}, {2, 4}, cpu_f64);
@@ -88,16 +96,35 @@ TEST_P(RopeTest, MatchesReference) {
   }
 }
 
+TEST_P(RopeTest, RotatesColumnsInPlace) {
+  for (const auto& [tokens, heads, dim] :
+       {std::array{1, 1, 2}, {7, 3, 6}, {37, 9, 64}, {130, 5, 128}}) {
+    SCOPED_TRACE(fmt::format("{} tokens, {} heads of {}", tokens, heads, dim));
+    const int64_t cols = heads * dim;
+    const Tensor wide = random({tokens, cols + 24}), guard = wide.clone();
+    const Tensor inner = wide.slice_cols(8, 8 + cols),
+                 positions = tensor_of(integers(tokens, 200, 9), GetParam());
+    const RopeTables tables = rope_tables(200, dim, 10000, std::nullopt, {}, device());
+    const Tensor expected = rope(inner.clone(), positions, tables, dim);
+    rope_inplace(inner, positions, tables, dim);
+    expect_same_bits(inner, expected);
+    expect_same_bits(wide.slice_cols(0, 8), guard.slice_cols(0, 8));
+    expect_same_bits(wide.slice_cols(8 + cols, cols + 24), guard.slice_cols(8 + cols, cols + 24));
+  }
+}
+
 TEST(Rope, RejectsWhatDoesNotFit) {
   const Tensor x = tensor(normals(8, 1), {2, 4}, cpu_f32);
   const Tensor positions = tensor_of<int32_t>({0, 1}, cpu_f32);
   const RopeTables t = small_tables();
-  EXPECT_ERROR(rope(x, positions, t, 3), "head_dim must be even");
-  EXPECT_ERROR(rope(x, positions, t, 2), "[rope] cos must be [2, 1]");
-  EXPECT_ERROR(rope(x, positions.slice_rows(0, 1), t, 4), "positions must be [2]");
-  EXPECT_ERROR(rope(x, x.view({8}).slice_rows(0, 2), t, 4), "positions must be int32");
-  EXPECT_ERROR(rope(x, tensor_of<int32_t>({0, 2}, cpu_f32), t, 4), "in [0, 2), got 2");
-  EXPECT_ERROR(rope(x, positions, {t.cos, t.sin.slice_rows(0, 1)}, 4), "sin must be [2, 2]");
+  EXPECT_ERROR(rope_inplace(x.view({8}), positions, t, 4), "x must be [T, heads * D]");
+  EXPECT_ERROR(rope_inplace(x, positions, t, 3), "head_dim must be even");
+  EXPECT_ERROR(rope_inplace(x, positions, t, 2), "[rope] cos must be [2, 1]");
+  EXPECT_ERROR(rope_inplace(x, positions.slice_rows(0, 1), t, 4), "positions must be [2]");
+  EXPECT_ERROR(rope_inplace(x, x.view({8}).slice_rows(0, 2), t, 4), "positions must be int32");
+  EXPECT_ERROR(rope_inplace(x, tensor_of<int32_t>({0, 2}, cpu_f32), t, 4), "in [0, 2), got 2");
+  EXPECT_ERROR(rope_inplace(x, positions, {t.cos, t.sin.slice_rows(0, 1)}, 4),
+               "sin must be [2, 2]");
   EXPECT_ERROR(rope_tables(4, 3, 1e4, std::nullopt, {}, Device::cpu()), "head_dim must be even");
   EXPECT_ERROR(rope_tables(4, 4, 1e4, std::nullopt, {1}, Device::cpu()), "needs 2 divisors");
   EXPECT_ERROR(rope_tables(0, 4, 1e4, std::nullopt, {}, Device::cpu()), "must be positive");

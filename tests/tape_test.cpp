@@ -17,27 +17,25 @@ class TapeTest : public testing::Test {
     return tensor(normals(shape.numel(), seed), shape, c);
   }
 
-  /// q | k | v of one width side by side.
-  static Variable merged(Tape& tape, const std::vector<Variable>& parts) {
-    const auto column = [](const Tensor& whole, size_t i) {
-      const auto begin = static_cast<int64_t>(i) * width;
-      return whole.slice_cols(begin, begin + width);
-    };
-    const Tensor whole = Tensor::empty({rows, 3 * width}, parts[0].value.dtype(), Device::cpu());
-    for (size_t i = 0; i < parts.size(); ++i) copy(column(whole, i), parts[i].value);
-    return tape.record("merged", whole, parts, {}, [column](const Tensor& g, const Node&) {
-      return std::vector<Tensor>{column(g, 0).clone(), column(g, 1).clone(), column(g, 2).clone()};
+  /// a | b
+  static Variable joined(Tape& tape, const Variable& a, const Variable& b) {
+    const int64_t left = a.value.dim(1), cols = left + b.value.dim(1);
+    const Tensor both = Tensor::empty({a.value.dim(0), cols}, DType::f64, Device::cpu());
+    copy(both.slice_cols(0, left), a.value);
+    copy(both.slice_cols(left, cols), b.value);
+    return tape.record("joined", both, {a, b}, {}, [=](const Tensor& g, const Node&) {
+      return std::vector<Tensor>{g.slice_cols(0, left).clone(), g.slice_cols(left, cols).clone()};
     });
   }
 
   // Every operation of the tape, with x entering twice: as the residual and as the norm's input.
   Variable layer(Tape& tape, const Variable& x) const {
     const Variable n = rms_norm(tape, x, norm_, 1e-5f);
-    const Variable q = rope(tape, n, positions_, tables_, head_dim);
-    const Variable mixed =
-        attention(tape, merged(tape, {q, q, n}), cu_, {heads, heads, head_dim, rows, rows});
+    const Variable qkv = rope(tape, joined(tape, joined(tape, n, n), n), 2 * width, positions_,
+                              tables_, head_dim);
+    const Variable mixed = attention(tape, qkv, cu_, {heads, heads, head_dim, rows, rows});
     const Variable h = add(tape, x, mixed);
-    return add(tape, h, swiglu(tape, h, n));
+    return add(tape, h, swiglu(tape, joined(tape, h, n)));
   }
 
   struct Result {
@@ -107,7 +105,7 @@ TEST_F(TapeTest, RecomputeKeepsNothingAndChangesNoBit) {
 
 TEST_F(TapeTest, APolicyKeepsTheSlotsItNames) {
   const Result kept = run(false), none = run(true);
-  for (const std::string prefix : {"attention.", "swiglu.gate", "rms_norm.r"}) {
+  for (const std::string prefix : {"attention.", "swiglu.gate_up", "rms_norm.r"}) {
     const Result some = run(true, [&](std::string_view slot) {
       return slot.starts_with(prefix) ? SlotPolicy::keep : SlotPolicy::recompute;
     });
@@ -127,8 +125,7 @@ TEST_F(TapeTest, SlotsAreListedWithNamesAndBytes) {
                                                    {"attention.qkv", 3 * layers * block},
                                                    {"attention.o", layers * block},
                                                    {"attention.lse", layers * rows * heads * 8},
-                                                   {"swiglu.gate", layers * block},
-                                                   {"swiglu.up", layers * block}};
+                                                   {"swiglu.gate_up", layers * 2 * block}};
   EXPECT_EQ(run(false).held, expected);
 }
 
@@ -151,6 +148,25 @@ TEST_F(TapeTest, InputsWithoutGradientRecordNothing) {
   EXPECT_FALSE(y.requires_grad());
   EXPECT_TRUE(tape.slots().empty());
   EXPECT_ERROR(tape.gradient(tape.input(x_)), "no gradient");
+}
+
+// A gradient that others hold is never rotated in place.
+TEST_F(TapeTest, RopeLeavesAGradientThatOthersHold) {
+  Tape tape;
+  Variable x = tape.input(x_.clone(), true);
+  x.tail = 8;
+  const Variable y = rope(tape, x, head_dim, positions_, tables_, head_dim);
+  EXPECT_EQ(y.value.raw(), x.value.raw());
+  EXPECT_EQ(y.tail, 8);
+  const Tensor g = random({rows, width}, 10), before = g.clone();
+  tape.backward(y, g);
+  expect_same_bits(g, before);
+  const Tensor dx = tape.gradient(x);
+  EXPECT_EQ(dx.pitch(), 64);
+  expect_same_bits(dx.slice_cols(head_dim, width), g.slice_cols(head_dim, width));
+  const Tensor expected = g.clone();
+  rope_inplace(expected.slice_cols(0, head_dim), positions_, tables_, head_dim, true);
+  expect_same_bits(dx, expected);
 }
 
 // An operation with parameters of its own is recorded though no input needs a gradient, and is told

@@ -4,14 +4,12 @@
 
 namespace qlab {
 
-Variable swiglu(Tape& tape, const Variable& gate, const Variable& up) {
-  return tape.record("swiglu", swiglu(gate.value, up.value), {gate, up},
-                     {{"swiglu.gate", gate.value}, {"swiglu.up", up.value}},
-                     [](const Tensor& g, const Node& node) {
-                       auto [dgate, dup] =
-                           swiglu_backward(g, node.saved("swiglu.gate"), node.saved("swiglu.up"));
-                       return std::vector<Tensor>{dgate, dup};
-                     });
+Variable swiglu(Tape& tape, const Variable& gate_up, int64_t tail) {
+  return tape.record(
+      "swiglu", swiglu(gate_up.value, tail), {gate_up}, {{"swiglu.gate_up", gate_up.value}},
+      [d_tail = gate_up.tail](const Tensor& g, const Node& node) {
+        return std::vector<Tensor>{swiglu_backward(g, node.saved("swiglu.gate_up"), d_tail)};
+      });
 }
 
 }  // namespace qlab

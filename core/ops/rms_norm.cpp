@@ -5,15 +5,14 @@
 
 namespace qlab {
 
-RmsNorm rms_norm(const Tensor& x, const Tensor& w, float eps) {
-  QLAB_CHECK(x.rank() == 2 && x.contiguous(), "[rms_norm] x must be [T, C] and contiguous, got {}",
-             x.str());
+RmsNorm rms_norm(const Tensor& x, const Tensor& w, float eps, int64_t tail) {
+  QLAB_CHECK(x.rank() == 2, "[rms_norm] x must be [T, C], got {}", x.str());
   check_shape("rms_norm", "w", w, {x.dim(1)});
   QLAB_CHECK(w.dtype() == DType::f32, "[rms_norm] w must be float32, got {}", w.str());
   QLAB_CHECK(eps >= 0, "[rms_norm] eps must not be negative, got {}", eps);
   check_device("rms_norm", x, w);
   const DType statistic = x.dtype() == DType::f64 ? DType::f64 : DType::f32;
-  RmsNorm out{Tensor::empty(x.shape(), x.dtype(), x.device()),
+  RmsNorm out{Tensor::with_tail(x.dim(0), x.dim(1), tail, x.dtype(), x.device()),
               Tensor::empty({x.dim(0)}, statistic, x.device())};
   if (x.numel() == 0) return out;
   on_device(
@@ -22,24 +21,29 @@ RmsNorm rms_norm(const Tensor& x, const Tensor& w, float eps) {
   return out;
 }
 
-Tensor rms_norm_backward(const Tensor& g, const Tensor& x, const Tensor& w, const Tensor& r) {
-  QLAB_CHECK(x.rank() == 2 && x.contiguous(),
-             "[rms_norm_backward] x must be [T, C] and contiguous, got {}", x.str());
-  check_shape("rms_norm_backward", "g", g, x.shape());
+Tensor rms_norm_backward(const Tensor& g, const Tensor& x, const Tensor& w, const Tensor& r,
+                         const Tensor& residual, int64_t tail) {
+  QLAB_CHECK(x.rank() == 2, "[rms_norm_backward] x must be [T, C], got {}", x.str());
   check_shape("rms_norm_backward", "w", w, {x.dim(1)});
   check_shape("rms_norm_backward", "r", r, {x.dim(0)});
-  QLAB_CHECK(g.dtype() == x.dtype() && g.contiguous(),
-             "[rms_norm_backward] g must be {} and contiguous, got {}", name_of(x.dtype()),
-             g.str());
   QLAB_CHECK(w.dtype() == DType::f32, "[rms_norm_backward] w must be float32, got {}", w.str());
   check_device("rms_norm_backward", x, w);
-  check_device("rms_norm_backward", x, g);
   check_device("rms_norm_backward", x, r);
-  const Tensor dx = Tensor::empty(x.shape(), x.dtype(), x.device());
+  const auto check_like_x = [&](const char* name, const Tensor& t) {
+    check_shape("rms_norm_backward", name, t, x.shape());
+    QLAB_CHECK(t.dtype() == x.dtype(), "[rms_norm_backward] {} must be {}, got {}", name,
+               name_of(x.dtype()), t.str());
+    check_device("rms_norm_backward", x, t);
+  };
+  check_like_x("g", g);
+  if (residual.defined()) check_like_x("residual", residual);
+  const Tensor dx = residual.defined() && residual.unique()
+                        ? residual
+                        : Tensor::with_tail(x.dim(0), x.dim(1), tail, x.dtype(), x.device());
   if (x.numel() == 0) return dx;
   on_device(
-      x.device(), [&] { cpu::rms_norm_backward(dx, g, x, w, r); },
-      [&] { cuda::rms_norm_backward(dx, g, x, w, r); });
+      x.device(), [&] { cpu::rms_norm_backward(dx, g, x, w, r, residual); },
+      [&] { cuda::rms_norm_backward(dx, g, x, w, r, residual); });
   return dx;
 }
 
@@ -66,7 +70,7 @@ QLAB_INLINE inline void forward_row(T* y, accumulate_t<T>* r, const T* x, const 
 
 template <int width, class T>
 QLAB_INLINE inline void backward_row(T* dx, const T* g, const T* x, const float* w,
-                                     accumulate_t<T> r, int64_t cols) {
+                                     accumulate_t<T> r, const T* residual, int64_t cols) {
   using A = accumulate_t<T>;
   using L = Lanes<A, width>;
   L products = L::all(0);
@@ -79,14 +83,15 @@ QLAB_INLINE inline void backward_row(T* dx, const T* g, const T* x, const float*
   for (int64_t i = 0; i < cols; i += 16) {
     const int64_t n = cols - i;
     const L u = L::load(g + i, n) * L::load(w + i, n);
-    (u * r - L::load(x + i, n) * projection).store(dx + i, n);
+    const L d = u * r - L::load(x + i, n) * projection;
+    (residual == nullptr ? d : d + L::load(residual + i, n)).store(dx + i, n);
   }
 }
 
 }  // namespace
 
 void rms_norm(const Tensor& y, const Tensor& r, const Tensor& x, const Tensor& w, float eps) {
-  const int64_t cols = x.cols();
+  const int64_t cols = x.cols(), y_pitch = y.pitch(), x_pitch = x.pitch();
   const float* weight = w.data<float>();
   dispatch(CpuFloats{}, x.dtype(), "rms_norm", [&]<class T>() {
     T* out = y.data<T>();
@@ -95,26 +100,27 @@ void rms_norm(const Tensor& y, const Tensor& r, const Tensor& x, const Tensor& w
     parallel_for(x.rows(), row_grain(cols), [=](int64_t begin, int64_t end) {
       vectorized([&]<int width>() QLAB_INLINE {
         for (int64_t t = begin; t < end; ++t)
-          forward_row<width>(out + t * cols, inverse + t, in + t * cols, weight, cols, eps);
+          forward_row<width>(out + t * y_pitch, inverse + t, in + t * x_pitch, weight, cols, eps);
       });
     });
   });
 }
 
 void rms_norm_backward(const Tensor& dx, const Tensor& g, const Tensor& x, const Tensor& w,
-                       const Tensor& r) {
-  const int64_t cols = x.cols();
+                       const Tensor& r, const Tensor& residual) {
+  const int64_t cols = x.cols(), dx_pitch = dx.pitch(), g_pitch = g.pitch(), x_pitch = x.pitch();
+  const int64_t residual_pitch = residual.defined() ? residual.pitch() : 0;
   const float* weight = w.data<float>();
   dispatch(CpuFloats{}, x.dtype(), "rms_norm_backward", [&]<class T>() {
     T* out = dx.data<T>();
-    const T* grad = g.data<T>();
-    const T* in = x.data<T>();
+    const T *grad = g.data<T>(), *in = x.data<T>();
+    const T* past = residual.defined() ? residual.data<T>() : nullptr;
     const auto* inverse = r.data<accumulate_t<T>>();
     parallel_for(x.rows(), row_grain(cols), [=](int64_t begin, int64_t end) {
       vectorized([&]<int width>() QLAB_INLINE {
         for (int64_t t = begin; t < end; ++t)
-          backward_row<width>(out + t * cols, grad + t * cols, in + t * cols, weight, inverse[t],
-                              cols);
+          backward_row<width>(out + t * dx_pitch, grad + t * g_pitch, in + t * x_pitch, weight,
+                              inverse[t], past == nullptr ? past : past + t * residual_pitch, cols);
       });
     });
   });

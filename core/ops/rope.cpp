@@ -59,10 +59,9 @@ RopeTables rope_tables(int64_t max_positions, int64_t head_dim, double theta,
   return {Tensor::from_vector(cos, shape, device), Tensor::from_vector(sin, shape, device)};
 }
 
-Tensor rope(const Tensor& x, const Tensor& positions, const RopeTables& tables, int64_t head_dim,
-            bool inverse) {
-  QLAB_CHECK(x.rank() == 2 && x.contiguous(),
-             "[rope] x must be [T, heads * D] and contiguous, got {}", x.str());
+void rope_inplace(const Tensor& x, const Tensor& positions, const RopeTables& tables,
+                  int64_t head_dim, bool inverse) {
+  QLAB_CHECK(x.rank() == 2, "[rope] x must be [T, heads * D], got {}", x.str());
   QLAB_CHECK(head_dim > 0 && head_dim % 2 == 0 && x.dim(1) % head_dim == 0,
              "[rope] head_dim must be even and divide the {} columns of x, got {}", x.dim(1),
              head_dim);
@@ -75,44 +74,41 @@ Tensor rope(const Tensor& x, const Tensor& positions, const RopeTables& tables, 
   check_shape("rope", "sin", tables.sin, tables.cos.shape());
   check_device("rope", x, positions);
   check_device("rope", x, tables.cos);
-  const Tensor y = Tensor::empty(x.shape(), x.dtype(), x.device());
-  if (x.numel() == 0) return y;
+  if (x.numel() == 0) return;
   on_device(
-      x.device(), [&] { cpu::rope(y, x, positions, tables.cos, tables.sin, head_dim, inverse); },
-      [&] { cuda::rope(y, x, positions, tables.cos, tables.sin, head_dim, inverse); });
-  return y;
+      x.device(), [&] { cpu::rope(x, positions, tables.cos, tables.sin, head_dim, inverse); },
+      [&] { cuda::rope(x, positions, tables.cos, tables.sin, head_dim, inverse); });
 }
 
 namespace cpu {
 namespace {
 
 template <class T>
-void rotate_head(T* y, const T* x, const float* cos, const float* sin, int64_t half, float sign) {
+void rotate_head(T* x, const float* cos, const float* sin, int64_t half, float sign) {
   using A = accumulate_t<T>;
   for (int64_t i = 0; i < half; ++i) {
     const A c = cos[i], s = sign * sin[i];
     const A first = static_cast<A>(x[i]), second = static_cast<A>(x[i + half]);
-    y[i] = static_cast<T>(first * c - second * s);
-    y[i + half] = static_cast<T>(second * c + first * s);
+    x[i] = static_cast<T>(first * c - second * s);
+    x[i + half] = static_cast<T>(second * c + first * s);
   }
 }
 
 }  // namespace
 
-void rope(const Tensor& y, const Tensor& x, const Tensor& positions, const Tensor& cos,
-          const Tensor& sin, int64_t head_dim, bool inverse) {
-  const int64_t cols = x.cols(), half = head_dim / 2;
+void rope(const Tensor& x, const Tensor& positions, const Tensor& cos, const Tensor& sin,
+          int64_t head_dim, bool inverse) {
+  const int64_t cols = x.cols(), pitch = x.pitch(), half = head_dim / 2;
   const int32_t* position = positions.data<int32_t>();
   dispatch(CpuFloats{}, x.dtype(), "rope", [&]<class T>() {
-    T* out = y.data<T>();
-    const T* in = x.data<T>();
+    T* values = x.data<T>();
     parallel_for(x.rows(), std::max<int64_t>(1, 16384 / cols), [&](int64_t begin, int64_t end) {
       for (int64_t t = begin; t < end; ++t) {
         const int64_t p = position[t];
         QLAB_CHECK(p >= 0 && p < cos.dim(0), "[rope] positions must be in [0, {}), got {}",
                    cos.dim(0), p);
         for (int64_t h = 0; h < cols; h += head_dim)
-          rotate_head(out + t * cols + h, in + t * cols + h, cos.data<float>() + p * half,
+          rotate_head(values + t * pitch + h, cos.data<float>() + p * half,
                       sin.data<float>() + p * half, half, inverse ? -1.0f : 1.0f);
       }
     });

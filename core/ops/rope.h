@@ -2,7 +2,8 @@
 // Llama: with h = D / 2, element i of a head pairs with element i + h,
 //   y_i = x_i cos - x_{i+h} sin        y_{i+h} = x_{i+h} cos + x_i sin
 // where cos, sin = tables[position, i]. The backward pass rotates by the negative angle.
-// Shapes: x, y [T, heads * D]; positions i32 [T]; cos, sin [max_positions, D / 2] fp32.
+// Shapes: x [T, heads * D], rows may lie apart; positions i32 [T]; cos, sin [max_positions, D / 2]
+// fp32. y takes the place of x, which may be some columns of a merged projection.
 #pragma once
 #include <optional>
 
@@ -26,15 +27,15 @@ RopeTables rope_tables(int64_t max_positions, int64_t head_dim, double theta,
                        const std::optional<RopeScaling>& scaling,
                        const std::vector<float>& divisors, Device device);
 
-Tensor rope(const Tensor& x, const Tensor& positions, const RopeTables& tables, int64_t head_dim,
-            bool inverse = false);
+void rope_inplace(const Tensor& x, const Tensor& positions, const RopeTables& tables,
+                  int64_t head_dim, bool inverse = false);
 
 namespace cpu {
-void rope(const Tensor& y, const Tensor& x, const Tensor& positions, const Tensor& cos,
-          const Tensor& sin, int64_t head_dim, bool inverse);
+void rope(const Tensor& x, const Tensor& positions, const Tensor& cos, const Tensor& sin,
+          int64_t head_dim, bool inverse);
 }
 namespace cuda {
-void rope(const Tensor& y, const Tensor& x, const Tensor& positions, const Tensor& cos,
-          const Tensor& sin, int64_t head_dim, bool inverse);
+void rope(const Tensor& x, const Tensor& positions, const Tensor& cos, const Tensor& sin,
+          int64_t head_dim, bool inverse);
 }
 }  // namespace qlab
