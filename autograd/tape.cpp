@@ -63,6 +63,7 @@ Variable Tape::recompute(const std::function<Variable(const Variable&)>& forward
 void Tape::refill(const Region& region) {
   mode_ = Mode::refill;
   cursor_ = region.first;
+  refill_end_ = region.last;
   region.forward(region.input);
   QLAB_CHECK(cursor_ == region.last, "recompute ran {} of {} operations", cursor_ - region.first,
              region.last - region.first);

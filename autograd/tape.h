@@ -79,6 +79,10 @@ class Tape {
   Variable recompute(const std::function<Variable(const Variable&)>& forward,
                      const Variable& input);
 
+  /// False for the last operation of a region that is run once more: nobody reads its result, which
+  /// may then stay unwritten.
+  bool result_wanted() const { return mode_ != Mode::refill || cursor_ + 1 < refill_end_; }
+
   /// Walks back from `output`, whose gradient is `g` (undefined for a loss that carries its own).
   /// Frees each node as it goes.
   void backward(const Variable& output, const Tensor& g = {});
@@ -105,7 +109,7 @@ class Tape {
   std::vector<Tensor> gradients_;  // by variable id
   int variables_ = 0;
   Mode mode_ = Mode::normal;
-  size_t cursor_ = 0;  // next node to refill
+  size_t cursor_ = 0, refill_end_ = 0;  // next node to refill, and the end of its region
 };
 
 }  // namespace qlab

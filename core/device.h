@@ -3,6 +3,7 @@
 #pragma once
 #include <cstddef>
 #include <cstdint>
+#include <functional>
 #include <string>
 #include <string_view>
 
@@ -66,8 +67,23 @@ void copy_async(void* destination, const void* source, size_t bytes);
 /// Rows of `row_bytes`, pitches in bytes; in stream order.
 void copy_rows(void* destination, size_t destination_pitch, const void* source, size_t source_pitch,
                size_t row_bytes, size_t rows);
-void fill_zero(void* pointer, size_t bytes);
+void fill_zero(void* pointer, size_t pitch, size_t row_bytes, size_t rows);
 void synchronize();
+
+/// Work of the current device's stream, recorded once and replayed with one launch. Addresses are
+/// part of the recording.
+class Graph {
+ public:
+  /// Records what `issue` issues, which must not synchronize or allocate.
+  explicit Graph(const std::function<void()>& issue);
+  ~Graph();
+  Graph(const Graph&) = delete;
+  Graph& operator=(const Graph&) = delete;
+  void launch() const;
+
+ private:
+  void* executable_ = nullptr;
+};
 
 }  // namespace cuda
 }  // namespace qlab

@@ -1,5 +1,7 @@
 #include "core/memory.h"
 
+#include <charconv>
+#include <cmath>
 #include <cstdlib>
 #include <fstream>
 #include <mutex>
@@ -199,6 +201,8 @@ void StepMemory::reserve(const StepPlan& plan) {
   for (int i = 0; i < category_count; ++i) charge(device_, static_cast<Category>(i), held_[i]);
 }
 
+bool StepMemory::planned() { return !plain_mode(); }
+
 StepMemory::Scope::Scope(StepMemory& memory, const StepPlan& plan) {
   QLAB_CHECK(active_step.plan == nullptr, "steps do not nest");
   if (plain_mode() || memory.device_.is_meta()) return;
@@ -281,6 +285,24 @@ std::string format_bytes(int64_t bytes) {
   int unit = 0;
   while (value >= 999.5 && unit < 4) value /= 1000, ++unit;
   return unit == 0 ? fmt::format("{} B", bytes) : fmt::format("{:.2f} {}", value, units[unit]);
+}
+
+std::optional<int64_t> parse_bytes(std::string_view text) {
+  double value = 0;
+  const auto [rest, error] = std::from_chars(text.data(), text.data() + text.size(), value);
+  if (error != std::errc() || value < 0) return {};
+  std::string_view unit(rest, static_cast<size_t>(text.data() + text.size() - rest));
+  while (unit.starts_with(' ')) unit.remove_prefix(1);
+  const bool binary = unit.size() == 3 && unit[1] == 'i';
+  if (!unit.empty() && unit != "B") {
+    constexpr std::string_view prefixes = "kMGT";
+    const size_t power = prefixes.find(unit[0] == 'K' ? 'k' : unit[0]);
+    if (power == prefixes.npos || !unit.ends_with('B') || unit.size() != (binary ? 3 : 2))
+      return {};
+    value *= std::pow(binary ? 1024.0 : 1000.0, static_cast<double>(power + 1));
+  }
+  if (value >= 9e18) return {};
+  return static_cast<int64_t>(std::llround(value));
 }
 
 }  // namespace qlab

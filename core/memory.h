@@ -6,7 +6,9 @@
 #include <cstdint>
 #include <map>
 #include <memory>
+#include <optional>
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include "core/device.h"
@@ -76,6 +78,10 @@ class StepMemory {
   /// Makes room for `plan` or throws OutOfMemory naming what was asked and what is held.
   void reserve(const StepPlan& plan);
   int64_t bytes() const { return bytes_; }
+  /// Where it lies: changes when it grows.
+  const void* base() const { return base_; }
+  /// False where every tensor is allocated by itself (QLAB_PLAIN_ALLOC), at changing addresses.
+  static bool planned();
 
   /// While alive, allocations on the device come from the plan's offsets. A step whose allocations
   /// differ from the plan is a bug and throws.
@@ -120,5 +126,7 @@ class Storage {
 
 /// "0 B", "512 B", "1.50 MB", "5.70 GB": powers of ten.
 std::string format_bytes(int64_t bytes);
+/// Bytes of "512", "14.3GB" (powers of ten) or "24GiB" (powers of two), or nothing.
+std::optional<int64_t> parse_bytes(std::string_view text);
 
 }  // namespace qlab

@@ -94,6 +94,10 @@ Tensor Tensor::slice_cols(int64_t begin, int64_t end) const {
   return t;
 }
 
+Tensor Tensor::bytes_at(int64_t offset, const Shape& shape, DType dtype) const {
+  return from_storage(storage_, offset_ + offset, shape, dtype);
+}
+
 Tensor Tensor::widened(int64_t cols) const {
   QLAB_CHECK(rank() == 2 && dim(1) <= cols && column_ + cols <= pitch_,
              "{} from column {} of its block of {} has no {} columns", str(), column_, pitch_,

@@ -59,6 +59,8 @@ class Tensor {
   Tensor slice_rows(int64_t begin, int64_t end) const;  // rank 1: elements
   Tensor slice_cols(int64_t begin, int64_t end) const;  // rank 2; keeps the pitch
   Tensor widened(int64_t cols) const;                   // rank 2; more of the block's columns
+  /// Another view of a block's bytes, from `offset` on.
+  Tensor bytes_at(int64_t offset, const Shape& shape, DType dtype) const;
 
   // Copies.
   Tensor clone() const;            // contiguous, same device

@@ -142,11 +142,42 @@ void copy_rows(void* destination, size_t destination_pitch, const void* source, 
         "cudaMemcpy2DAsync");
 }
 
-void fill_zero(void* pointer, size_t bytes) {
-  if (bytes == 0) return;
-  check(cudaMemsetAsync(pointer, 0, bytes, current_stream()), "cudaMemsetAsync");
+void fill_zero(void* pointer, size_t pitch, size_t row_bytes, size_t rows) {
+  if (row_bytes == 0 || rows == 0) return;
+  if (rows == 1)
+    check(cudaMemsetAsync(pointer, 0, row_bytes, current_stream()), "cudaMemsetAsync");
+  else
+    check(cudaMemset2DAsync(pointer, pitch, 0, row_bytes, rows, current_stream()),
+          "cudaMemset2DAsync");
 }
 
 void synchronize() { check(cudaDeviceSynchronize(), "cudaDeviceSynchronize"); }
+
+Graph::Graph(const std::function<void()>& issue) {
+  const cudaStream_t stream = current_stream();
+  cudaGraph_t graph = nullptr;
+  check(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal), "cudaStreamBeginCapture");
+  try {
+    issue();
+  } catch (...) {
+    if (cudaStreamEndCapture(stream, &graph) == cudaSuccess && graph != nullptr)
+      cudaGraphDestroy(graph);
+    cudaGetLastError();
+    throw;
+  }
+  check(cudaStreamEndCapture(stream, &graph), "cudaStreamEndCapture");
+  cudaGraphExec_t executable = nullptr;
+  const cudaError_t status = cudaGraphInstantiate(&executable, graph, 0);
+  cudaGraphDestroy(graph);
+  check(status, "cudaGraphInstantiate");
+  executable_ = executable;
+}
+
+Graph::~Graph() { cudaGraphExecDestroy(static_cast<cudaGraphExec_t>(executable_)); }
+
+void Graph::launch() const {
+  check(cudaGraphLaunch(static_cast<cudaGraphExec_t>(executable_), current_stream()),
+        "cudaGraphLaunch");
+}
 
 }  // namespace qlab::cuda

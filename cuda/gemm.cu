@@ -12,16 +12,19 @@
 namespace qlab::cuda {
 namespace {
 
-constexpr uint32_t largest_alignment = 256;
+/// What the choice of an algorithm may rely on. No more, or it would depend on where in a gang a
+/// trial's rows begin.
+constexpr uint32_t largest_alignment = 16;
 /// fp32 products add along k in parts of this length: one chain through a vocabulary of 49,152
 /// costs a digit, and fp32 is what one compares with.
 constexpr int64_t f32_chain = 1024;
 
 /// Everything the choice of an algorithm depends on; also what an error message tells.
 struct Product {
-  int64_t m, n, k, a_pitch, b_pitch, c_pitch;
-  int64_t a_alignment, b_alignment, c_alignment, workspace_bytes;
+  int64_t m, n, k, a_pitch, b_pitch, c_pitch, d_pitch;
+  int64_t a_alignment, b_alignment, c_alignment, d_alignment, workspace_bytes;
   Op op_a, op_b;
+  SplitK split_k;
   DType in, out;
   int device;
 
@@ -38,7 +41,7 @@ void check_blas(cublasStatus_t status, const char* call, const Product& p) {
 
 cudaDataType_t data_type(DType dtype) { return dtype == DType::f32 ? CUDA_R_32F : CUDA_R_16BF; }
 
-/// The largest power of two, at most 256, that divides the address.
+/// The largest power of two, at most 16, that divides the address.
 int64_t alignment_of(const Tensor& x) {
   const auto address = reinterpret_cast<uintptr_t>(x.raw()) | largest_alignment;
   return static_cast<int64_t>(address & (~address + 1));
@@ -47,10 +50,10 @@ int64_t alignment_of(const Tensor& x) {
 int64_t pitch_of(const Tensor& x) { return std::max(x.pitch(), x.cols()); }
 
 /// cuBLASLt counts in columns: a row-major matrix is its transpose, so C^T = op(B)^T op(A)^T is
-/// computed with B first, and every operation keeps its name.
+/// computed with B first, and every operation keeps its name; what it calls C is our addend D.
 struct Descriptors {
   cublasLtMatmulDescOpaque_t product;
-  cublasLtMatrixLayoutOpaque_t a, b, c;
+  cublasLtMatrixLayoutOpaque_t a, b, c, d;
 
   Descriptors(const Product& p, const Tensor& ta, const Tensor& tb) {
     check_blas(cublasLtMatmulDescInit(&product, CUBLAS_COMPUTE_32F, CUDA_R_32F), "MatmulDescInit",
@@ -60,6 +63,7 @@ struct Descriptors {
     set_layout(p, a, p.in, ta.cols(), ta.rows(), p.a_pitch);
     set_layout(p, b, p.in, tb.cols(), tb.rows(), p.b_pitch);
     set_layout(p, c, p.out, p.n, p.m, p.c_pitch);
+    set_layout(p, d, p.out, p.n, p.m, p.d_pitch);
   }
 
  private:
@@ -98,12 +102,12 @@ bool first_choice(cublasLtMatmulAlgo_t& algorithm, const Product& p, Descriptors
   set(CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK, reductions);
   set(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, static_cast<uint32_t>(p.b_alignment));
   set(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES, static_cast<uint32_t>(p.a_alignment));
-  set(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, static_cast<uint32_t>(p.c_alignment));
+  set(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, static_cast<uint32_t>(p.d_alignment));
   set(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES, static_cast<uint32_t>(p.c_alignment));
   cublasLtMatmulHeuristicResult_t result;
   int count = 0;
   const cublasStatus_t status = cublasLtMatmulAlgoGetHeuristic(
-      handle(p), &d.product, &d.b, &d.a, &d.c, &d.c, &preference, 1, &result, &count);
+      handle(p), &d.product, &d.b, &d.a, &d.d, &d.c, &preference, 1, &result, &count);
   if (status == CUBLAS_STATUS_NOT_SUPPORTED) return false;
   check_blas(status, "cublasLtMatmulAlgoGetHeuristic", p);
   if (count == 0 || result.state != CUBLAS_STATUS_SUCCESS) return false;
@@ -111,14 +115,15 @@ bool first_choice(cublasLtMatmulAlgo_t& algorithm, const Product& p, Descriptors
   return true;
 }
 
-/// No split of K where the library has it; otherwise parts of K added in a fixed order in fp32.
+/// No split of K unless allowed or all there is: then its parts are added in a fixed order in fp32.
 cublasLtMatmulAlgo_t choose(const Product& p, Descriptors& d) {
   static std::mutex mutex;
   static std::map<Product, cublasLtMatmulAlgo_t> chosen;
   const std::lock_guard lock(mutex);
   if (const auto known = chosen.find(p); known != chosen.end()) return known->second;
   cublasLtMatmulAlgo_t algorithm;
-  if (!first_choice(algorithm, p, d, CUBLASLT_REDUCTION_SCHEME_NONE) &&
+  if ((p.split_k == SplitK::allowed ||
+       !first_choice(algorithm, p, d, CUBLASLT_REDUCTION_SCHEME_NONE)) &&
       !first_choice(algorithm, p, d, CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE))
     check_blas(CUBLAS_STATUS_NOT_SUPPORTED, "the search for an algorithm", p);
   chosen.emplace(p, algorithm);
@@ -126,7 +131,7 @@ cublasLtMatmulAlgo_t choose(const Product& p, Descriptors& d) {
 }
 
 Product describe(const Tensor& c, const Tensor& a, Op op_a, const Tensor& b, Op op_b,
-                 const Tensor& workspace) {
+                 const Tensor& addend, SplitK split_k, const Tensor& workspace) {
   QLAB_CHECK(a.dtype() == b.dtype() && (c.dtype() == a.dtype() || c.dtype() == DType::f32) &&
                  (a.dtype() == DType::f32 || a.dtype() == DType::bf16),
              "[gemm] a GPU multiplies float32 or bfloat16, got {} x {} to {}", name_of(a.dtype()),
@@ -137,12 +142,15 @@ Product describe(const Tensor& c, const Tensor& a, Op op_a, const Tensor& b, Op 
           .a_pitch = pitch_of(a),
           .b_pitch = pitch_of(b),
           .c_pitch = pitch_of(c),
+          .d_pitch = pitch_of(addend),
           .a_alignment = alignment_of(a),
           .b_alignment = alignment_of(b),
           .c_alignment = alignment_of(c),
+          .d_alignment = alignment_of(addend),
           .workspace_bytes = workspace.defined() ? workspace.bytes() : 0,
           .op_a = op_a,
           .op_b = op_b,
+          .split_k = split_k,
           .in = a.dtype(),
           .out = c.dtype(),
           .device = c.device().index};
@@ -153,12 +161,12 @@ Product describe(const Tensor& c, const Tensor& a, Op op_a, const Tensor& b, Op 
 namespace {
 
 void multiply(const Tensor& c, const Tensor& a, Op op_a, const Tensor& b, Op op_b, float alpha,
-              float beta, const Tensor& workspace) {
-  const Product p = describe(c, a, op_a, b, op_b, workspace);
+              float beta, const Tensor& addend, SplitK split_k, const Tensor& workspace) {
+  const Product p = describe(c, a, op_a, b, op_b, addend, split_k, workspace);
   Descriptors d(p, a, b);
   const cublasLtMatmulAlgo_t algorithm = choose(p, d);
   check_blas(cublasLtMatmul(handle(p), &d.product, &alpha, b.raw(), &d.b, a.raw(), &d.a, &beta,
-                            c.raw(), &d.c, c.raw(), &d.c, &algorithm,
+                            addend.raw(), &d.d, c.raw(), &d.c, &algorithm,
                             workspace.defined() ? workspace.raw() : nullptr,
                             static_cast<size_t>(p.workspace_bytes), current_stream()),
              "cublasLtMatmul", p);
@@ -167,16 +175,17 @@ void multiply(const Tensor& c, const Tensor& a, Op op_a, const Tensor& b, Op op_
 }  // namespace
 
 void gemm(const Tensor& c, const Tensor& a, Op op_a, const Tensor& b, Op op_b, float alpha,
-          float beta, const Tensor& workspace) {
+          float beta, const Tensor& addend, SplitK split_k, const Tensor& workspace) {
   if (c.numel() == 0) return;
   const int64_t k = op_a == Op::none ? a.cols() : a.rows();
   if (a.dtype() != DType::f32 || k <= f32_chain)
-    return multiply(c, a, op_a, b, op_b, alpha, beta, workspace);
+    return multiply(c, a, op_a, b, op_b, alpha, beta, addend, split_k, workspace);
   for (int64_t begin = 0; begin < k; begin += f32_chain) {
     const int64_t end = std::min(begin + f32_chain, k);
     const Tensor a_part = op_a == Op::none ? a.slice_cols(begin, end) : a.slice_rows(begin, end);
     const Tensor b_part = op_b == Op::none ? b.slice_rows(begin, end) : b.slice_cols(begin, end);
-    multiply(c, a_part, op_a, b_part, op_b, alpha, begin == 0 ? beta : 1.0f, workspace);
+    multiply(c, a_part, op_a, b_part, op_b, alpha, begin == 0 ? beta : 1.0f,
+             begin == 0 ? addend : c, split_k, workspace);
   }
 }
 

@@ -7,6 +7,7 @@
 #include <cmath>
 
 #include "core/error.h"
+#include "core/memory.h"
 #include "experiments/config_fields.h"
 #include "experiments/yaml_input.h"
 
@@ -102,6 +103,12 @@ struct Reader {
       refuse(expected);
     }
     *out = targets;
+  }
+
+  void operator()(MemoryBudget* out) const {
+    if (!node.IsScalar() || (node.Scalar() != "auto" && !parse_bytes(node.Scalar())))
+      refuse("bytes, for example 14.3GB or 24GiB, or auto");
+    out->text = node.Scalar();
   }
 
   void read_target(const std::string& text, Targets& targets) const {

@@ -16,11 +16,18 @@ struct ModelConfig {
   std::string path;  // directory, FILE.gguf, hub id, or synthetic:NAME
 };
 
+/// "14.3GB", "24GiB", a number of bytes, or "auto".
+struct MemoryBudget {
+  std::string text;
+  bool operator==(const MemoryBudget&) const = default;
+};
+
 struct QuantConfig {
   std::string type = "nf4";  // nf4 | bf16 | fp32
   int64_t block_size = 64;
   bool double_quant = true;
   std::string compute_dtype = "auto";  // auto (bf16 on cuda, fp32 on cpu) | bf16 | fp32
+  MemoryBudget resident{"0"};          // bytes | auto
 };
 
 /// Which modules get an adapter: a keyword or a regex over the whole name, or a list of names.
@@ -61,8 +68,9 @@ struct TrainConfig {
   int64_t seed = 0;
   std::optional<int64_t> init_seed, data_seed, dropout_seed;  // resolve() fills in seed
   std::string recompute = "none";                             // none | full
-  std::string loss_norm = "tokens";                           // tokens | microbatch
-  int64_t eval_every = 0;  // steps; 0: only before the first step and at the end
+  bool graphs = true;
+  std::string loss_norm = "tokens";  // tokens | microbatch
+  int64_t eval_every = 0;            // steps; 0: only before the first step and at the end
   int64_t log_every = 1;
   int64_t save_every = 100;  // steps; 0: only at the end and on interruption
 };

@@ -42,6 +42,11 @@ std::vector<Field> make_fields() {
        "type of activations and products; auto is bf16 on cuda and fp32 on cpu",
        numbers,
        {"auto", "bf16", "fp32"}},
+      {.key = "quant.resident",
+       .slot = QLAB_SLOT(quant.resident),
+       .meaning = "GPU memory for weights kept expanded to the compute dtype, for example 14.3GB; "
+                  "auto: what a step leaves free",
+       .effect = none},
       {.key = "lora.r",
        .slot = QLAB_SLOT(lora.r),
        .meaning = "rank of the adapters",
@@ -139,6 +144,10 @@ std::vector<Field> make_fields() {
        "full: keep only each layer's input and compute the rest again in the backward pass",
        none,
        {"none", "full"}},
+      {.key = "train.graphs",
+       .slot = QLAB_SLOT(train.graphs),
+       .meaning = "record the steps of a shape that occurs again as a CUDA graph",
+       .effect = none},
       {"train.loss_norm",
        QLAB_SLOT(train.loss_norm),
        "divide the loss by the trained tokens of the whole step, or average the means of its "
@@ -298,6 +307,7 @@ struct ToText {
     return fmt::format("[{}, {}]", shortest((*pair)[0]), shortest((*pair)[1]));
   }
   std::string operator()(const Targets* targets) const { return targets->str(); }
+  std::string operator()(const MemoryBudget* budget) const { return budget->text; }
 };
 
 }  // namespace

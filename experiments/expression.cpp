@@ -227,7 +227,9 @@ class Evaluator {
     if (std::holds_alternative<std::string*>(slot) || std::holds_alternative<Targets*>(slot)) {
       return {text, field};
     }
-    if (std::holds_alternative<std::array<double, 2>*>(slot)) return {text, field};
+    if (std::holds_alternative<std::array<double, 2>*>(slot) ||
+        std::holds_alternative<MemoryBudget*>(slot))
+      return {text, field};
     if (text.empty()) stop(fmt::format("{} has no value here", name));
     double x = 0;
     std::from_chars(text.data(), text.data() + text.size(), x);

@@ -112,7 +112,7 @@ class Runner {
  private:
   void train(const std::vector<Planned>& gang) {
     const Config& first = gang.front().trial->config;
-    const Llama& model = load(first, compute_dtype(first, device_));
+    Llama& model = load(first, compute_dtype(first, device_));
     reset_peak(device_);
     std::vector<std::unique_ptr<TrialRun>> runs;
     std::vector<TrialRun*> pointers;
@@ -153,7 +153,7 @@ class Runner {
     if (!result_.interrupted) run({middle, gang.end()});
   }
 
-  const Llama& load(const Config& config, DType compute) {
+  Llama& load(const Config& config, DType compute) {
     const std::string key = base_key(config, compute, device_);
     if (key != loaded_) {
       print_(fmt::format("model  {}: {} on {}", config.model.path, config.quant.type,
@@ -186,6 +186,7 @@ std::vector<std::vector<Planned>> gangs_of(const std::vector<Planned>& pending, 
   const auto key = [&](const Planned& p) {
     const Config& c = p.trial->config;
     return base_key(c, compute_dtype(c, device), device) + "|" + c.train.recompute + "|" +
+           c.quant.resident.text + (c.train.graphs ? "|graphs|" : "|") +
            std::to_string(c.parallel.trials_per_gpu);
   };
   for (size_t i = 0; i < pending.size(); ++i) {

@@ -111,7 +111,7 @@ void Library::drop_base() {
   base_evaluations_.clear();
 }
 
-const Llama& Library::base(const Config& config, DType compute, Device device) {
+Llama& Library::base(const Config& config, DType compute, Device device) {
   const std::string key = base_key(config, compute, device);
   if (base_ == nullptr || base_key_ != key) {
     drop_base();

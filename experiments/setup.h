@@ -34,7 +34,7 @@ class Library {
   const Dataset& train_set(const Config& config);
   const Dataset& eval_set(const Config& config);
   /// The loaded base. Only the last one is kept: trials that share it run one after another.
-  const Llama& base(const Config& config, DType compute, Device device);
+  Llama& base(const Config& config, DType compute, Device device);
   void drop_base();
   /// What the loaded base alone gives on a set: every trial's evaluation before its first step,
   /// since a fresh adapter is the identity.

@@ -1,9 +1,15 @@
 #include "experiments/stepper.h"
 
+#include "core/ops/copy.h"
+
 namespace qlab {
 
-Stepper::Stepper(const Llama& model, bool recompute)
-    : model_(model), recompute_(recompute), memory_(model.device()) {}
+Stepper::Stepper(const Llama& model, bool recompute, bool graphs)
+    : model_(model),
+      recompute_(recompute),
+      graphs_(graphs && model.device().is_cuda() && StepMemory::planned()),
+      memory_(model.device()),
+      buffer_(model.device()) {}
 
 Tensor Stepper::step(const Batch& batch, bool train) const {
   Tape tape(train);
@@ -13,33 +19,51 @@ Tensor Stepper::step(const Batch& batch, bool train) const {
   return nll.value;
 }
 
-const StepPlan& Stepper::plan(const BatchBuilder& batch, bool train) {
+Stepper::Shape& Stepper::shape(const BatchBuilder& batch, bool train) {
   std::vector<int64_t> key = batch.shape_key();
   key.push_back(train);
-  auto it = plans_.find(key);
-  if (it == plans_.end()) {
+  auto it = shapes_.find(key);
+  if (it == shapes_.end()) {
     constexpr size_t remembered = 256;
-    if (plans_.size() >= remembered) plans_.clear();
+    if (shapes_.size() >= remembered) forget_plans();
     const Batch shapes = batch.to(model_.device().meta());
     PlanRecorder recorder;
     step(shapes, train);
-    it = plans_.emplace(std::move(key), recorder.finish()).first;
+    it = shapes_.try_emplace(std::move(key)).first;
+    it->second.plan = recorder.finish();
   }
   return it->second;
 }
 
 void Stepper::reserve(const BatchBuilder& batch, bool train) {
-  memory_.reserve(plan(batch, train));
+  memory_.reserve(shape(batch, train).plan);
 }
 
+void Stepper::forget_plans() { shapes_.clear(), graph_count_ = 0; }
+
 std::vector<float> Stepper::run(const BatchBuilder& builder, bool train) {
-  const StepPlan& step_plan = plan(builder, train);
-  memory_.reserve(step_plan);
-  MemoryTag tag(Category::workspace);
-  const Batch batch = builder.to(model_.device());
-  const MemoryTag activations(Category::activations);
-  const StepMemory::Scope scope(memory_, step_plan);
-  return step(batch, train).to_vector<float>();
+  Shape& own = shape(builder, train);
+  memory_.reserve(own.plan);
+  const MemoryTag workspace(Category::workspace);
+  const Batch batch = builder.to(buffer_);
+  const auto issue = [&] {
+    const MemoryTag activations(Category::activations);
+    const StepMemory::Scope scope(memory_, own.plan);
+    copy(buffer_.results(), step(batch, train));
+  };
+  const bool moved = own.memory != memory_.base() || own.batch != buffer_.base();
+  constexpr int most_graphs = 64;  // each holds some megabytes
+  if (graphs_ && own.seen && (own.graph == nullptr ? graph_count_ < most_graphs : moved)) {
+    graph_count_ += own.graph == nullptr;
+    own.graph = std::make_unique<cuda::Graph>(issue);
+    own.memory = memory_.base(), own.batch = buffer_.base();
+  }
+  if (own.graph != nullptr)
+    own.graph->launch();
+  else
+    issue();
+  own.seen = true;
+  return buffer_.read_results();
 }
 
 }  // namespace qlab

@@ -1,7 +1,9 @@
 // Runs forward and backward of one micro-batch in memory that was reserved before. The first time a
 // shape occurs it is planned on the meta device; a shape that does not fit fails before any work.
+// On a GPU a shape that occurs again is recorded as a graph, and is one launch from then on.
 #pragma once
 #include <map>
+#include <memory>
 #include <vector>
 
 #include "core/memory.h"
@@ -11,22 +13,34 @@ namespace qlab {
 
 class Stepper {
  public:
-  Stepper(const Llama& model, bool recompute);
+  /// Without `graphs` every kernel is launched by itself; the bits are the same.
+  Stepper(const Llama& model, bool recompute, bool graphs = true);
 
   /// Plans and reserves, so that the largest micro-batch of a run is refused or accepted at once.
   void reserve(const BatchBuilder& batch, bool train);
+  /// After a change of what the model holds, on which plans and graphs rest.
+  void forget_plans();
   /// nll of every trained row, on the host. With `train` the gradients of the batch's adapters grow
   /// by those of sum_r scale_r nll_r.
   std::vector<float> run(const BatchBuilder& batch, bool train);
 
  private:
-  const StepPlan& plan(const BatchBuilder& batch, bool train);
+  struct Shape {
+    StepPlan plan;
+    bool seen = false;
+    std::unique_ptr<cuda::Graph> graph;
+    const void* memory = nullptr;  // what the graph's addresses rest on
+    const void* batch = nullptr;
+  };
+  Shape& shape(const BatchBuilder& batch, bool train);
   Tensor step(const Batch& batch, bool train) const;
 
   const Llama& model_;
-  bool recompute_;
+  bool recompute_, graphs_;
   StepMemory memory_;
-  std::map<std::vector<int64_t>, StepPlan> plans_;
+  BatchBuffer buffer_;
+  std::map<std::vector<int64_t>, Shape> shapes_;
+  int graph_count_ = 0;
 };
 
 }  // namespace qlab

@@ -39,8 +39,10 @@ void Terminal::progress(const TrainProgress& p) {
       std::find_if(lines_.begin(), lines_.end(), [&](const Line& l) { return l.name == p.name; });
   const bool first = line == lines_.end();
   if (first) line = lines_.insert(lines_.end(), {p.name, "", {}});
-  line->text = fmt::format("{}  step {}/{}  loss {:.4f}  {:.0f} tokens/s  {} left", p.name, p.step,
-                           p.total_steps, p.loss, p.tokens_per_s, duration(p.seconds_left));
+  line->text = fmt::format("{}  step {}/{}  loss {:.4f}  {:.0f} tokens/s{}  {} left", p.name,
+                           p.step, p.total_steps, p.loss, p.tokens_per_s,
+                           p.mfu > 0 ? fmt::format("  {:.0f} % MFU", 100 * p.mfu) : "",
+                           duration(p.seconds_left));
   if (!live_) {
     // Without a terminal a line now and then is enough to see that it goes on.
     constexpr auto quiet = std::chrono::seconds(20);

@@ -6,6 +6,7 @@
 
 #include "core/ops/copy.h"
 #include "data/file.h"
+#include "experiments/throughput.h"
 #include "nn/adapter_file.h"
 
 namespace qlab {
@@ -16,6 +17,12 @@ using Clock = std::chrono::steady_clock;
 
 double seconds_since(Clock::time_point start) {
   return std::chrono::duration<double>(Clock::now() - start).count();
+}
+
+double median(std::vector<double> values) {
+  const auto middle = values.begin() + static_cast<std::ptrdiff_t>(values.size() / 2);
+  std::nth_element(values.begin(), middle, values.end());
+  return *middle;
 }
 
 double scalar(const Tensor& t) { return t.to_vector<float>()[0]; }
@@ -159,6 +166,22 @@ void TrialRun::write_status(const char* status, const std::string& error) {
       {"peak_bytes", memory_account(device).peak},
       {"gang_size", gang_size_},
       {"device", device_description(device)}};
+  // The first steps plan, choose algorithms and record graphs.
+  constexpr size_t warming = 3;
+  if (timed_.size() > warming) {
+    std::vector<double> seconds, rates, flops;
+    for (auto t = timed_.begin() + warming; t != timed_.end(); ++t) {
+      seconds.push_back(t->seconds);
+      rates.push_back(static_cast<double>(t->tokens) / t->seconds);
+      flops.push_back(t->flops / t->seconds);
+    }
+    json["step_seconds_median"] = median(seconds);
+    json["tokens_per_s_median"] = median(rates);
+    json["model_flops_per_s_median"] = median(flops);
+    if (device.is_cuda())
+      if (const double peak = peak_flops(device_description(device)); peak > 0)
+        json["mfu"] = median(flops) / peak;
+  }
   if (evaluated_step_ >= 0) {
     json["eval_loss_0"] = first_eval_loss_;
     json["eval_loss"] = last_eval_loss_;
@@ -172,12 +195,14 @@ void TrialRun::save_adapter_files() {
   save_adapter(files_.dir() + "/adapter", *adapter_, config_.model.path);
 }
 
-Gang::Gang(Library& library, const Llama& model, std::vector<TrialRun*> trials,
-           TrainCallbacks callbacks)
+Gang::Gang(Library& library, Llama& model, std::vector<TrialRun*> trials, TrainCallbacks callbacks)
     : base_evaluations_(library.base_evaluations()),
       trials_(std::move(trials)),
       callbacks_(std::move(callbacks)),
-      stepper_(model, trials_.at(0)->config_.train.recompute == "full") {
+      model_(model),
+      stepper_(model, trials_.at(0)->config_.train.recompute == "full",
+               trials_.at(0)->config_.train.graphs),
+      peak_flops_(model.device().is_cuda() ? peak_flops(device_description(model.device())) : 0) {
   for (TrialRun* t : trials_) t->gang_size_ = static_cast<int64_t>(trials_.size());
 }
 
@@ -211,7 +236,21 @@ void Gang::reserve() {
     }
     largest.add(sequences, t->adapter_.get(), true, 0.0f);
   }
-  if (largest.tokens() > 0) stepper_.reserve(largest, true);
+  if (largest.tokens() == 0) return;
+  stepper_.reserve(largest, true);
+  hold_weights(largest);
+}
+
+// What the largest step and a reserve for other programs leave free may hold expanded weights.
+void Gang::hold_weights(const BatchBuilder& largest) {
+  const Device device = model_.device();
+  const std::string& wish = trials_.at(0)->config_.quant.resident.text;
+  if (!device.is_cuda()) return;
+  constexpr int64_t spared = int64_t{1} << 30;
+  const int64_t budget =
+      wish == "auto" ? static_cast<int64_t>(cuda::memory_info(device.index).free_bytes) - spared
+                     : parse_bytes(wish).value_or(0);
+  if (model_.hold_resident(budget, largest.to(device.meta()))) stepper_.forget_plans();
 }
 
 void Gang::evaluate_due() {
@@ -233,10 +272,12 @@ void Gang::train_step() {
   const auto start = Clock::now();
   const std::vector<TrialRun*> active = running();
   int64_t micro_batches = 0;
+  double flops = 0;
   for (TrialRun* t : active) {
     micro_batches = std::max(micro_batches, t->config_.train.grad_accum);
     fill_zero(t->adapter_->gradients());
     t->loss_ = 0;
+    t->step_tokens_ = 0;
     t->window_tokens_ = t->window_batches_ = 0;
     for (int64_t m = 0; m < t->config_.train.grad_accum; ++m) {
       const std::vector<Sequence> batch = t->micro_batch(t->progress_.step, m);
@@ -254,7 +295,8 @@ void Gang::train_step() {
       int64_t trained = 0;
       for (const Sequence& s : batch) {
         trained += trained_tokens(s);
-        t->progress_.tokens += static_cast<int64_t>(s.ids.size());
+        t->step_tokens_ += static_cast<int64_t>(s.ids.size());
+        flops += model_flops(model_.config(), static_cast<int64_t>(s.ids.size()));
       }
       if (batch.empty()) continue;
       // tokens: one mean over the whole window. microbatch: the mean of the micro-batches' means.
@@ -274,9 +316,15 @@ void Gang::train_step() {
       rows[i].first->loss_ += sum * rows[i].second;
     }
   }
-  for (TrialRun* t : active) t->update();
+  for (TrialRun* t : active) {
+    t->progress_.tokens += t->step_tokens_;
+    t->update();
+  }
   const double seconds = seconds_since(start);
-  for (TrialRun* t : active) t->progress_.seconds += seconds;
+  for (TrialRun* t : active) {
+    t->progress_.seconds += seconds;
+    t->timed_.push_back({seconds, t->step_tokens_, flops});
+  }
 }
 
 void Gang::run() {
@@ -308,6 +356,9 @@ void Gang::run() {
       callbacks_.progress({t->name_, t->progress_.step, t->total_steps_, t->loss_,
                            static_cast<double>(t->progress_.tokens) / t->progress_.seconds,
                            per_step * static_cast<double>(t->total_steps_ - t->progress_.step),
+                           peak_flops_ > 0 && !t->timed_.empty()
+                               ? t->timed_.back().flops / t->timed_.back().seconds / peak_flops_
+                               : 0,
                            t->progress_.step == t->total_steps_});
     }
   }

@@ -60,7 +60,16 @@ class TrialRun {
   double first_eval_loss_ = 0, last_eval_loss_ = 0, best_eval_loss_ = 0;
   bool fresh_ = false;  // the adapter is still the identity: B is zero
 
+  /// A step of this process: how long it took, this trial's tokens, the gang's model_flops().
+  struct Timed {
+    double seconds;
+    int64_t tokens;
+    double flops;
+  };
+  std::vector<Timed> timed_;
+
   // Of the step being taken.
+  int64_t step_tokens_ = 0;
   double loss_ = 0, lr_ = 0;
   int64_t window_tokens_ = 0, window_batches_ = 0;  // the last window of a run may be shorter
 };
@@ -70,6 +79,7 @@ struct TrainProgress {
   std::string name;
   int64_t step, total_steps;
   double loss, tokens_per_s, seconds_left;
+  double mfu;  // model FLOP utilization of the last step; 0 where the peak is unknown
   bool last;
 };
 struct TrainCallbacks {
@@ -80,14 +90,14 @@ struct TrainCallbacks {
 class Gang {
  public:
   /// Trials of one base (equal base_key) and one recompute setting.
-  Gang(Library& library, const Llama& model, std::vector<TrialRun*> trials,
-       TrainCallbacks callbacks);
+  Gang(Library& library, Llama& model, std::vector<TrialRun*> trials, TrainCallbacks callbacks);
   /// Until every trial has finished, failed or was interrupted. Throws OutOfMemory before the first
   /// step when the gang does not fit.
   void run();
 
  private:
   void reserve();
+  void hold_weights(const BatchBuilder& largest);
   void evaluate_due();
   void train_step();
   std::vector<TrialRun*> running() const;
@@ -95,7 +105,9 @@ class Gang {
   std::map<const Dataset*, Evaluation>& base_evaluations_;
   std::vector<TrialRun*> trials_;
   TrainCallbacks callbacks_;
+  Llama& model_;
   Stepper stepper_;
+  double peak_flops_;  // of the device, 0 where unknown
 };
 
 }  // namespace qlab

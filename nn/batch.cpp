@@ -1,6 +1,7 @@
 #include "nn/batch.h"
 
 #include <algorithm>
+#include <cstring>
 
 #include "core/ops/cross_entropy.h"
 
@@ -29,10 +30,8 @@ void BatchBuilder::add(const std::vector<Sequence>& sequences, const Adapter* ad
   segments_.push_back(segment);
 }
 
-Batch BatchBuilder::to(Device device) const {
-  const auto place = [&]<class T>(const std::vector<T>& values) {
-    return Tensor::from_vector(values, {static_cast<int64_t>(values.size())}, device);
-  };
+template <class Place>
+Batch BatchBuilder::placed(const Place& place) const {
   Batch batch;
   batch.ids = place(ids_);
   batch.positions = place(positions_);
@@ -44,6 +43,70 @@ Batch BatchBuilder::to(Device device) const {
   batch.scale = place(scale_);
   batch.segments = segments_;
   return batch;
+}
+
+Batch BatchBuilder::to(Device device) const {
+  return placed([&]<class T>(const std::vector<T>& values) {
+    return Tensor::from_vector(values, {static_cast<int64_t>(values.size())}, device);
+  });
+}
+
+Batch BatchBuilder::to(BatchBuffer& buffer) const {
+  if (!buffer.device().is_cuda()) {
+    buffer.results_ = Tensor::empty({loss_tokens()}, DType::f32, buffer.device());
+    return to(buffer.device());
+  }
+  constexpr int64_t alignment = 256;
+  const auto aligned = [](int64_t bytes) {
+    return (bytes + alignment - 1) / alignment * alignment;
+  };
+  int64_t end = 0;
+  placed([&]<class T>(const std::vector<T>& values) {
+    end += aligned(static_cast<int64_t>(values.size() * sizeof(T)));
+    return Tensor();
+  });
+  buffer.reserve(end + aligned(loss_tokens() * static_cast<int64_t>(sizeof(float))));
+  int64_t offset = 0;
+  const auto take = [&](int64_t count, DType dtype) {
+    const Tensor view = buffer.block_.bytes_at(offset, {count}, dtype);
+    offset += aligned(view.bytes());
+    return view;
+  };
+  Batch batch = placed([&]<class T>(const std::vector<T>& values) {
+    if (!values.empty())
+      std::memcpy(buffer.host_ + offset, values.data(), values.size() * sizeof(T));
+    return take(static_cast<int64_t>(values.size()), dtype_of<T>());
+  });
+  cuda::copy_async(buffer.block_.raw(), buffer.host_, static_cast<size_t>(end));
+  buffer.results_ = take(loss_tokens(), DType::f32);
+  return batch;
+}
+
+BatchBuffer::~BatchBuffer() {
+  if (host_ != nullptr) cuda::release_pinned(host_);
+}
+
+void BatchBuffer::reserve(int64_t bytes) {
+  if (bytes <= host_bytes_) return;
+  bytes += bytes / 2;
+  if (host_ != nullptr) cuda::release_pinned(host_);
+  host_ = nullptr, host_bytes_ = 0;
+  block_ = Tensor();
+  const MemoryTag tag(Category::workspace);
+  block_ = Tensor::empty({bytes}, DType::u8, device_);
+  host_ = static_cast<char*>(cuda::allocate_pinned(static_cast<size_t>(bytes)));
+  if (host_ == nullptr)
+    fail("{} of page-locked host memory for a batch could not be had", format_bytes(bytes));
+  host_bytes_ = bytes;
+}
+
+std::vector<float> BatchBuffer::read_results() const {
+  if (!device_.is_cuda()) return results_.to_vector<float>();
+  std::vector<float> values(static_cast<size_t>(results_.numel()));
+  cuda::copy_async(host_, results_.raw(), static_cast<size_t>(results_.bytes()));
+  synchronize(device_);
+  if (!values.empty()) std::memcpy(values.data(), host_, values.size() * sizeof(float));
+  return values;
 }
 
 std::vector<int64_t> BatchBuilder::shape_key() const {

@@ -37,6 +37,33 @@ struct Batch {
   std::vector<Segment> segments;
 };
 
+/// Where one batch after another lies on a device, and its page-locked twin on the host: placing a
+/// batch is one copy. The previous batch must have been used up.
+class BatchBuffer {
+ public:
+  explicit BatchBuffer(Device device) : device_(device) {}
+  ~BatchBuffer();
+  BatchBuffer(const BatchBuffer&) = delete;
+  BatchBuffer& operator=(const BatchBuffer&) = delete;
+
+  Device device() const { return device_; }
+  /// Changes when the buffer grows.
+  const void* base() const { return block_.defined() ? block_.raw() : nullptr; }
+  /// fp32 [rows] behind the batch, for what comes back: the nll of its rows.
+  Tensor results() const { return results_; }
+  /// Their values, once everything issued has run.
+  std::vector<float> read_results() const;
+
+ private:
+  friend class BatchBuilder;
+  void reserve(int64_t bytes);
+
+  Device device_;
+  Tensor block_, results_;
+  char* host_ = nullptr;
+  int64_t host_bytes_ = 0;
+};
+
 /// Builds a batch on the host, then places it on a device, or on meta to plan a step of its shape.
 class BatchBuilder {
  public:
@@ -44,12 +71,17 @@ class BatchBuilder {
   void add(const std::vector<Sequence>& sequences, const Adapter* adapter, bool dropout,
            float scale);
   Batch to(Device device) const;
+  /// The same in `buffer`: equal shapes get equal addresses.
+  Batch to(BatchBuffer& buffer) const;
   int64_t tokens() const { return static_cast<int64_t>(ids_.size()); }
   int64_t loss_tokens() const { return static_cast<int64_t>(loss_rows_.size()); }
   /// Two batches with equal keys run the same operations on the same shapes.
   std::vector<int64_t> shape_key() const;
 
  private:
+  template <class Place>
+  Batch placed(const Place& place) const;
+
   std::vector<int32_t> ids_, positions_, cu_seqlens_{0}, loss_rows_, labels_;
   std::vector<int64_t> examples_;
   std::vector<float> scale_;

@@ -8,14 +8,14 @@
 
 #include "autograd/functions.h"
 #include "nn/batch.h"
+#include "nn/linear.h"
 #include "nn/llama_config.h"
-#include "nn/lora.h"
 
 namespace qlab {
 
 struct DecoderLayer {
   Tensor input_layernorm, post_attention_layernorm;  // fp32 [hidden]
-  Linear q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj;
+  LinearGroup qkv_proj, o_proj, gate_up_proj, down_proj;
 };
 
 /// Keys and values of one sequence while it is generated: per layer [capacity, kv_size].
@@ -39,6 +39,13 @@ class Llama {
   DType compute_dtype() const { return compute_; }
   Device device() const { return device_; }
 
+  /// Whether adapters are computed inside the products with the weights (nn/linear.h). On by
+  /// default where weights are expanded for a GPU anyway.
+  void set_folded(bool folded);
+  /// Keeps as many groups of linear modules as fit into `budget` bytes expanded, with room for the
+  /// adapters of batches like `batch`; the first layers come first. 0 drops what was held. True
+  /// when anything changed. Needs folded adapters; the values are the same either way.
+  bool hold_resident(int64_t budget, const Batch& batch);
   std::vector<std::string> linear_names() const;
   std::vector<Adapter::Shape> adapter_shapes(const LoraSpec& spec) const;
 

@@ -3,10 +3,7 @@
 #include <cmath>
 #include <regex>
 
-#include "core/ops/add.h"
 #include "core/ops/copy.h"
-#include "core/ops/dropout.h"
-#include "core/ops/gemm.h"
 #include "core/random.h"
 
 namespace qlab {
@@ -134,92 +131,6 @@ const LoraModule& Adapter::module(const std::string& name) const {
 void Adapter::refresh() const {
   if (spec_.dtype == DType::bf16) copy(parameters_, cast(parameters_, DType::bf16));
   if (compute_.defined()) copy(compute_, parameters_);
-}
-
-namespace {
-
-struct Part {  // one segment's adapter on one module
-  int64_t begin, end;
-  const LoraModule* lora;
-  DropoutKey dropout;
-};
-
-std::vector<Part> parts_of(const Linear& module, const Batch& batch) {
-  std::vector<Part> parts;
-  for (const Segment& s : batch.segments)
-    if (s.adapter != nullptr && s.end > s.begin)
-      if (const LoraModule* lora = s.adapter->find(module.index)) {
-        const double p = s.dropout ? s.adapter->spec().dropout : 0;
-        parts.push_back({s.begin, s.end, lora, {lora->dropout_key, static_cast<float>(p)}});
-      }
-  return parts;
-}
-
-Tensor dropped(const Tensor& x, const Part& part, const Batch& batch) {
-  const Tensor rows = x.slice_rows(part.begin, part.end);
-  if (part.dropout.p == 0) return rows;
-  return dropout(rows, batch.examples.slice_rows(part.begin, part.end),
-                 batch.positions.slice_rows(part.begin, part.end), part.dropout);
-}
-
-// r columns at a pitch of 16, so that every row starts aligned whatever r is.
-Tensor low_rank(int64_t rows, int64_t r, const Tensor& like) {
-  return Tensor::pitched(rows, r, (r + 15) / 16 * 16, like.dtype(), like.device());
-}
-
-Tensor lora_backward(const Tensor& g, const Node& node, const Linear& module, const Batch& batch,
-                     const std::vector<Part>& parts) {
-  Tensor dx;
-  if (node.needs(0)) dx = matmul_nn(g, module.weight.dense(g.dtype(), g.device()));
-  for (size_t i = 0; i < parts.size(); ++i) {
-    const Part& part = parts[i];
-    const LoraModule& lora = *part.lora;
-    const Tensor dy = g.slice_rows(part.begin, part.end);
-    const int64_t rows = part.end - part.begin, r = lora.a.dim(0);
-    const Tensor s = node.saved("linear.s").slice_rows(part.begin, part.end).slice_cols(0, r);
-    gemm(lora.db, dy, Op::transpose, s, Op::none, lora.scale, 1.0f);
-    const Tensor ds = low_rank(rows, r, g);
-    gemm(ds, dy, Op::none, lora.b_compute, Op::none, lora.scale);
-    gemm(lora.da, ds, Op::transpose, dropped(node.saved("linear.x"), part, batch), Op::none, 1.0f,
-         1.0f);
-    if (!dx.defined()) continue;
-    const Tensor target = dx.slice_rows(part.begin, part.end);
-    if (part.dropout.p == 0) {
-      gemm(target, ds, Op::none, lora.a_compute, Op::none, 1.0f, 1.0f);
-    } else {
-      dropout_add(target, matmul_nn(ds, lora.a_compute),
-                  batch.examples.slice_rows(part.begin, part.end),
-                  batch.positions.slice_rows(part.begin, part.end), part.dropout);
-    }
-  }
-  return dx;
-}
-
-}  // namespace
-
-Variable linear(Tape& tape, const Variable& x, const Linear& module, const Batch& batch) {
-  const Tensor y = matmul_nt(x.value, module.weight.dense(x.value.dtype(), x.value.device()));
-  if (module.bias.defined()) add_bias(y, module.bias);
-  const std::vector<Part> parts = parts_of(module, batch);
-  Tensor s;  // A dropout(x) of every segment, at the widest rank
-  int64_t width = 0;
-  for (const Part& part : parts) width = std::max(width, part.lora->a.dim(0));
-  if (width > 0) s = low_rank(x.value.dim(0), width, x.value);
-  for (const Part& part : parts) {
-    const LoraModule& lora = *part.lora;
-    const Tensor rows = s.slice_rows(part.begin, part.end).slice_cols(0, lora.a.dim(0));
-    gemm(rows, dropped(x.value, part, batch), Op::none, lora.a_compute, Op::transpose);
-    gemm(y.slice_rows(part.begin, part.end), rows, Op::none, lora.b_compute, Op::transpose,
-         lora.scale, 1.0f);
-  }
-  std::vector<Slot> slots;
-  if (!parts.empty()) slots = {{"linear.x", x.value}, {"linear.s", s}};
-  return tape.record(
-      "linear", y, {x}, std::move(slots),
-      [&module, batch, parts](const Tensor& g, const Node& node) {
-        return std::vector<Tensor>{lora_backward(g, node, module, batch, parts)};
-      },
-      !parts.empty());
 }
 
 }  // namespace qlab

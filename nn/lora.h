@@ -1,26 +1,15 @@
 // LoRA (Hu et al. 2021, eq. 3), with PEFT's semantics:
 //   y = W x + scale B A dropout(x),   A [r, in], B [out, r],   scale = alpha / r or alpha / sqrt(r)
-// A starts uniform in +-1/sqrt(in), B at zero. Tokens of several trials share one product with W;
-// each segment of tokens meets its own A and B.
+// A starts uniform in +-1/sqrt(in), B at zero. nn/linear.h computes with them.
 #pragma once
 #include <map>
 #include <optional>
 #include <string>
 #include <vector>
 
-#include "autograd/tape.h"
-#include "nn/batch.h"
-#include "quant/weight.h"
+#include "core/tensor.h"
 
 namespace qlab {
-
-/// A frozen linear module of the base model.
-struct Linear {
-  int index = 0;     // among the model's linears, in the order of the layers
-  std::string name;  // model.layers.0.self_attn.q_proj
-  Weight weight;
-  Tensor bias;  // fp32 [out], or undefined
-};
 
 struct LoraSpec {
   int64_t r = 16;
@@ -75,8 +64,5 @@ class Adapter {
   Tensor parameters_, gradients_, compute_;
   std::map<int, LoraModule> modules_;
 };
-
-/// x [T, in] through the base and, segment by segment, through the adapters.
-Variable linear(Tape& tape, const Variable& x, const Linear& module, const Batch& batch);
 
 }  // namespace qlab

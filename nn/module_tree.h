@@ -6,6 +6,7 @@
 
 #include "nn/llama_config.h"
 #include "nn/lora.h"
+#include "quant/weight.h"
 
 namespace qlab {
 

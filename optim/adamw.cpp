@@ -16,14 +16,11 @@ void check_flat(const char* op, const char* name, const Tensor& x, int64_t n, co
 
 }  // namespace
 
-void grad_norm(const Tensor& norm, const Tensor& grad) {
+void grad_norm(const Tensor& norm, const Tensor& grad, const Tensor& workspace) {
   check_flat("grad_norm", "grad", grad, grad.numel(), grad);
   check_flat("grad_norm", "norm", norm, 1, grad);
-  Tensor workspace;
-  {
-    const MemoryTag tag(Category::workspace);
-    workspace = Tensor::empty({grad_norm_partials}, DType::f64, grad.device());
-  }
+  check_shape("grad_norm", "workspace", workspace, {grad_norm_partials});
+  check_device("grad_norm", grad, workspace);
   on_device(
       grad.device(), [&] { cpu::grad_norm(norm, grad, workspace); },
       [&] { cuda::grad_norm(norm, grad, workspace); });

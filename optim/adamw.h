@@ -30,9 +30,9 @@ QLAB_HD inline void adamw_rule(float& p, float& m, float& v, float g, const Adam
   p -= s.lr / s.correction1 * m / denominator;
 }
 
-/// norm [1] fp32 = sqrt(sum g^2), in a fixed order; partial sums in `workspace` (fp64 on both
-/// devices), which the entry allocates.
-void grad_norm(const Tensor& norm, const Tensor& grad);
+/// norm [1] fp32 = sqrt(sum g^2), in a fixed order; `workspace` takes the partial sums, fp64
+/// [grad_norm_partials].
+void grad_norm(const Tensor& norm, const Tensor& grad, const Tensor& workspace);
 /// param, grad, m, v: fp32 [n]. step: fp32 [8] on the same device. norm: fp32 [1].
 void adamw(const Tensor& param, const Tensor& m, const Tensor& v, const Tensor& grad,
            const Tensor& step, const Tensor& norm);

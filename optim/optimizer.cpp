@@ -2,6 +2,8 @@
 
 #include <cmath>
 
+#include "core/ops/copy.h"
+
 namespace qlab {
 
 AdamW::AdamW(const AdamWConfig& config, int64_t parameters, Device device) : config_(config) {
@@ -9,6 +11,8 @@ AdamW::AdamW(const AdamWConfig& config, int64_t parameters, Device device) : con
   m_ = Tensor::zeros({parameters}, DType::f32, device);
   v_ = Tensor::zeros({parameters}, DType::f32, device);
   norm_ = Tensor::zeros({1}, DType::f32, device);
+  step_ = Tensor::empty({8}, DType::f32, device);
+  partials_ = Tensor::empty({grad_norm_partials}, DType::f64, device);
 }
 
 void AdamW::step(const Tensor& parameters, const Tensor& gradients, float lr) {
@@ -23,13 +27,11 @@ void AdamW::step(const Tensor& parameters, const Tensor& gradients, float lr) {
       static_cast<float>(1.0 - std::pow(static_cast<double>(config_.beta1), t)),
       static_cast<float>(std::sqrt(1.0 - std::pow(static_cast<double>(config_.beta2), t))),
       config_.max_grad_norm};
-  const MemoryTag tag(Category::workspace);
-  const Tensor step =
-      Tensor::from_vector<float>({s.lr, s.beta1, s.beta2, s.eps, s.weight_decay, s.correction1,
-                                  s.correction2_sqrt, s.max_grad_norm},
-                                 {8}, parameters.device());
-  qlab::grad_norm(norm_, gradients);
-  adamw(parameters, m_, v_, gradients, step, norm_);
+  copy(step_, Tensor::from_vector<float>({s.lr, s.beta1, s.beta2, s.eps, s.weight_decay,
+                                          s.correction1, s.correction2_sqrt, s.max_grad_norm},
+                                         {8}, Device::cpu()));
+  qlab::grad_norm(norm_, gradients, partials_);
+  adamw(parameters, m_, v_, gradients, step_, norm_);
 }
 
 }  // namespace qlab

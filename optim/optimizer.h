@@ -24,7 +24,7 @@ class AdamW {
 
  private:
   AdamWConfig config_;
-  Tensor m_, v_, norm_;
+  Tensor m_, v_, norm_, step_, partials_;
   int64_t steps_ = 0;
 };
 

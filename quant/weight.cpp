@@ -44,11 +44,15 @@ Tensor Weight::dense(DType dtype, Device device) const {
   if (format_ != WeightFormat::nf4 && dense_.dtype() == dtype) return dense_;
   const MemoryTag tag(Category::workspace);
   Tensor scratch = Tensor::empty(shape_, dtype, device);
-  if (format_ == WeightFormat::nf4)
-    dequantize_nf4(scratch, nf4_);
-  else
-    copy(scratch, dense_);
+  expand(scratch);
   return scratch;
+}
+
+void Weight::expand(const Tensor& y) const {
+  if (format_ == WeightFormat::nf4)
+    dequantize_nf4(y, nf4_);
+  else
+    copy(y, dense_);
 }
 
 }  // namespace qlab

@@ -31,6 +31,8 @@ class Weight {
   /// The values in `dtype`: the storage itself when it already has it, otherwise a scratch of the
   /// caller's step, on `device` (the weight's own, or its meta twin in a dry run).
   Tensor dense(DType dtype, Device device) const;
+  /// Writes the values to y [N, K], whose row pitch is honoured.
+  void expand(const Tensor& y) const;
 
  private:
   Shape shape_;

@@ -5,6 +5,10 @@
 namespace qlab::test {
 namespace {
 
+Tensor workspace(const Tensor& like) {
+  return Tensor::empty({grad_norm_partials}, DType::f64, like.device());
+}
+
 using AdamwTest = OpTest;
 INSTANTIATE_TEST_SUITE_P(Ops, AdamwTest, testing::Values(cpu_f32, cuda_f32), name);
 
@@ -29,7 +33,7 @@ struct State {
         v(Tensor::zeros(param.shape(), DType::f32, c.device)),
         norm(Tensor::zeros({1}, DType::f32, c.device)) {}
   void step(const Tensor& grad, const AdamWStep& s, const Case& c) {
-    grad_norm(norm, grad);
+    grad_norm(norm, grad, workspace(grad));
     adamw(param, m, v, grad, tensor_of_step(s, c), norm);
   }
 };
@@ -99,12 +103,13 @@ TEST_P(AdamwTest, NormIsExactToFloat32) {
     const Tensor g = random_f32({n}, 1e3), norm = Tensor::zeros({1}, DType::f32, device());
     double squares = 0;
     for (const double x : values(g)) squares += x * x;
-    grad_norm(norm, g);
+    grad_norm(norm, g, workspace(g));
     EXPECT_NEAR(values(norm)[0], std::sqrt(squares), 0x1p-23 * std::sqrt(squares)) << n;
   }
   // The square of 1e30 is beyond fp32, the norm is not.
   const Tensor norm = Tensor::zeros({1}, DType::f32, device());
-  grad_norm(norm, tensor({3e30, 4e30}, {2}, GetParam()));
+  const Tensor large = tensor({3e30, 4e30}, {2}, GetParam());
+  grad_norm(norm, large, workspace(large));
   EXPECT_NEAR(values(norm)[0] / 5e30, 1, 1e-6);
 }
 
@@ -140,8 +145,8 @@ TEST(Adamw, RejectsWhatDoesNotFit) {
   EXPECT_ERROR(adamw(s.param, s.m, s.v, f64, step, s.norm), "[adamw] grad must be float32");
   EXPECT_ERROR(adamw(s.param, s.m, s.v, g, three, s.norm), "[adamw] step must be [8]");
   EXPECT_ERROR(adamw(s.param, s.m, s.v, g, step, g), "[adamw] norm must be [1]");
-  EXPECT_ERROR(grad_norm(g, g), "[grad_norm] norm must be [1]");
-  EXPECT_ERROR(grad_norm(s.norm, f64), "[grad_norm] grad must be float32");
+  EXPECT_ERROR(grad_norm(g, g, workspace(g)), "[grad_norm] norm must be [1]");
+  EXPECT_ERROR(grad_norm(s.norm, f64, workspace(f64)), "[grad_norm] grad must be float32");
 }
 
 }  // namespace

@@ -102,7 +102,7 @@ TEST_P(Smollm2Test, TrainsAsPeft) {
 
   Library library;
   std::vector<std::unique_ptr<TrialRun>> runs;
-  const Llama* model = nullptr;
+  Llama* model = nullptr;
   for (const auto& [name, run] : golden_["runs"].items()) {
     const Config config = load_config(
         "",

@@ -42,11 +42,16 @@ Tensor cast(const Tensor& x, DType dtype) {
 
 void fill_zero(const Tensor& x) {
   if (x.numel() == 0) return;
-  QLAB_CHECK(x.contiguous(), "[fill_zero] needs contiguous memory, got {}", x.str());
-  const size_t bytes = static_cast<size_t>(x.bytes());
+  const bool whole = x.contiguous();
+  const size_t rows = whole ? 1 : x.rows(), bytes = x.bytes() / rows;
+  const size_t pitch = whole ? bytes : x.pitch() * size_of(x.dtype());
   on_device(
-      x.device(), [&] { std::memset(x.raw(), 0, bytes); },
-      [&] { cuda::fill_zero(x.raw(), bytes); });
+      x.device(),
+      [&] {
+        for (size_t i = 0; i < rows; ++i)
+          std::memset(static_cast<char*>(x.raw()) + i * pitch, 0, bytes);
+      },
+      [&] { cuda::fill_zero(x.raw(), pitch, bytes, rows); });
 }
 
 namespace cpu {

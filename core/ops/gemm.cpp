@@ -4,6 +4,7 @@
 #include <algorithm>
 
 #include "core/cpu/gemm_kernel.h"
+#include "core/ops/copy.h"
 #include "core/parallel.h"
 
 namespace qlab {
@@ -14,7 +15,7 @@ thread_local int64_t products = 0;
 int64_t gemm_count() { return products; }
 
 void gemm(const Tensor& c, const Tensor& a, Op op_a, const Tensor& b, Op op_b, float alpha,
-          float beta) {
+          float beta, const Tensor& addend, SplitK split_k) {
   QLAB_CHECK(a.rank() == 2 && b.rank() == 2 && c.rank() == 2,
              "[gemm] needs matrices, got {}, {} and {}", a.str(), b.str(), c.str());
   const int64_t m = a.dim(op_a == Op::none ? 0 : 1), k = a.dim(op_a == Op::none ? 1 : 0);
@@ -25,6 +26,9 @@ void gemm(const Tensor& c, const Tensor& a, Op op_a, const Tensor& b, Op op_b, f
                  !(a.dtype() == DType::f64 && c.dtype() != DType::f64),
              "[gemm] dtypes {}, {} into {}", name_of(a.dtype()), name_of(b.dtype()),
              name_of(c.dtype()));
+  const Tensor& d = addend.defined() ? addend : c;
+  QLAB_CHECK(d.shape() == c.shape() && d.dtype() == c.dtype(), "[gemm] cannot add {} to {}",
+             d.str(), c.str());
   check_device("gemm", c, a);
   check_device("gemm", c, b);
   ++products;
@@ -38,8 +42,12 @@ void gemm(const Tensor& c, const Tensor& a, Op op_a, const Tensor& b, Op op_b, f
     workspace = Tensor::empty({bytes}, DType::u8, device);
   }
   on_device(
-      device, [&] { cpu::gemm(c, a, op_a, b, op_b, alpha, beta, workspace); },
-      [&] { cuda::gemm(c, a, op_a, b, op_b, alpha, beta, workspace); });
+      device,
+      [&] {
+        if (addend.defined()) copy(c, addend);
+        cpu::gemm(c, a, op_a, b, op_b, alpha, beta, workspace);
+      },
+      [&] { cuda::gemm(c, a, op_a, b, op_b, alpha, beta, d, split_k, workspace); });
 }
 
 Tensor matmul_nt(const Tensor& x, const Tensor& w) {

@@ -1,5 +1,6 @@
-// Matrix products. C = alpha op(A) op(B) + beta C, row-major, any row pitch; products accumulate in
-// fp32 (fp64 for f64). A and B share a dtype; C has that dtype or f32.
+// Matrix products. C = alpha op(A) op(B) + beta D, D being C or another matrix; row-major, any row
+// pitch; products accumulate in fp32 (fp64 for f64). A and B share a dtype; C has that dtype or
+// f32.
 //
 // CPU: every element of C is the same sequence of fused multiply-adds over k
 // (core/cpu/gemm_kernel.h), whatever M, N, the tile it falls in or the number of threads: a row's
@@ -12,9 +13,14 @@ namespace qlab {
 
 enum class Op : uint8_t { none, transpose };
 
-/// op(A) is [M, K], op(B) is [K, N], C is [M, N].
+/// On a GPU, whether the library may cut K into parts: faster where the result is small, but then a
+/// row's bits depend on the number of rows.
+enum class SplitK : uint8_t { no, allowed };
+
+/// op(A) is [M, K], op(B) is [K, N], C is [M, N]; so is `addend`, D, of C's dtype: C itself unless
+/// given.
 void gemm(const Tensor& c, const Tensor& a, Op op_a, const Tensor& b, Op op_b, float alpha = 1.0f,
-          float beta = 0.0f);
+          float beta = 0.0f, const Tensor& addend = {}, SplitK split_k = SplitK::no);
 
 /// x [M, K] times w [N, K] transposed: a linear layer's forward. The result has x's dtype.
 Tensor matmul_nt(const Tensor& x, const Tensor& w);
@@ -34,6 +40,6 @@ namespace cuda {
 /// Scratch for the library; the same for every product.
 int64_t gemm_workspace(int64_t m, int64_t n, int64_t k, DType dtype);
 void gemm(const Tensor& c, const Tensor& a, Op op_a, const Tensor& b, Op op_b, float alpha,
-          float beta, const Tensor& workspace);
+          float beta, const Tensor& addend, SplitK split_k, const Tensor& workspace);
 }  // namespace cuda
 }  // namespace qlab

@@ -67,7 +67,7 @@ class TrainingTest : public testing::TestWithParam<Device> {
                             const std::function<bool()>& stop = {}) const {
     Library library;
     const Config& first = trials.at(0).second;
-    const Llama& model = library.base(first, compute_dtype(first, device()), device());
+    Llama& model = library.base(first, compute_dtype(first, device()), device());
     std::vector<std::unique_ptr<TrialRun>> runs;
     std::vector<TrialRun*> pointers;
     for (const auto& [name, c] : trials) {

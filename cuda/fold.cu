@@ -1,0 +1,94 @@
+#include "nn/fold.h"
+
+#include "cuda/launch.cuh"
+
+namespace qlab::cuda {
+namespace {
+
+constexpr int threads = 256;
+
+struct Part {
+  const float* a;
+  const float* b;
+  float scale;
+  int32_t row, rows, column, r;
+};
+template <int capacity>
+struct Parts {
+  int count;
+  Part part[capacity];
+};
+
+// One thread per eight neighbouring elements: first the columns beside W, row by row, then the rows
+// below it. Reads 4 and writes 2 (bf16) bytes per element of an adapter.
+template <class T, int capacity>
+__global__ void __launch_bounds__(threads)
+    fold_kernel(T* block, int64_t pitch, int n, int k, int width,
+                const __grid_constant__ Parts<capacity> parts) {
+  const int64_t index = static_cast<int64_t>(blockIdx.x) * threads + threadIdx.x;
+  const int64_t beside = static_cast<int64_t>(n) * (width / vector_width);
+  float v[vector_width] = {};
+  if (index < beside) {
+    const int row = static_cast<int>(index / (width / vector_width));
+    const int col = static_cast<int>(index % (width / vector_width)) * vector_width;
+    for (int p = 0; p < parts.count; ++p) {
+      const Part& part = parts.part[p];
+      const int local = row - part.row, first = col - part.column;
+      if (local < 0 || local >= part.rows || first < 0 || first >= part.r) continue;
+      const float* const b = part.b + static_cast<int64_t>(local) * part.r + first;
+#pragma unroll
+      for (int i = 0; i < vector_width; ++i)
+        if (first + i < part.r) v[i] = part.scale * b[i];
+    }
+    store(block + row * pitch + k + col, v);
+    return;
+  }
+  const int64_t below = index - beside;
+  const int row = static_cast<int>(below / (k / vector_width));
+  if (row >= width) return;
+  const int col = static_cast<int>(below % (k / vector_width)) * vector_width;
+  for (int p = 0; p < parts.count; ++p) {
+    const Part& part = parts.part[p];
+    const int local = row - part.column;
+    if (local < 0 || local >= part.r) continue;
+    const float* const a = part.a + static_cast<int64_t>(local) * k + col;
+#pragma unroll
+    for (int i = 0; i < vector_width; ++i) v[i] = a[i];
+  }
+  store(block + (n + row) * pitch + col, v);
+}
+
+template <class T, int capacity>
+void launch(const Tensor& block, int64_t width, std::span<const FoldPart> parts) {
+  Parts<capacity> table;
+  table.count = static_cast<int>(parts.size());
+  for (size_t i = 0; i < parts.size(); ++i)
+    table.part[i] = {.a = parts[i].a.data<float>(),
+                     .b = parts[i].b.data<float>(),
+                     .scale = parts[i].scale,
+                     .row = static_cast<int32_t>(parts[i].row),
+                     .rows = static_cast<int32_t>(parts[i].b.dim(0)),
+                     .column = static_cast<int32_t>(parts[i].column),
+                     .r = static_cast<int32_t>(parts[i].a.dim(0))};
+  const int64_t n = block.dim(0) - width, k = block.dim(1) - width;
+  const int64_t work = (n + k) * (width / vector_width);
+  fold_kernel<T, capacity><<<grid_of("fold_adapters", ceil_div<int64_t>(work, threads)), threads, 0,
+                             current_stream()>>>(block.data<T>(), block.pitch(),
+                                                 static_cast<int>(n), static_cast<int>(k),
+                                                 static_cast<int>(width), table);
+}
+
+}  // namespace
+
+void fold_adapters(const Tensor& block, int64_t width, std::span<const FoldPart> parts) {
+  QLAB_CHECK((block.dim(1) - width) % vector_width == 0 && rows_aligned16(block),
+             "[fold_adapters] a GPU needs rows that are multiples of 16 bytes, got {}",
+             block.str());
+  dispatch(CudaFloats{}, block.dtype(), "fold_adapters", [&]<class T>() {
+    parts.size() <= 32 ? launch<T, 32>(block, width, parts)
+                       : launch<T, max_fold_parts>(block, width, parts);
+  });
+  check_launch("fold_adapters");
+}
+
+}  // namespace qlab::cuda

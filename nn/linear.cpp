@@ -1,0 +1,324 @@
+#include "nn/linear.h"
+
+#include <algorithm>
+
+#include "core/ops/add.h"
+#include "core/ops/copy.h"
+#include "core/ops/dropout.h"
+#include "core/ops/gemm.h"
+#include "nn/fold.h"
+
+namespace qlab {
+namespace {
+
+/// One segment's adapter on one module.
+struct Part {
+  const LoraModule* lora;
+  int64_t row;  // of the group's outputs where the module begins
+  int64_t column;
+  DropoutKey dropout;
+
+  int64_t r() const { return lora->a.dim(0); }
+  int64_t out() const { return lora->b.dim(0); }
+};
+
+/// The adapters of one segment. Column 0 is that of the first segment.
+struct SegmentParts {
+  int64_t begin, end;  // token rows
+  int64_t column, width;
+  std::vector<Part> parts;
+
+  bool dropout() const { return parts.front().dropout.p > 0; }
+};
+
+struct Layout {
+  std::vector<SegmentParts> segments;  // those with an adapter on the group
+  int64_t width = 0;                   // columns in all
+  int64_t widest = 0;                  // of one segment
+};
+
+Layout layout_of(const LinearGroup& group, const Batch& batch) {
+  Layout layout;
+  for (const Segment& s : batch.segments) {
+    if (s.adapter == nullptr || s.end == s.begin) continue;
+    SegmentParts own{s.begin, s.end, layout.width, 0, {}};
+    const float p = s.dropout ? static_cast<float>(s.adapter->spec().dropout) : 0;
+    int64_t row = 0;
+    for (const Linear& member : group.members) {
+      if (const LoraModule* lora = s.adapter->find(member.index)) {
+        own.parts.push_back({lora, row, own.column + own.width, {lora->dropout_key, p}});
+        own.width += (lora->a.dim(0) + fold_step - 1) / fold_step * fold_step;
+      }
+      row += member.weight.out_features();
+    }
+    if (own.parts.empty()) continue;
+    layout.width += own.width;
+    layout.widest = std::max(layout.widest, own.width);
+    layout.segments.push_back(std::move(own));
+  }
+  return layout;
+}
+
+Tensor dropped(const Tensor& x, const SegmentParts& s, const Part& part, const Batch& batch) {
+  const Tensor rows = x.slice_rows(s.begin, s.end);
+  if (part.dropout.p == 0) return rows;
+  return dropout(rows, batch.examples.slice_rows(s.begin, s.end),
+                 batch.positions.slice_rows(s.begin, s.end), part.dropout);
+}
+
+/// The columns of `part` in a tensor whose column 0 is the segment's first.
+Tensor columns(const Tensor& s, const SegmentParts& segment, const Part& part) {
+  const int64_t first = part.column - segment.column;
+  return s.slice_cols(first, first + part.r());
+}
+
+/// da and db grow by those of the segment; dy [rows, N], s and ds [rows, width], ds = scale dy B.
+void adapter_gradients(const SegmentParts& segment, const Tensor& dy, const Tensor& s,
+                       const Tensor& ds, const Tensor& x, const Batch& batch) {
+  for (const Part& part : segment.parts) {
+    const LoraModule& lora = *part.lora;
+    gemm(lora.db, dy.slice_cols(part.row, part.row + part.out()), Op::transpose,
+         columns(s, segment, part), Op::none, lora.scale, 1.0f, {}, SplitK::allowed);
+    gemm(lora.da, columns(ds, segment, part), Op::transpose, dropped(x, segment, part, batch),
+         Op::none, 1.0f, 1.0f, {}, SplitK::allowed);
+  }
+}
+
+/// dx += mask (ds A) / (1 - p) of a segment with dropout, or += ds A.
+void add_adapter_dx(const Tensor& dx, const SegmentParts& segment, const Tensor& ds,
+                    const Batch& batch) {
+  const Tensor target = dx.slice_rows(segment.begin, segment.end);
+  for (const Part& part : segment.parts) {
+    const Tensor own = columns(ds, segment, part);
+    if (part.dropout.p == 0) {
+      gemm(target, own, Op::none, part.lora->a_compute, Op::none, 1.0f, 1.0f);
+      continue;
+    }
+    dropout_add(target, matmul_nn(own, part.lora->a_compute),
+                batch.examples.slice_rows(segment.begin, segment.end),
+                batch.positions.slice_rows(segment.begin, segment.end), part.dropout);
+  }
+}
+
+// ---- folded
+
+/// x itself when it has room for `width` more columns, otherwise a copy that has.
+Tensor with_room(const Tensor& x, int64_t width) {
+  const int64_t cols = x.dim(1) + width;
+  if (width == 0 || x.pitch() >= cols) return x;
+  Tensor y = Tensor::with_tail(x.dim(0), x.dim(1), width, x.dtype(), x.device());
+  copy(y, x);
+  return y;
+}
+
+/// The block [N + R, K + R] of nn/fold.h; without `expand` W is left out.
+Tensor folded_block(const LinearGroup& group, const Layout& layout, bool expand, DType dtype,
+                    Device device) {
+  const int64_t n = group.out_features(), k = group.in_features(), width = layout.width;
+  Tensor block = group.resident;
+  if (block.defined()) {
+    QLAB_CHECK(block.dim(0) >= n + width && block.dim(1) >= k + width,
+               "[linear] {} of {} held has no room for adapters of width {}",
+               group.members.front().name, block.str(), width);
+  } else {
+    const MemoryTag tag(Category::workspace);
+    block = Tensor::with_tail(n + width, k, width, dtype, device).widened(k + width);
+    int64_t row = 0;
+    for (const Linear& member : group.members) {
+      const int64_t end = row + member.weight.out_features();
+      if (expand) member.weight.expand(block.slice_rows(row, end).slice_cols(0, k));
+      row = end;
+    }
+  }
+  block = block.slice_rows(0, n + width).slice_cols(0, k + width);
+  if (width == 0 || device.is_meta()) return block;
+  std::vector<FoldPart> parts;
+  for (const SegmentParts& segment : layout.segments)
+    for (const Part& part : segment.parts)
+      parts.push_back({part.lora->a, part.lora->b, part.lora->scale, part.row, part.column});
+  fold_adapters(block, width, parts);
+  return block;
+}
+
+/// The tail of x: zeros wherever a row's own adapter does not write.
+Tensor cleared_tail(const Tensor& x, int64_t k, const Layout& layout, bool all_written) {
+  const Tensor tail = x.slice_cols(k, k + layout.width);
+  if (!all_written) fill_zero(tail);
+  return tail;
+}
+
+bool one_segment(const Layout& layout, int64_t rows) {
+  return layout.segments.size() == 1 && layout.segments[0].begin == 0 &&
+         layout.segments[0].end == rows;
+}
+
+/// s = A dropout(x) into the tail of x [T, K + R].
+void fill_s(const Tensor& x, const Tensor& block, const Layout& layout, const LinearGroup& group,
+            const Batch& batch) {
+  const int64_t k = group.in_features(), n = group.out_features();
+  const Tensor input = x.slice_cols(0, k);
+  // Rows of A between the parts are zero, so that a product over all of them clears the columns.
+  const bool written = one_segment(layout, x.dim(0)) && !layout.segments[0].dropout();
+  const Tensor tail = cleared_tail(x, k, layout, written);
+  for (const SegmentParts& segment : layout.segments) {
+    const Tensor rows = tail.slice_rows(segment.begin, segment.end);
+    const auto product = [&](const Tensor& in, int64_t first, int64_t last) {
+      gemm(rows.slice_cols(first, last), in, Op::none,
+           block.slice_rows(n + first, n + last).slice_cols(0, k), Op::transpose, 1.0f, 0.0f, {},
+           SplitK::allowed);
+    };
+    if (!segment.dropout()) {
+      product(input.slice_rows(segment.begin, segment.end), segment.column,
+              segment.column + segment.width);
+      continue;
+    }
+    for (const Part& part : segment.parts)
+      product(dropped(input, segment, part, batch), part.column, part.column + part.r());
+  }
+}
+
+Tensor folded_backward(const Tensor& incoming, const Node& node, const LinearGroup& group,
+                       const Batch& batch, const Layout& layout, Tensor& g) {
+  const int64_t n = group.out_features(), k = group.in_features(), width = layout.width;
+  g = with_room(incoming, width);
+  const Tensor block = folded_block(group, layout, node.needs(0), g.dtype(), g.device());
+  Tensor wide = g;
+  std::vector<Tensor> apart;  // ds of segments with dropout
+  if (width > 0) {
+    wide = g.widened(n + width);
+    const Tensor& x = node.saved("linear.x");
+    const bool written = one_segment(layout, g.dim(0)) && !layout.segments[0].dropout();
+    const Tensor tail = cleared_tail(wide, n, layout, written);
+    for (const SegmentParts& segment : layout.segments) {
+      const int64_t rows = segment.end - segment.begin, last = segment.column + segment.width;
+      Tensor ds =
+          segment.dropout()
+              ? Tensor::empty({rows, segment.width}, g.dtype(), g.device())
+              : tail.slice_rows(segment.begin, segment.end).slice_cols(segment.column, last);
+      const Tensor dy = g.slice_rows(segment.begin, segment.end);
+      gemm(ds, dy, Op::none, block.slice_rows(0, n).slice_cols(k + segment.column, k + last),
+           Op::none, 1.0f, 0.0f, {}, SplitK::allowed);
+      const Tensor rows_of_x = x.slice_rows(segment.begin, segment.end);
+      adapter_gradients(segment, dy, rows_of_x.slice_cols(k + segment.column, k + last), ds,
+                        x.slice_cols(0, k), batch);
+      if (segment.dropout()) apart.push_back(std::move(ds));
+    }
+  }
+  if (!node.needs(0)) return {};
+  const Tensor dx = matmul_nn(wide, block.slice_cols(0, k));
+  size_t next = 0;
+  for (const SegmentParts& segment : layout.segments)
+    if (segment.dropout()) add_adapter_dx(dx, segment, apart[next++], batch);
+  return dx;
+}
+
+// ---- separate
+
+Tensor separate_forward(const Tensor& x, const Tensor& y, const LinearGroup& group,
+                        const Batch& batch, const Layout& layout, const Tensor& residual,
+                        bool wanted) {
+  int64_t row = 0;
+  for (const Linear& member : group.members) {
+    if (!wanted) break;
+    const int64_t end = row + member.weight.out_features();
+    gemm(y.slice_cols(row, end), x, Op::none, member.weight.dense(x.dtype(), x.device()),
+         Op::transpose, 1.0f, residual.defined() ? 1.0f : 0.0f,
+         residual.defined() ? residual.slice_cols(row, end) : Tensor());
+    row = end;
+  }
+  if (layout.width == 0) return {};
+  const Tensor s = Tensor::empty({x.dim(0), layout.widest}, x.dtype(), x.device());
+  for (const SegmentParts& segment : layout.segments)
+    for (const Part& part : segment.parts) {
+      const LoraModule& lora = *part.lora;
+      const Tensor own = columns(s.slice_rows(segment.begin, segment.end), segment, part);
+      gemm(own, dropped(x, segment, part, batch), Op::none, lora.a_compute, Op::transpose);
+      if (!wanted) continue;
+      gemm(y.slice_rows(segment.begin, segment.end).slice_cols(part.row, part.row + part.out()),
+           own, Op::none, lora.b_compute, Op::transpose, lora.scale, 1.0f);
+    }
+  return s;
+}
+
+Tensor separate_backward(const Tensor& g, const Node& node, const LinearGroup& group,
+                         const Batch& batch, const Layout& layout) {
+  Tensor dx;
+  if (node.needs(0)) {
+    dx = Tensor::empty({g.dim(0), group.in_features()}, g.dtype(), g.device());
+    int64_t row = 0;
+    for (const Linear& member : group.members) {
+      const int64_t end = row + member.weight.out_features();
+      gemm(dx, g.slice_cols(row, end), Op::none, member.weight.dense(g.dtype(), g.device()),
+           Op::none, 1.0f, row == 0 ? 0.0f : 1.0f);
+      row = end;
+    }
+  }
+  for (const SegmentParts& segment : layout.segments) {
+    const Tensor dy = g.slice_rows(segment.begin, segment.end);
+    const Tensor ds = Tensor::empty({dy.dim(0), segment.width}, g.dtype(), g.device());
+    for (const Part& part : segment.parts)
+      gemm(columns(ds, segment, part), dy.slice_cols(part.row, part.row + part.out()), Op::none,
+           part.lora->b_compute, Op::none, part.lora->scale);
+    adapter_gradients(segment, dy, node.saved("linear.s").slice_rows(segment.begin, segment.end),
+                      ds, node.saved("linear.x"), batch);
+    if (dx.defined()) add_adapter_dx(dx, segment, ds, batch);
+  }
+  return dx;
+}
+
+void add_biases(const Tensor& y, const LinearGroup& group) {
+  int64_t row = 0;
+  for (const Linear& member : group.members) {
+    const int64_t end = row + member.weight.out_features();
+    if (member.bias.defined()) add_bias(y.slice_cols(row, end), member.bias);
+    row = end;
+  }
+}
+
+}  // namespace
+
+int64_t LinearGroup::out_features() const {
+  int64_t n = 0;
+  for (const Linear& member : members) n += member.weight.out_features();
+  return n;
+}
+
+int64_t LinearGroup::tail(const Batch& batch) const {
+  return folded ? layout_of(*this, batch).width : 0;
+}
+
+Variable linear(Tape& tape, const Variable& x, const LinearGroup& group, const Batch& batch,
+                const Variable& residual) {
+  const Layout layout = layout_of(group, batch);
+  const int64_t n = group.out_features(), width = layout.width;
+  const Tensor y = Tensor::empty({x.value.dim(0), n}, x.value.dtype(), x.value.device());
+  const bool wanted = tape.result_wanted();
+  std::vector<Slot> slots;
+  if (group.folded) {
+    const Tensor input = with_room(x.value, width);
+    const Tensor wide = width > 0 ? input.widened(input.dim(1) + width) : input;
+    const Tensor block = folded_block(group, layout, wanted, y.dtype(), y.device());
+    if (width > 0) fill_s(wide, block, layout, group, batch);
+    if (wanted)
+      gemm(y, wide, Op::none, block.slice_rows(0, n), Op::transpose, 1.0f,
+           residual.value.defined() ? 1.0f : 0.0f, residual.value);
+    if (width > 0) slots = {{"linear.x", wide}};
+  } else {
+    const Tensor s = separate_forward(x.value, y, group, batch, layout, residual.value, wanted);
+    if (width > 0) slots = {{"linear.x", x.value}, {"linear.s", s}};
+  }
+  if (wanted) add_biases(y, group);
+  Variable result = tape.record(
+      "linear", y, {x, residual}, std::move(slots),
+      [&group, batch, layout](const Tensor& g, const Node& node) {
+        Tensor dy = g;  // with room for ds, which the residual's gradient then has too
+        const Tensor dx = group.folded ? folded_backward(g, node, group, batch, layout, dy)
+                                       : separate_backward(g, node, group, batch, layout);
+        return std::vector<Tensor>{dx, dy};
+      },
+      width > 0);
+  result.tail = group.folded ? std::max(width, residual.tail) : residual.tail;
+  return result;
+}
+
+}  // namespace qlab
