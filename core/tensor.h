@@ -78,6 +78,12 @@ class Tensor {
   DType dtype_ = DType::f32;
 };
 
+/// Bytes of several tensors together: what an operation reads and writes.
+template <class... Tensors>
+double bytes_of_all(const Tensors&... tensors) {
+  return static_cast<double>(((tensors.defined() ? tensors.bytes() : 0) + ...));
+}
+
 /// Throws unless `tensor` has the shape; the text names the operation and the argument.
 void check_shape(const char* op, const char* name, const Tensor& tensor, const Shape& shape);
 /// Throws unless both live on the same device; a meta tensor matches its target.

@@ -7,6 +7,7 @@
 #include <nlohmann/json.hpp>
 
 #include "data/file.h"
+#include "experiments/profile_table.h"
 #include "experiments/report.h"
 #include "experiments/runner.h"
 #include "experiments/terminal.h"
@@ -28,9 +29,17 @@ int run(const Sweep& sweep, const SweepOptions& options, const CommonOptions& co
   catch_interrupts();
   const Device device = parse_device(common.device);
   if (device.is_cuda()) cuda::set_device(device.index);
+  TrainCallbacks callbacks = terminal.callbacks();
+  if (options.profile) {
+    if (!device.is_cuda())
+      fail("--profile times the kernels of a GPU, and this run is on {}", device.str());
+    callbacks.profile = [&](const Profile& profile) {
+      terminal.print(profile_table(profile, measure_ceilings(device)));
+    };
+  }
   const RunnerResult result = run_sweep(
       sweep, {options.out, device, options.shard, options.dry_run},
-      [&](const std::string& line) { terminal.print(line); }, terminal.callbacks());
+      [&](const std::string& line) { terminal.print(line); }, callbacks);
   if (options.dry_run) return 0;
   terminal.print(summary_table(result.dir));
   terminal.print("report " + result.dir + "/report.html");

@@ -14,7 +14,7 @@ struct CommonOptions {
 
 struct SweepOptions {
   std::string file, out, shard;
-  bool dry_run = false;
+  bool dry_run = false, profile = false;
 };
 int run_sweep_command(const SweepOptions& options, const CommonOptions& common);
 int run_train_command(const SweepOptions& options, const CommonOptions& common);

@@ -201,7 +201,7 @@ Gang::Gang(Library& library, Llama& model, std::vector<TrialRun*> trials, TrainC
       callbacks_(std::move(callbacks)),
       model_(model),
       stepper_(model, trials_.at(0)->config_.train.recompute == "full",
-               trials_.at(0)->config_.train.graphs),
+               trials_.at(0)->config_.train.graphs && !callbacks_.profile),
       peak_flops_(model.device().is_cuda() ? peak_flops(device_description(model.device())) : 0) {
   for (TrialRun* t : trials_) t->gang_size_ = static_cast<int64_t>(trials_.size());
 }
@@ -327,6 +327,15 @@ void Gang::train_step() {
   }
 }
 
+void Gang::profile_step() {
+  cuda::start_external_profiler();
+  Profiler profiler;
+  train_step();
+  const Profile profile = profiler.finish();
+  cuda::stop_external_profiler();
+  callbacks_.profile(profile);
+}
+
 void Gang::run() {
   reserve();
   while (true) {
@@ -349,7 +358,12 @@ void Gang::run() {
       }
     }
     if (running().empty()) return;
-    train_step();
+    constexpr int64_t profiled = 3;  // after planning and the choice of algorithms
+    if (callbacks_.profile && model_.device().is_cuda() && steps_taken_ == profiled)
+      profile_step();
+    else
+      train_step();
+    ++steps_taken_;
     for (TrialRun* t : trials_) {
       if (t->state_ != TrialRun::State::running || !callbacks_.progress) continue;
       const double per_step = t->progress_.seconds / static_cast<double>(t->progress_.step);

@@ -7,6 +7,7 @@
 #include <string>
 #include <vector>
 
+#include "core/profile.h"
 #include "data/order.h"
 #include "experiments/evaluate.h"
 #include "experiments/setup.h"
@@ -85,6 +86,8 @@ struct TrainProgress {
 struct TrainCallbacks {
   std::function<void(const TrainProgress&)> progress;
   std::function<bool()> stop;  // asked between steps; true saves the state and ends the run
+  /// Where set, one step on a GPU is profiled and told of; no graphs are used then.
+  std::function<void(const Profile&)> profile;
 };
 
 class Gang {
@@ -100,6 +103,7 @@ class Gang {
   void hold_weights(const BatchBuilder& largest);
   void evaluate_due();
   void train_step();
+  void profile_step();
   std::vector<TrialRun*> running() const;
 
   std::map<const Dataset*, Evaluation>& base_evaluations_;
@@ -107,6 +111,7 @@ class Gang {
   TrainCallbacks callbacks_;
   Llama& model_;
   Stepper stepper_;
+  int64_t steps_taken_ = 0;
   double peak_flops_;  // of the device, 0 where unknown
 };
 

@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "core/parallel.h"
+#include "core/profile.h"
 
 namespace qlab {
 
@@ -27,6 +28,9 @@ void fold_adapters(const Tensor& block, int64_t width, std::span<const FoldPart>
     used = part.column + r;
   }
   if (width == 0) return;
+  const OpScope scope("fold_adapters", block.device(),
+                      {0, static_cast<double>(width * (block.dim(0) + block.dim(1))) *
+                              static_cast<double>(size_of(block.dtype()))});
   on_device(
       block.device(), [&] { cpu::fold_adapters(block, width, parts); },
       [&] { cuda::fold_adapters(block, width, parts); });

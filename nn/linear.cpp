@@ -291,7 +291,10 @@ Variable linear(Tape& tape, const Variable& x, const LinearGroup& group, const B
                 const Variable& residual) {
   const Layout layout = layout_of(group, batch);
   const int64_t n = group.out_features(), width = layout.width;
-  const Tensor y = Tensor::empty({x.value.dim(0), n}, x.value.dtype(), x.value.device());
+  // The tail lets an operation write its gradient in place of y.
+  const Tensor y =
+      Tensor::with_tail(x.value.dim(0), n, group.folded && !residual.value.defined() ? width : 0,
+                        x.value.dtype(), x.value.device());
   const bool wanted = tape.result_wanted();
   std::vector<Slot> slots;
   if (group.folded) {

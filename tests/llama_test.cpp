@@ -59,6 +59,7 @@ TEST_P(LlamaTest, AFreshAdapterIsNoAdapter) {
 TEST_P(LlamaTest, QloraIsLoraOnTheDequantizedWeights) {
   const auto quantized = model(WeightFormat::nf4);
   const auto plain = tiny_llama(WeightFormat::fp32, GetParam(), rounded_to_nf4);
+  quantized->set_folded(false);
   LoraSpec spec;
   spec.dropout = 0.1;
   const auto a = trained_adapter(*quantized, spec), b = trained_adapter(*plain, spec);
@@ -66,6 +67,51 @@ TEST_P(LlamaTest, QloraIsLoraOnTheDequantizedWeights) {
   const std::vector<Tokens> tokens = {random_tokens(50, 3), random_tokens(20, 4)};
   EXPECT_EQ(nll(one, tokens, a.get(), true), nll(other, tokens, b.get(), true));
   expect_same_bits(a->gradients(), b->gradients());
+}
+
+// Two orders of the same sums.
+TEST_P(LlamaTest, FoldedAdaptersAreSeparateAdapters) {
+  for (const double p : {0.0, 0.1}) {
+    SCOPED_TRACE(p);
+    const auto folded = model(WeightFormat::nf4), separate = model(WeightFormat::nf4);
+    folded->set_folded(true);
+    separate->set_folded(false);
+    LoraSpec spec;
+    spec.r = 5;
+    spec.dropout = p;
+    const auto a = trained_adapter(*folded, spec), b = trained_adapter(*separate, spec);
+    const std::vector<Tokens> tokens = {random_tokens(50, 3), random_tokens(20, 4)};
+    Stepper one(*folded, false), other(*separate, false);
+    const auto run = [&](Stepper& stepper, const Adapter* adapter) {
+      BatchBuilder builder;
+      for (const Tokens& t : tokens) builder.add({t.sequence()}, adapter, true, 1.0f);
+      return stepper.run(builder, true);
+    };
+    const std::vector<float> x = run(one, a.get()), y = run(other, b.get());
+    const double bound = model_bound(dtype(), 50);
+    for (size_t i = 0; i < x.size(); ++i) EXPECT_NEAR(x[i], y[i], bound * std::abs(y[i]));
+    EXPECT_LE(relative_difference(a->gradients(), b->gradients()), bound);
+    EXPECT_GT(relative_difference(a->gradients(), fresh_adapter(*folded, spec)->gradients()), 0.0);
+  }
+}
+
+// The plan of a step, the weights held expanded and the graph decide nothing but time and memory.
+TEST_P(LlamaTest, WeightsHeldExpandedChangeNoBit) {
+  const auto llama = model(WeightFormat::nf4);
+  llama->set_folded(true);
+  LoraSpec spec;
+  spec.r = 3;
+  const auto a = trained_adapter(*llama, spec), b = trained_adapter(*llama, spec);
+  const std::vector<Tokens> tokens = {random_tokens(33, 5, 11), random_tokens(64, 6, 12)};
+  Stepper first(*llama, false), second(*llama, false);
+  const std::vector<float> expected = nll(first, tokens, a.get(), true);
+  BatchBuilder batch;
+  for (const Tokens& t : tokens) batch.add({t.sequence()}, b.get(), true, 1.0f);
+  EXPECT_TRUE(llama->hold_resident(int64_t{1} << 30, batch.to(device().meta())));
+  EXPECT_FALSE(llama->hold_resident(int64_t{1} << 30, batch.to(device().meta())));
+  EXPECT_EQ(nll(second, tokens, b.get(), true), expected);
+  expect_same_bits(a->gradients(), b->gradients());
+  EXPECT_TRUE(llama->hold_resident(0, batch.to(device().meta())));
 }
 
 TEST_P(LlamaTest, RecomputeChangesNoBit) {

@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "core/parallel.h"
+#include "core/profile.h"
 
 namespace qlab {
 namespace {
@@ -22,6 +23,7 @@ Tensor add(const Tensor& a, const Tensor& b) {
   check_same("add", a, b);
   const Tensor y = Tensor::empty(a.shape(), a.dtype(), a.device());
   if (a.numel() == 0) return y;
+  const OpScope scope("add", a.device(), {0, bytes_of_all(a, b, y)});
   on_device(
       a.device(), [&] { cpu::add(y, a, b); }, [&] { cuda::add(y, a, b); });
   return y;
@@ -30,6 +32,7 @@ Tensor add(const Tensor& a, const Tensor& b) {
 void add_inplace(const Tensor& a, const Tensor& b) {
   check_same("add_inplace", a, b);
   if (a.numel() == 0) return;
+  const OpScope scope("add", a.device(), {0, bytes_of_all(a, b, a)});
   on_device(
       a.device(), [&] { cpu::add(a, a, b); }, [&] { cuda::add(a, a, b); });
 }
@@ -41,6 +44,7 @@ void add_bias(const Tensor& y, const Tensor& bias) {
   QLAB_CHECK(bias.dtype() == DType::f32, "[add_bias] bias must be float32, got {}", bias.str());
   check_device("add_bias", y, bias);
   if (y.numel() == 0) return;
+  const OpScope scope("add_bias", y.device(), {0, bytes_of_all(y, y)});
   on_device(
       y.device(), [&] { cpu::add_bias(y, bias); }, [&] { cuda::add_bias(y, bias); });
 }

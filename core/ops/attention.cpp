@@ -4,6 +4,7 @@
 
 #include "core/lanes.h"
 #include "core/parallel.h"
+#include "core/profile.h"
 
 namespace qlab {
 namespace {
@@ -56,6 +57,14 @@ AttentionColumns attention_columns(const Tensor& merged, const AttentionShape& s
           merged.slice_cols(q + kv, q + 2 * kv)};
 }
 
+namespace {
+/// Floating-point operations of one of the products between all visible pairs, exact when all
+/// sequences are as long as the longest.
+double pairs(const Tensor& q, const AttentionShape& shape) {
+  return static_cast<double>(q.numel()) * static_cast<double>(shape.max_k);
+}
+}  // namespace
+
 Attention attention(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& cu_q,
                     const Tensor& cu_k, const AttentionShape& shape, int64_t tail) {
   check_inputs("attention", q, k, v, cu_q, cu_k, shape);
@@ -66,6 +75,7 @@ Attention attention(const Tensor& q, const Tensor& k, const Tensor& v, const Ten
   const Tensor workspace = device.target == DeviceType::cpu
                                ? workspace_of(cpu::attention_workspace(shape, q.dtype()), device)
                                : Tensor();
+  const OpScope scope("attention", device, {2 * pairs(q, shape), bytes_of_all(q, k, v, out.o)});
   on_device(
       device, [&] { cpu::attention(out.o, out.lse, q, k, v, cu_q, cu_k, shape, workspace); },
       [&] { cuda::attention(out.o, out.lse, q, k, v, cu_q, cu_k, shape, workspace); });
@@ -94,6 +104,8 @@ Tensor attention_backward(const Tensor& g, const Tensor& q, const Tensor& k, con
                             ? cpu::attention_backward_workspace(shape, q.dtype())
                             : lse.numel() * static_cast<int64_t>(2 * sizeof(float));
   const Tensor workspace = workspace_of(bytes, device);
+  const OpScope scope("attention_backward", device,
+                      {5 * pairs(q, shape), 2 * bytes_of_all(q, k, v, o)});
   on_device(
       device,
       [&] {

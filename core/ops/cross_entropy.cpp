@@ -2,6 +2,7 @@
 
 #include "core/lanes.h"
 #include "core/parallel.h"
+#include "core/profile.h"
 
 namespace qlab {
 
@@ -24,6 +25,8 @@ void cross_entropy_inplace(const Tensor& nll, const Tensor& z, const Tensor& lab
     check_device("cross_entropy", z, scale);
   }
   if (z.dim(0) == 0) return;
+  const OpScope scope("cross_entropy", z.device(),
+                      {0, bytes_of_all(z) * (scale.defined() ? 3 : 1)});
   on_device(
       z.device(), [&] { cpu::cross_entropy(nll, z, labels, scale); },
       [&] { cuda::cross_entropy(nll, z, labels, scale); });

@@ -4,6 +4,7 @@
 
 #include "core/lanes.h"
 #include "core/parallel.h"
+#include "core/profile.h"
 
 namespace qlab {
 namespace {
@@ -28,6 +29,7 @@ Tensor dropout(const Tensor& x, const Tensor& example, const Tensor& position, D
   check_arguments("dropout", x, example, position, key);
   const Tensor y = Tensor::empty(x.shape(), x.dtype(), x.device());
   if (x.numel() == 0) return y;
+  const OpScope scope("dropout", x.device(), {0, bytes_of_all(x, y)});
   on_device(
       x.device(), [&] { cpu::dropout(y, x, example, position, key, false); },
       [&] { cuda::dropout(y, x, example, position, key, false); });
@@ -42,6 +44,7 @@ void dropout_add(const Tensor& y, const Tensor& x, const Tensor& example, const 
              y.str());
   check_device("dropout_add", x, y);
   if (x.numel() == 0) return;
+  const OpScope scope("dropout_add", x.device(), {0, bytes_of_all(x, y, y)});
   on_device(
       x.device(), [&] { cpu::dropout(y, x, example, position, key, true); },
       [&] { cuda::dropout(y, x, example, position, key, true); });

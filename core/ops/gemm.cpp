@@ -6,6 +6,7 @@
 #include "core/cpu/gemm_kernel.h"
 #include "core/ops/copy.h"
 #include "core/parallel.h"
+#include "core/profile.h"
 
 namespace qlab {
 namespace {
@@ -41,6 +42,12 @@ void gemm(const Tensor& c, const Tensor& a, Op op_a, const Tensor& b, Op op_b, f
     const MemoryTag tag(Category::workspace);
     workspace = Tensor::empty({bytes}, DType::u8, device);
   }
+  const double dm = static_cast<double>(m), dn = static_cast<double>(n),
+               dk = static_cast<double>(k);
+  const bool skinny = std::min({m, n, k}) < 256;
+  const OpScope scope(
+      skinny ? "product with an adapter or few rows" : "product", device,
+      {2 * dm * dn * dk, bytes_of_all(a, b, c) + (beta != 0 ? bytes_of_all(d) : 0)});
   on_device(
       device,
       [&] {

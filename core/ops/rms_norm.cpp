@@ -2,6 +2,7 @@
 
 #include "core/lanes.h"
 #include "core/parallel.h"
+#include "core/profile.h"
 
 namespace qlab {
 
@@ -15,6 +16,7 @@ RmsNorm rms_norm(const Tensor& x, const Tensor& w, float eps, int64_t tail) {
   RmsNorm out{Tensor::with_tail(x.dim(0), x.dim(1), tail, x.dtype(), x.device()),
               Tensor::empty({x.dim(0)}, statistic, x.device())};
   if (x.numel() == 0) return out;
+  const OpScope scope("rms_norm", x.device(), {0, bytes_of_all(x, out.y)});
   on_device(
       x.device(), [&] { cpu::rms_norm(out.y, out.r, x, w, eps); },
       [&] { cuda::rms_norm(out.y, out.r, x, w, eps); });
@@ -41,6 +43,7 @@ Tensor rms_norm_backward(const Tensor& g, const Tensor& x, const Tensor& w, cons
                         ? residual
                         : Tensor::with_tail(x.dim(0), x.dim(1), tail, x.dtype(), x.device());
   if (x.numel() == 0) return dx;
+  const OpScope scope("rms_norm_backward", x.device(), {0, bytes_of_all(x, g, dx, residual)});
   on_device(
       x.device(), [&] { cpu::rms_norm_backward(dx, g, x, w, r, residual); },
       [&] { cuda::rms_norm_backward(dx, g, x, w, r, residual); });

@@ -5,6 +5,7 @@
 #include <numbers>
 
 #include "core/parallel.h"
+#include "core/profile.h"
 
 namespace qlab {
 namespace {
@@ -75,6 +76,7 @@ void rope_inplace(const Tensor& x, const Tensor& positions, const RopeTables& ta
   check_device("rope", x, positions);
   check_device("rope", x, tables.cos);
   if (x.numel() == 0) return;
+  const OpScope scope("rope", x.device(), {0, 2 * bytes_of_all(x)});
   on_device(
       x.device(), [&] { cpu::rope(x, positions, tables.cos, tables.sin, head_dim, inverse); },
       [&] { cuda::rope(x, positions, tables.cos, tables.sin, head_dim, inverse); });

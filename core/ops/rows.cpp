@@ -5,6 +5,7 @@
 
 #include "core/ops/copy.h"
 #include "core/parallel.h"
+#include "core/profile.h"
 
 namespace qlab {
 namespace {
@@ -23,6 +24,7 @@ Tensor gather_rows(const Tensor& table, const Tensor& index, DType dtype) {
   check_index("gather_rows", table, index);
   const Tensor y = Tensor::empty({index.dim(0), table.dim(1)}, dtype, index.device());
   if (y.numel() == 0) return y;
+  const OpScope scope("gather_rows", y.device(), {0, 2 * bytes_of_all(y)});
   on_device(
       y.device(), [&] { cpu::gather_rows(y, table, index); },
       [&] { cuda::gather_rows(y, table, index); });
@@ -34,6 +36,7 @@ Tensor scatter_rows(const Tensor& x, const Tensor& index, int64_t rows) {
   check_shape("scatter_rows", "index", index, {x.dim(0)});
   const Tensor y = Tensor::zeros({rows, x.dim(1)}, x.dtype(), x.device());
   if (x.numel() == 0 || rows == 0) return y;
+  const OpScope scope("scatter_rows", x.device(), {0, 2 * bytes_of_all(x)});
   on_device(
       y.device(), [&] { cpu::scatter_rows(y, x, index); },
       [&] { cuda::scatter_rows(y, x, index); });

@@ -2,6 +2,7 @@
 
 #include "core/lanes.h"
 #include "core/parallel.h"
+#include "core/profile.h"
 
 namespace qlab {
 namespace {
@@ -18,6 +19,7 @@ Tensor swiglu(const Tensor& gate_up, int64_t tail) {
   const Tensor y = Tensor::with_tail(gate_up.dim(0), gate_up.dim(1) / 2, tail, gate_up.dtype(),
                                      gate_up.device());
   if (y.numel() == 0) return y;
+  const OpScope scope("swiglu", y.device(), {0, bytes_of_all(gate_up, y)});
   on_device(
       y.device(), [&] { cpu::swiglu(y, gate_up); }, [&] { cuda::swiglu(y, gate_up); });
   return y;
@@ -34,6 +36,7 @@ Tensor swiglu_backward(const Tensor& g, const Tensor& gate_up, int64_t tail) {
                                    : Tensor::with_tail(gate_up.dim(0), gate_up.dim(1), tail,
                                                        gate_up.dtype(), gate_up.device());
   if (g.numel() == 0) return dgate_up;
+  const OpScope scope("swiglu_backward", g.device(), {0, bytes_of_all(gate_up, g, dgate_up)});
   on_device(
       g.device(), [&] { cpu::swiglu_backward(dgate_up, g, gate_up); },
       [&] { cuda::swiglu_backward(dgate_up, g, gate_up); });

@@ -1,0 +1,71 @@
+#include "core/profile.h"
+
+#include <algorithm>
+
+#include "core/error.h"
+
+namespace qlab {
+namespace {
+
+struct Mark {
+  const char* name;
+  Work work;
+  int64_t first, second;
+};
+struct Recording {
+  std::vector<Mark> marks;
+  std::vector<size_t> open;
+};
+thread_local Recording* recording = nullptr;
+
+}  // namespace
+
+OpScope::OpScope(const char* name, Device device, Work work) : cuda_(device.is_cuda()) {
+  if (!cuda_) return;
+  cuda::push_range(name);
+  if (recording == nullptr) return;
+  recording->open.push_back(recording->marks.size());
+  recording->marks.push_back({name, work, cuda::mark(), 0});
+}
+
+OpScope::~OpScope() {
+  if (!cuda_) return;
+  if (recording != nullptr && !recording->open.empty()) {
+    recording->marks[recording->open.back()].second = cuda::mark();
+    recording->open.pop_back();
+  }
+  cuda::pop_range();
+}
+
+Profiler::Profiler() {
+  QLAB_CHECK(recording == nullptr, "a profile is already being taken");
+  cuda::clear_marks();
+  recording = new Recording;
+}
+
+Profiler::~Profiler() {
+  delete recording;
+  recording = nullptr;
+}
+
+Profile Profiler::finish() {
+  Profile profile;
+  const std::vector<Mark>& marks = recording->marks;
+  if (marks.empty()) return profile;
+  profile.seconds = cuda::seconds_between(marks.front().first, marks.back().second);
+  for (const Mark& mark : marks) {
+    auto line = std::find_if(profile.lines.begin(), profile.lines.end(),
+                             [&](const ProfileLine& l) { return l.name == mark.name; });
+    if (line == profile.lines.end())
+      line = profile.lines.insert(line, ProfileLine{mark.name, 0, 0, {}});
+    ++line->calls;
+    line->seconds += cuda::seconds_between(mark.first, mark.second);
+    line->work.flops += mark.work.flops;
+    line->work.bytes += mark.work.bytes;
+  }
+  std::sort(profile.lines.begin(), profile.lines.end(),
+            [](const ProfileLine& a, const ProfileLine& b) { return a.seconds > b.seconds; });
+  return profile;
+}
+
+}  // namespace qlab
