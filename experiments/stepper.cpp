@@ -63,7 +63,9 @@ std::vector<float> Stepper::run(const BatchBuilder& builder, bool train) {
   else
     issue();
   own.seen = true;
-  return buffer_.read_results();
+  std::vector<float> nll = buffer_.read_results();
+  nll.resize(static_cast<size_t>(builder.loss_tokens()));
+  return nll;
 }
 
 }  // namespace qlab

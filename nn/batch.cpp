@@ -31,24 +31,33 @@ void BatchBuilder::add(const std::vector<Sequence>& sequences, const Adapter* ad
 }
 
 template <class Place>
-Batch BatchBuilder::placed(const Place& place) const {
+Batch BatchBuilder::placed(const Place& place, Device device) const {
+  // A GPU's products through lm_head always have full chunks, so that a row's bits do not depend on
+  // how many rows there are. Padding trains nothing.
+  const auto padded = [&]<class T>(std::vector<T> values, T padding) {
+    if (device.target == DeviceType::cuda)
+      values.resize((values.size() + loss_chunk - 1) / loss_chunk * loss_chunk, padding);
+    return values;
+  };
   Batch batch;
   batch.ids = place(ids_);
   batch.positions = place(positions_);
   batch.examples = place(examples_);
   batch.cu_seqlens = place(cu_seqlens_);
   batch.max_length = max_length_;
-  batch.loss_rows = place(loss_rows_);
-  batch.labels = place(labels_);
-  batch.scale = place(scale_);
+  batch.loss_rows = place(padded(loss_rows_, int32_t{-1}));
+  batch.labels = place(padded(labels_, ignore_label));
+  batch.scale = place(padded(scale_, 0.0f));
   batch.segments = segments_;
   return batch;
 }
 
 Batch BatchBuilder::to(Device device) const {
-  return placed([&]<class T>(const std::vector<T>& values) {
-    return Tensor::from_vector(values, {static_cast<int64_t>(values.size())}, device);
-  });
+  return placed(
+      [&]<class T>(const std::vector<T>& values) {
+        return Tensor::from_vector(values, {static_cast<int64_t>(values.size())}, device);
+      },
+      device);
 }
 
 Batch BatchBuilder::to(BatchBuffer& buffer) const {
@@ -60,25 +69,30 @@ Batch BatchBuilder::to(BatchBuffer& buffer) const {
   const auto aligned = [](int64_t bytes) {
     return (bytes + alignment - 1) / alignment * alignment;
   };
-  int64_t end = 0;
-  placed([&]<class T>(const std::vector<T>& values) {
-    end += aligned(static_cast<int64_t>(values.size() * sizeof(T)));
-    return Tensor();
-  });
-  buffer.reserve(end + aligned(loss_tokens() * static_cast<int64_t>(sizeof(float))));
+  int64_t end = 0, rows = 0;
+  placed(
+      [&]<class T>(const std::vector<T>& values) {
+        end += aligned(static_cast<int64_t>(values.size() * sizeof(T)));
+        rows = static_cast<int64_t>(values.size());  // the last array is as long as nll
+        return Tensor();
+      },
+      buffer.device());
+  buffer.reserve(end + aligned(rows * static_cast<int64_t>(sizeof(float))));
   int64_t offset = 0;
   const auto take = [&](int64_t count, DType dtype) {
     const Tensor view = buffer.block_.bytes_at(offset, {count}, dtype);
     offset += aligned(view.bytes());
     return view;
   };
-  Batch batch = placed([&]<class T>(const std::vector<T>& values) {
-    if (!values.empty())
-      std::memcpy(buffer.host_ + offset, values.data(), values.size() * sizeof(T));
-    return take(static_cast<int64_t>(values.size()), dtype_of<T>());
-  });
+  Batch batch = placed(
+      [&]<class T>(const std::vector<T>& values) {
+        if (!values.empty())
+          std::memcpy(buffer.host_ + offset, values.data(), values.size() * sizeof(T));
+        return take(static_cast<int64_t>(values.size()), dtype_of<T>());
+      },
+      buffer.device());
   cuda::copy_async(buffer.block_.raw(), buffer.host_, static_cast<size_t>(end));
-  buffer.results_ = take(loss_tokens(), DType::f32);
+  buffer.results_ = take(rows, DType::f32);
   return batch;
 }
 

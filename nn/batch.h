@@ -10,6 +10,9 @@ namespace qlab {
 
 class Adapter;
 
+/// Rows of logits that exist at a time.
+inline constexpr int64_t loss_chunk = 512;
+
 /// A sequence of tokens and where it comes from. labels[i] is what position i should be, -100 where
 /// nothing is trained; position i predicts labels[i + 1].
 struct Sequence {
@@ -31,9 +34,10 @@ struct Batch {
   Tensor examples;    // i64 [T]
   Tensor cu_seqlens;  // i32 [sequences + 1]
   int64_t max_length = 0;
-  Tensor loss_rows;  // i32 [R]: rows of T whose next token is trained
-  Tensor labels;     // i32 [R]
-  Tensor scale;  // fp32 [R]: the loss is sum_r scale_r nll_r; undefined when no gradient is wanted
+  /// i32 [R]: rows of T whose next token is trained; for a GPU R is padded to full chunks, with -1.
+  Tensor loss_rows;
+  Tensor labels;  // i32 [R]
+  Tensor scale;   // fp32 [R]: the loss is sum_r scale_r nll_r; undefined when no gradient is wanted
   std::vector<Segment> segments;
 };
 
@@ -80,7 +84,7 @@ class BatchBuilder {
 
  private:
   template <class Place>
-  Batch placed(const Place& place) const;
+  Batch placed(const Place& place, Device device) const;
 
   std::vector<int32_t> ids_, positions_, cu_seqlens_{0}, loss_rows_, labels_;
   std::vector<int64_t> examples_;

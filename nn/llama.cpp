@@ -191,10 +191,13 @@ Variable Llama::loss(Tape& tape, const Batch& batch, const Variable& hidden) con
   for (int64_t begin = 0; begin < count; begin += loss_chunk) {
     const int64_t end = std::min(begin + loss_chunk, count);
     const MemoryTag tag(Category::workspace);
-    const Tensor z = matmul_nt(normed.value.slice_rows(begin, end), head);
+    const Tensor z = Tensor::empty({end - begin, head.dim(0)}, compute_, device);
+    gemm(z, normed.value.slice_rows(begin, end), Op::none, head, Op::transpose, 1.0f, 0.0f, {},
+         SplitK::allowed);
     cross_entropy_inplace(nll.slice_rows(begin, end), z, batch.labels.slice_rows(begin, end),
                           trains ? batch.scale.slice_rows(begin, end) : Tensor());
-    if (trains) gemm(dh.slice_rows(begin, end), z, Op::none, head, Op::none);
+    if (trains)
+      gemm(dh.slice_rows(begin, end), z, Op::none, head, Op::none, 1.0f, 0.0f, {}, SplitK::allowed);
   }
   return tape.record("linear_cross_entropy", nll, {normed}, {{"linear_cross_entropy.dh", dh}},
                      [](const Tensor&, const Node& node) {

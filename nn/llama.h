@@ -60,9 +60,6 @@ class Llama {
 
   KvCache make_cache(int64_t capacity) const;
 
-  /// Rows of logits that exist at a time.
-  static constexpr int64_t loss_chunk = 512;
-
  private:
   const std::vector<const Linear*> linears() const;
   Variable layer(Tape& tape, const DecoderLayer& layer, int64_t index, const Variable& x,
