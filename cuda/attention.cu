@@ -2,25 +2,12 @@
 
 #include <cmath>
 
+#include "cuda/attention_mma.cuh"
 #include "cuda/attention_tiles.cuh"
 #include "cuda/reduce.cuh"
 
 namespace qlab::cuda {
 namespace {
-
-/// One of the matrices [tokens, heads * D].
-template <class T>
-struct Matrix {
-  T* data;
-  int64_t pitch;
-
-  explicit Matrix(const Tensor& x)
-      : data(const_cast<std::remove_const_t<T>*>(x.data<std::remove_const_t<T>>())),
-        pitch(x.pitch()) {}
-  __device__ T* at(int64_t row, int head, int head_dim) const {
-    return data + row * pitch + static_cast<int64_t>(head) * head_dim;
-  }
-};
 
 struct Layout {
   const int32_t* cu_q;
@@ -50,7 +37,7 @@ struct Sequence {
 
 /// Rows begin .. begin + 64, cut at `end`.
 template <class T>
-__device__ Rows<T> rows_of(const Matrix<const T>& x, int64_t sequence_begin, int begin, int end,
+__device__ Rows<T> rows_of(const HeadRows<const T>& x, int64_t sequence_begin, int begin, int end,
                            int head, int head_dim) {
   const int count = end - begin < tile ? end - begin : tile;
   return {x.at(sequence_begin + begin, head, head_dim), x.pitch, count};
@@ -88,8 +75,8 @@ __device__ void softmax_step(Scores& s, Outputs<groups>& out, float (&maximum)[4
 // block, q once per key tile (from cache), o and lse written once.
 template <class T, int groups>
 __global__ void __launch_bounds__(attention_threads, blocks_per_multiprocessor<groups>)
-    attention_kernel(Matrix<T> o, float* lse, Matrix<const T> q, Matrix<const T> k,
-                     Matrix<const T> v, Layout layout) {
+    attention_kernel(HeadRows<T> o, float* lse, HeadRows<const T> q, HeadRows<const T> k,
+                     HeadRows<const T> v, Layout layout) {
   __shared__ AttentionShared shared;
   const Sequence sequence(layout);
   const int first = (layout.tiles - 1 - static_cast<int>(blockIdx.x % layout.tiles)) * tile;
@@ -133,7 +120,7 @@ __global__ void __launch_bounds__(attention_threads, blocks_per_multiprocessor<g
 // One warp per token and head: delta = rowsum(dO * O); one read of both.
 template <class T>
 __global__ void __launch_bounds__(attention_threads)
-    delta_kernel(float* delta, Matrix<const T> g, Matrix<const T> o, int64_t pairs, int heads,
+    delta_kernel(float* delta, HeadRows<const T> g, HeadRows<const T> o, int64_t pairs, int heads,
                  int head_dim) {
   const int64_t pair =
       (static_cast<int64_t>(blockIdx.x) * attention_threads + threadIdx.x) / warp_size;
@@ -152,8 +139,9 @@ __global__ void __launch_bounds__(attention_threads)
 // One block per 64 queries of a head: dQ = sum over key tiles, in order, of dS K; written once.
 template <class T, int groups>
 __global__ void __launch_bounds__(attention_threads, blocks_per_multiprocessor<groups>)
-    attention_dq_kernel(Matrix<T> dq, Matrix<const T> g, Matrix<const T> q, Matrix<const T> k,
-                        Matrix<const T> v, const float* lse, const float* delta, Layout layout) {
+    attention_dq_kernel(HeadRows<T> dq, HeadRows<const T> g, HeadRows<const T> q,
+                        HeadRows<const T> k, HeadRows<const T> v, const float* lse,
+                        const float* delta, Layout layout) {
   __shared__ AttentionShared shared;
   const Sequence sequence(layout);
   const int first = (layout.tiles - 1 - static_cast<int>(blockIdx.x % layout.tiles)) * tile;
@@ -197,9 +185,9 @@ __global__ void __launch_bounds__(attention_threads, blocks_per_multiprocessor<g
 // tiles, in order; written once. Tiles are transposed: their rows are keys, their columns queries.
 template <class T, int groups>
 __global__ void __launch_bounds__(attention_threads, blocks_per_multiprocessor<groups>)
-    attention_dkv_kernel(Matrix<T> dk, Matrix<T> dv, Matrix<const T> g, Matrix<const T> q,
-                         Matrix<const T> k, Matrix<const T> v, const float* lse, const float* delta,
-                         Layout layout) {
+    attention_dkv_kernel(HeadRows<T> dk, HeadRows<T> dv, HeadRows<const T> g, HeadRows<const T> q,
+                         HeadRows<const T> k, HeadRows<const T> v, const float* lse,
+                         const float* delta, Layout layout) {
   __shared__ AttentionShared shared;
   const Sequence sequence(layout);
   const int first = static_cast<int>(blockIdx.x % layout.tiles) * tile;
@@ -277,6 +265,29 @@ void check_rows(const char* op, const Tensors&... tensors) {
   QLAB_CHECK((rows_aligned16(tensors) && ...), "[{}] every row must start at 16 bytes", op);
 }
 
+bool on_tensor_cores(const Tensor& q, const AttentionShape& shape) {
+  return q.dtype() == DType::bf16 && attention_mma_supports(shape.head_dim);
+}
+
+template <class T>
+AttentionInputs<T> inputs_of(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& cu_q,
+                             const Tensor& cu_k, const AttentionShape& shape) {
+  const Layout layout = layout_of(cu_q, cu_k, shape, shape.max_q);
+  return {.q = head_rows<const T>(q),
+          .k = head_rows<const T>(k),
+          .v = head_rows<const T>(v),
+          .cu_q = layout.cu_q,
+          .cu_k = layout.cu_k,
+          .sequences = static_cast<int>(cu_q.numel() - 1),
+          .heads = layout.heads,
+          .kv_heads = layout.kv_heads,
+          .head_dim = layout.head_dim,
+          .max_q = static_cast<int>(shape.max_q),
+          .max_k = static_cast<int>(shape.max_k),
+          .rows = q.rows(),
+          .scale = layout.scale};
+}
+
 }  // namespace
 
 void attention(const Tensor& o, const Tensor& lse, const Tensor& q, const Tensor& k,
@@ -284,12 +295,15 @@ void attention(const Tensor& o, const Tensor& lse, const Tensor& q, const Tensor
                const Tensor&) {
   if (q.numel() == 0) return;
   check_rows("attention", o, q, k, v);
+  if (on_tensor_cores(q, shape))
+    return attention_mma(head_rows<bf16>(o), lse.data<float>(),
+                         inputs_of<bf16>(q, k, v, cu_q, cu_k, shape));
   const Layout layout = layout_of(cu_q, cu_k, shape, shape.max_q);
   const dim3 grid = grid_for("attention", cu_q, layout, shape.heads);
   dispatch_head("attention", q.dtype(), shape.head_dim, [&]<class T, int groups>() {
     attention_kernel<T, groups><<<grid, attention_threads, 0, current_stream()>>>(
-        Matrix<T>(o), lse.data<float>(), Matrix<const T>(q), Matrix<const T>(k), Matrix<const T>(v),
-        layout);
+        head_rows<T>(o), lse.data<float>(), head_rows<const T>(q), head_rows<const T>(k),
+        head_rows<const T>(v), layout);
   });
   check_launch("attention");
 }
@@ -301,6 +315,11 @@ void attention_backward(const Tensor& dq, const Tensor& dk, const Tensor& dv, co
   if (q.numel() == 0) return;
   const char* const op = "attention_backward";
   check_rows(op, dq, dk, dv, g, q, k, v, o);
+  if (on_tensor_cores(q, shape))
+    return attention_backward_mma(head_rows<bf16>(dq), head_rows<bf16>(dk), head_rows<bf16>(dv),
+                                  head_rows<const bf16>(g), head_rows<const bf16>(o),
+                                  lse.data<float>(), static_cast<float2*>(workspace.raw()),
+                                  inputs_of<bf16>(q, k, v, cu_q, cu_k, shape));
   const int64_t pairs = q.rows() * shape.heads;
   const unsigned delta_blocks =
       grid_of(op, ceil_div<int64_t>(pairs, attention_threads / warp_size));
@@ -311,13 +330,14 @@ void attention_backward(const Tensor& dq, const Tensor& dk, const Tensor& dv, co
   const cudaStream_t stream = current_stream();
   float* const delta = static_cast<float*>(workspace.raw());
   dispatch_head(op, q.dtype(), shape.head_dim, [&]<class T, int groups>() {
-    const Matrix<const T> mg(g), mq(q), mk(k), mv(v);
+    const auto mg = head_rows<const T>(g), mq = head_rows<const T>(q);
+    const auto mk = head_rows<const T>(k), mv = head_rows<const T>(v);
     delta_kernel<<<delta_blocks, attention_threads, 0, stream>>>(
-        delta, mg, Matrix<const T>(o), pairs, by_query.heads, by_query.head_dim);
+        delta, mg, head_rows<const T>(o), pairs, by_query.heads, by_query.head_dim);
     attention_dq_kernel<T, groups><<<query_grid, attention_threads, 0, stream>>>(
-        Matrix<T>(dq), mg, mq, mk, mv, lse.data<float>(), delta, by_query);
+        head_rows<T>(dq), mg, mq, mk, mv, lse.data<float>(), delta, by_query);
     attention_dkv_kernel<T, groups><<<key_grid, attention_threads, 0, stream>>>(
-        Matrix<T>(dk), Matrix<T>(dv), mg, mq, mk, mv, lse.data<float>(), delta, by_key);
+        head_rows<T>(dk), head_rows<T>(dv), mg, mq, mk, mv, lse.data<float>(), delta, by_key);
   });
   check_launch(op);
 }
