@@ -59,7 +59,7 @@ void Terminal::progress(const TrainProgress& p) {
 }
 
 TrainCallbacks Terminal::callbacks() {
-  return {[this](const TrainProgress& p) { progress(p); }, interrupted};
+  return {[this](const TrainProgress& p) { progress(p); }, interrupted, {}};
 }
 
 void catch_interrupts() {
