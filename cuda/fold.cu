@@ -25,12 +25,13 @@ template <class T, int capacity>
 __global__ void __launch_bounds__(threads)
     fold_kernel(T* block, int64_t pitch, int n, int k, int width,
                 const __grid_constant__ Parts<capacity> parts) {
-  const int64_t index = static_cast<int64_t>(blockIdx.x) * threads + threadIdx.x;
-  const int64_t beside = static_cast<int64_t>(n) * (width / vector_width);
+  const unsigned index = blockIdx.x * threads + threadIdx.x;
+  const unsigned per_row = static_cast<unsigned>(width) / vector_width;
+  const unsigned beside = static_cast<unsigned>(n) * per_row;
   float v[vector_width] = {};
   if (index < beside) {
-    const int row = static_cast<int>(index / (width / vector_width));
-    const int col = static_cast<int>(index % (width / vector_width)) * vector_width;
+    const int row = static_cast<int>(index / per_row);
+    const int col = static_cast<int>(index - row * per_row) * vector_width;
     for (int p = 0; p < parts.count; ++p) {
       const Part& part = parts.part[p];
       const int local = row - part.row, first = col - part.column;
@@ -43,17 +44,17 @@ __global__ void __launch_bounds__(threads)
     store(block + row * pitch + k + col, v);
     return;
   }
-  const int64_t below = index - beside;
-  const int row = static_cast<int>(below / (k / vector_width));
+  const unsigned below = index - beside, along = static_cast<unsigned>(k) / vector_width;
+  const int row = static_cast<int>(below / along);
   if (row >= width) return;
-  const int col = static_cast<int>(below % (k / vector_width)) * vector_width;
+  const int col = static_cast<int>(below - row * along) * vector_width;
   for (int p = 0; p < parts.count; ++p) {
     const Part& part = parts.part[p];
     const int local = row - part.column;
     if (local < 0 || local >= part.r) continue;
     const float* const a = part.a + static_cast<int64_t>(local) * k + col;
 #pragma unroll
-    for (int i = 0; i < vector_width; ++i) v[i] = a[i];
+    for (int i = 0; i < vector_width; ++i) v[i] = a[i];  // may lie at any multiple of 4 bytes
   }
   store(block + (n + row) * pitch + col, v);
 }
@@ -72,6 +73,7 @@ void launch(const Tensor& block, int64_t width, std::span<const FoldPart> parts)
                      .r = static_cast<int32_t>(parts[i].a.dim(0))};
   const int64_t n = block.dim(0) - width, k = block.dim(1) - width;
   const int64_t work = (n + k) * (width / vector_width);
+  QLAB_CHECK(work < INT32_MAX, "[fold_adapters] {} is too large", block.str());
   fold_kernel<T, capacity><<<grid_of("fold_adapters", ceil_div<int64_t>(work, threads)), threads, 0,
                              current_stream()>>>(block.data<T>(), block.pitch(),
                                                  static_cast<int>(n), static_cast<int>(k),
@@ -85,8 +87,9 @@ void fold_adapters(const Tensor& block, int64_t width, std::span<const FoldPart>
              "[fold_adapters] a GPU needs rows that are multiples of 16 bytes, got {}",
              block.str());
   dispatch(CudaFloats{}, block.dtype(), "fold_adapters", [&]<class T>() {
-    parts.size() <= 32 ? launch<T, 32>(block, width, parts)
-                       : launch<T, max_fold_parts>(block, width, parts);
+    // Few parts, few bytes of launch parameters.
+    parts.size() <= 4 ? launch<T, 4>(block, width, parts)
+                      : launch<T, max_fold_parts>(block, width, parts);
   });
   check_launch("fold_adapters");
 }

@@ -158,7 +158,7 @@ int run_eval_command(const EvalOptions& options, const CommonOptions& common) {
   loaded.config.data.eval = options.data;
   const Dataset& data = loaded.library.eval_set(loaded.config);
   load(loaded, options.adapter, common);
-  Stepper stepper(*loaded.model, false);
+  Stepper stepper(*loaded.model, Recompute::none);
   catch_interrupts();
   const Evaluation result = evaluate(stepper, data, loaded.adapter.get(), interrupted);
   if (result.stopped) return 130;

@@ -141,9 +141,11 @@ std::vector<Field> make_fields() {
        .default_text = "train.seed"},
       {"train.recompute",
        QLAB_SLOT(train.recompute),
-       "full: keep only each layer's input and compute the rest again in the backward pass",
+       "what the backward pass computes again: selective, the outputs of norms and SwiGLU; full, "
+       "all "
+       "but each layer's input",
        none,
-       {"none", "full"}},
+       {"none", "selective", "full"}},
       {.key = "train.graphs",
        .slot = QLAB_SLOT(train.graphs),
        .meaning = "record the steps of a shape that occurs again as a CUDA graph",

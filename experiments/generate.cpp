@@ -59,7 +59,7 @@ std::vector<int32_t> generate(const Llama& model, const Adapter* adapter,
     batch.max_length = count;
     batch.segments = {{0, count, 0, 0, adapter, false}};
     Tape tape(false);
-    const Tensor hidden = model.hidden(tape, batch, false, &cache).value;
+    const Tensor hidden = model.hidden(tape, batch, Recompute::none, &cache).value;
     const Tensor logits = model.logits(hidden.slice_rows(count - 1, count));
     const uint64_t key = stream_key(options.seed, "generate");
     const Philox random = philox(key, static_cast<uint32_t>(i), 0, 0, 0);

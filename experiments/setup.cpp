@@ -47,6 +47,11 @@ AdamWConfig adamw_config(const Config& config) {
           static_cast<float>(config.optim.max_grad_norm)};
 }
 
+Recompute recompute_of(const Config& config) {
+  if (config.train.recompute == "selective") return Recompute::selective;
+  return config.train.recompute == "full" ? Recompute::full : Recompute::none;
+}
+
 DType compute_dtype(const Config& config, Device device) {
   if (config.quant.compute_dtype == "auto")
     return device.target == DeviceType::cuda ? DType::bf16 : DType::f32;

@@ -4,7 +4,7 @@
 
 namespace qlab {
 
-Stepper::Stepper(const Llama& model, bool recompute, bool graphs)
+Stepper::Stepper(const Llama& model, Recompute recompute, bool graphs)
     : model_(model),
       recompute_(recompute),
       graphs_(graphs && model.device().is_cuda() && StepMemory::planned()),

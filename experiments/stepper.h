@@ -14,7 +14,7 @@ namespace qlab {
 class Stepper {
  public:
   /// Without `graphs` every kernel is launched by itself; the bits are the same.
-  Stepper(const Llama& model, bool recompute, bool graphs = true);
+  Stepper(const Llama& model, Recompute recompute, bool graphs = true);
 
   /// Plans and reserves, so that the largest micro-batch of a run is refused or accepted at once.
   void reserve(const BatchBuilder& batch, bool train);
@@ -36,7 +36,8 @@ class Stepper {
   Tensor step(const Batch& batch, bool train) const;
 
   const Llama& model_;
-  bool recompute_, graphs_;
+  Recompute recompute_;
+  bool graphs_;
   StepMemory memory_;
   BatchBuffer buffer_;
   std::map<std::vector<int64_t>, Shape> shapes_;

@@ -200,7 +200,7 @@ Gang::Gang(Library& library, Llama& model, std::vector<TrialRun*> trials, TrainC
       trials_(std::move(trials)),
       callbacks_(std::move(callbacks)),
       model_(model),
-      stepper_(model, trials_.at(0)->config_.train.recompute == "full",
+      stepper_(model, recompute_of(trials_.at(0)->config_),
                trials_.at(0)->config_.train.graphs && !callbacks_.profile),
       peak_flops_(model.device().is_cuda() ? peak_flops(device_description(model.device())) : 0) {
   for (TrialRun* t : trials_) t->gang_size_ = static_cast<int64_t>(trials_.size());

@@ -132,12 +132,19 @@ std::vector<Adapter::Shape> Llama::adapter_shapes(const LoraSpec& spec) const {
 }
 
 Variable Llama::layer(Tape& tape, const DecoderLayer& layer, int64_t index, const Variable& x,
-                      const Batch& batch, KvCache* cache) const {
+                      const Batch& batch, bool selective, KvCache* cache) const {
   const float eps = static_cast<float>(config_.rms_norm_eps);
   const int64_t q_size = config_.q_size(), kv_size = config_.kv_size();
-  const Variable normed = rms_norm(tape, x, layer.input_layernorm, eps, layer.qkv_proj.tail(batch));
-  const Variable qkv = rope(tape, linear(tape, normed, layer.qkv_proj, batch), q_size + kv_size,
-                            batch.positions, rope_, config_.head_dim);
+  const auto again = [&](const Variable& in, const std::function<Variable(const Variable&)>& part) {
+    return selective ? tape.recompute(part, in) : part(in);
+  };
+  const auto projected = [&tape, &batch, eps](const Tensor& norm, const LinearGroup& group) {
+    return [&, eps](const Variable& in) {
+      return linear(tape, rms_norm(tape, in, norm, eps, group.tail(batch)), group, batch);
+    };
+  };
+  const Variable qkv = rope(tape, again(x, projected(layer.input_layernorm, layer.qkv_proj)),
+                            q_size + kv_size, batch.positions, rope_, config_.head_dim);
   AttentionShape shape{config_.num_attention_heads, config_.num_key_value_heads, config_.head_dim,
                        batch.max_length, batch.max_length};
   Variable mixed;
@@ -157,23 +164,23 @@ Variable Llama::layer(Tape& tape, const DecoderLayer& layer, int64_t index, cons
                       .o;
   }
   const Variable h = linear(tape, mixed, layer.o_proj, batch, x);
-  const Variable normed2 =
-      rms_norm(tape, h, layer.post_attention_layernorm, eps, layer.gate_up_proj.tail(batch));
-  const Variable activated =
-      swiglu(tape, linear(tape, normed2, layer.gate_up_proj, batch), layer.down_proj.tail(batch));
-  return linear(tape, activated, layer.down_proj, batch, h);
+  const Variable gate_up = again(h, projected(layer.post_attention_layernorm, layer.gate_up_proj));
+  return again(gate_up, [&tape, &batch, &layer, h](const Variable& in) {
+    return linear(tape, swiglu(tape, in, layer.down_proj.tail(batch)), layer.down_proj, batch, h);
+  });
 }
 
-Variable Llama::hidden(Tape& tape, const Batch& batch, bool recompute, KvCache* cache) const {
+Variable Llama::hidden(Tape& tape, const Batch& batch, Recompute recompute, KvCache* cache) const {
   Variable x = tape.input(gather_rows(embed_tokens_, batch.ids, compute_));
   // The residual stream's gradient is one buffer; folded adapters of o and down work in its tail.
   for (const DecoderLayer& l : layers_)
     x.tail = std::max({x.tail, l.o_proj.tail(batch), l.down_proj.tail(batch)});
   for (size_t l = 0; l < layers_.size(); ++l) {
-    const auto forward = [this, &tape, &batch, l, cache](const Variable& in) {
-      return layer(tape, layers_[l], static_cast<int64_t>(l), in, batch, cache);
+    const bool selective = recompute == Recompute::selective;
+    const auto forward = [this, &tape, &batch, l, selective, cache](const Variable& in) {
+      return layer(tape, layers_[l], static_cast<int64_t>(l), in, batch, selective, cache);
     };
-    x = recompute ? tape.recompute(forward, x) : forward(x);
+    x = recompute == Recompute::full ? tape.recompute(forward, x) : forward(x);
   }
   if (cache != nullptr) cache->length += batch.ids.numel();
   return x;

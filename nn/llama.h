@@ -13,6 +13,10 @@
 
 namespace qlab {
 
+/// What the backward pass computes again instead of having kept it: nothing; the outputs of norms
+/// and of SwiGLU, elementwise work alone; or whole layers, of which only the input is kept.
+enum class Recompute : uint8_t { none, selective, full };
+
 struct DecoderLayer {
   Tensor input_layernorm, post_attention_layernorm;  // fp32 [hidden]
   LinearGroup qkv_proj, o_proj, gate_up_proj, down_proj;
@@ -50,7 +54,7 @@ class Llama {
   std::vector<Adapter::Shape> adapter_shapes(const LoraSpec& spec) const;
 
   /// Hidden states after the last layer, before the final norm: [T, hidden].
-  Variable hidden(Tape& tape, const Batch& batch, bool recompute = false,
+  Variable hidden(Tape& tape, const Batch& batch, Recompute recompute = Recompute::none,
                   KvCache* cache = nullptr) const;
   /// nll fp32 [R] of the batch's trained rows; the gradient of sum_r scale_r nll_r goes back from
   /// it. Logits exist for `loss_chunk` rows at a time.
@@ -63,7 +67,7 @@ class Llama {
  private:
   const std::vector<const Linear*> linears() const;
   Variable layer(Tape& tape, const DecoderLayer& layer, int64_t index, const Variable& x,
-                 const Batch& batch, KvCache* cache) const;
+                 const Batch& batch, bool selective, KvCache* cache) const;
 
   LlamaConfig config_;
   WeightSpec spec_;

@@ -60,7 +60,7 @@ class GangTest : public OpTest {
       adapters[i] = fresh_adapter(*model_, members[i].lora);
       optimizers.try_emplace(i, AdamWConfig{}, adapters[i]->parameter_count(), device());
     }
-    Stepper stepper(*model_, false);
+    Stepper stepper(*model_, Recompute::none);
     for (int64_t s = 0; s < steps; ++s) {
       BatchBuilder builder;
       std::vector<Tokens> tokens;

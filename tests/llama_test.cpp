@@ -36,7 +36,7 @@ TEST_P(LlamaTest, PackedSequencesAreTheSequencesAlone) {
   LoraSpec spec;
   spec.r = 4;
   const auto adapter = trained_adapter(*llama, spec);
-  Stepper stepper(*llama, false);
+  Stepper stepper(*llama, Recompute::none);
   std::vector<Tokens> all;
   std::vector<float> alone;
   for (const int64_t length : {2, 1, 37, 5, 130}) {
@@ -49,7 +49,7 @@ TEST_P(LlamaTest, PackedSequencesAreTheSequencesAlone) {
 
 TEST_P(LlamaTest, AFreshAdapterIsNoAdapter) {
   const auto llama = model(WeightFormat::nf4);
-  Stepper stepper(*llama, false);
+  Stepper stepper(*llama, Recompute::none);
   const std::vector<Tokens> tokens = {random_tokens(40, 1), random_tokens(9, 2)};
   const auto adapter = fresh_adapter(*llama, {});
   EXPECT_EQ(nll(stepper, tokens, adapter.get()), nll(stepper, tokens, nullptr));
@@ -63,7 +63,7 @@ TEST_P(LlamaTest, QloraIsLoraOnTheDequantizedWeights) {
   LoraSpec spec;
   spec.dropout = 0.1;
   const auto a = trained_adapter(*quantized, spec), b = trained_adapter(*plain, spec);
-  Stepper one(*quantized, false), other(*plain, false);
+  Stepper one(*quantized, Recompute::none), other(*plain, Recompute::none);
   const std::vector<Tokens> tokens = {random_tokens(50, 3), random_tokens(20, 4)};
   EXPECT_EQ(nll(one, tokens, a.get(), true), nll(other, tokens, b.get(), true));
   expect_same_bits(a->gradients(), b->gradients());
@@ -81,7 +81,7 @@ TEST_P(LlamaTest, FoldedAdaptersAreSeparateAdapters) {
     spec.dropout = p;
     const auto a = trained_adapter(*folded, spec), b = trained_adapter(*separate, spec);
     const std::vector<Tokens> tokens = {random_tokens(50, 3), random_tokens(20, 4)};
-    Stepper one(*folded, false), other(*separate, false);
+    Stepper one(*folded, Recompute::none), other(*separate, Recompute::none);
     const auto run = [&](Stepper& stepper, const Adapter* adapter) {
       BatchBuilder builder;
       for (const Tokens& t : tokens) builder.add({t.sequence()}, adapter, true, 1.0f);
@@ -103,7 +103,7 @@ TEST_P(LlamaTest, WeightsHeldExpandedChangeNoBit) {
   spec.r = 3;
   const auto a = trained_adapter(*llama, spec), b = trained_adapter(*llama, spec);
   const std::vector<Tokens> tokens = {random_tokens(33, 5, 11), random_tokens(64, 6, 12)};
-  Stepper first(*llama, false), second(*llama, false);
+  Stepper first(*llama, Recompute::none), second(*llama, Recompute::none);
   const std::vector<float> expected = nll(first, tokens, a.get(), true);
   BatchBuilder batch;
   for (const Tokens& t : tokens) batch.add({t.sequence()}, b.get(), true, 1.0f);
@@ -119,12 +119,16 @@ TEST_P(LlamaTest, RecomputeChangesNoBit) {
   LoraSpec spec;
   spec.r = 3;
   spec.dropout = 0.2;
-  const auto a = trained_adapter(*llama, spec), b = trained_adapter(*llama, spec);
-  Stepper kept(*llama, false), again(*llama, true);
-  const std::vector<Tokens> tokens = {random_tokens(33, 5, 11), random_tokens(64, 6, 12)};
-  for (int micro = 0; micro < 2; ++micro)
-    EXPECT_EQ(nll(kept, tokens, a.get(), true), nll(again, tokens, b.get(), true));
-  expect_same_bits(a->gradients(), b->gradients());
+  for (const bool folded : {false, true})
+    for (const Recompute recompute : {Recompute::selective, Recompute::full}) {
+      llama->set_folded(folded);
+      const auto a = trained_adapter(*llama, spec), b = trained_adapter(*llama, spec);
+      Stepper kept(*llama, Recompute::none), again(*llama, recompute);
+      const std::vector<Tokens> tokens = {random_tokens(33, 5, 11), random_tokens(64, 6, 12)};
+      for (int micro = 0; micro < 2; ++micro)
+        EXPECT_EQ(nll(kept, tokens, a.get(), true), nll(again, tokens, b.get(), true));
+      expect_same_bits(a->gradients(), b->gradients());
+    }
 }
 
 // Token by token over the cache, against one pass over the finished text.
@@ -196,7 +200,7 @@ TEST_P(LlamaTest, EvaluationDoesNotDependOnItsBatches) {
   data.examples[2].labels.assign(77, not_trained);
   data.examples[2].labels[40] = 7;
   const auto adapter = trained_adapter(*llama, {});
-  Stepper stepper(*llama, false);
+  Stepper stepper(*llama, Recompute::none);
   const Evaluation one = evaluate(stepper, data, adapter.get(), {}, 1);
   EXPECT_EQ(one.trained_tokens, 29 + 1 + 1 + 15 + 15 + 119 + 8);
   EXPECT_EQ(one.tokens, 270);
@@ -224,7 +228,7 @@ TEST(LlamaGradient, OfLoraIsThatOfDifferences) {
   spec.r = 3;
   spec.alpha = 5;
   const auto adapter = trained_adapter(*llama, spec);
-  Stepper stepper(*llama, false);
+  Stepper stepper(*llama, Recompute::none);
   const Tokens first = random_tokens(40, 21), second = random_tokens(20, 22);
   BatchBuilder builder;
   builder.add({first.sequence(), second.sequence()}, adapter.get(), false, 1.0f / 58);
@@ -262,7 +266,7 @@ TEST(LlamaGradient, OfAModelWithBiases) {
   LoraSpec spec;
   spec.r = 2;
   const auto adapter = trained_adapter(llama, spec);
-  Stepper stepper(llama, true);
+  Stepper stepper(llama, Recompute::full);
   const Tokens tokens = random_tokens(50, 23);
   BatchBuilder builder;
   builder.add({tokens.sequence()}, adapter.get(), false, 1.0f / 49);
