@@ -2,6 +2,7 @@
 
 #include <cmath>
 
+#include "cuda/attention_hopper.cuh"
 #include "cuda/attention_mma.cuh"
 #include "cuda/attention_tiles.cuh"
 #include "cuda/reduce.cuh"
@@ -295,6 +296,8 @@ void attention(const Tensor& o, const Tensor& lse, const Tensor& q, const Tensor
                const Tensor&) {
   if (q.numel() == 0) return;
   check_rows("attention", o, q, k, v);
+  if (hopper_attention_supported(shape, q))
+    return hopper_attention(o, lse, q, k, v, cu_q, cu_k, shape);
   if (on_tensor_cores(q, shape))
     return attention_mma(head_rows<bf16>(o), lse.data<float>(),
                          inputs_of<bf16>(q, k, v, cu_q, cu_k, shape));
@@ -315,6 +318,8 @@ void attention_backward(const Tensor& dq, const Tensor& dk, const Tensor& dv, co
   if (q.numel() == 0) return;
   const char* const op = "attention_backward";
   check_rows(op, dq, dk, dv, g, q, k, v, o);
+  if (hopper_attention_supported(shape, q))
+    return hopper_attention_backward(dq, dk, dv, g, q, k, v, o, lse, cu_q, cu_k, shape, workspace);
   if (on_tensor_cores(q, shape))
     return attention_backward_mma(head_rows<bf16>(dq), head_rows<bf16>(dk), head_rows<bf16>(dv),
                                   head_rows<const bf16>(g), head_rows<const bf16>(o),

@@ -242,6 +242,15 @@ TEST_P(AttentionTest, LargeMatchesReference) {
   expect_matches_reference(make_problem({511, 1, 700}, 9, 3, 64, GetParam()));
 }
 
+TEST_P(AttentionTest, LargeMatchesReferenceForManySequences) {
+  std::vector<int32_t> lengths;
+  for (int32_t i = 0; i < 24; ++i) lengths.push_back(1 + (13 * i) % 301);
+  for (const int64_t dim : {64, 128}) {
+    SCOPED_TRACE(fmt::format("dimension {}", dim));
+    expect_matches_reference(make_problem(lengths, 8, 2, dim, GetParam()));
+  }
+}
+
 TEST_P(AttentionTest, HoldsForLargeScores) {
   for (const int64_t dim : {16, 64}) {
     Problem p = make_problem({50}, 2, 1, dim, GetParam());
@@ -279,19 +288,26 @@ TEST_P(AttentionTest, SequencesAreIndependent) {
 }
 
 TEST_P(AttentionTest, ANotFiniteSequenceStaysAlone) {
-  for (const int64_t dim : {16, 64}) {
+  for (const int64_t dim : {16, 64, 128}) {
     const Problem p = make_problem({20, 40, 33}, 2, 1, dim, GetParam());
-    Problem sick = p;
-    sick.v = p.v.clone();
-    copy(sick.v.slice_rows(25, 26).slice_cols(3, 4), tensor({INFINITY}, {1, 1}, GetParam()));
-    const Attention a = p.forward(), b = sick.forward();
-    const AttentionColumns d = p.backward(a), e = sick.backward(b);
-    for (const auto& [begin, end] : {std::pair{0, 20}, {60, 93}}) {
-      expect_same_bits(a.o.slice_rows(begin, end), b.o.slice_rows(begin, end));
-      expect_same_bits(d.q.slice_rows(begin, end), e.q.slice_rows(begin, end));
-      expect_same_bits(d.k.slice_rows(begin, end), e.k.slice_rows(begin, end));
-      expect_same_bits(d.v.slice_rows(begin, end), e.v.slice_rows(begin, end));
-    }
+    const Attention a = p.forward();
+    const AttentionColumns d = p.backward(a);
+    for (Tensor Problem::*input : {&Problem::q, &Problem::k, &Problem::v, &Problem::g})
+      for (const double bad : {double{INFINITY}, std::nan("")}) {
+        Problem sick = p;
+        sick.*input = (p.*input).clone();
+        for (const int64_t row : {20, 25, 59})
+          copy((sick.*input).slice_rows(row, row + 1).slice_cols(3, 4),
+               tensor({bad}, {1, 1}, GetParam()));
+        const Attention b = sick.forward();
+        const AttentionColumns e = sick.backward(b);
+        for (const auto& [begin, end] : {std::pair{0, 20}, {60, 93}}) {
+          expect_same_bits(a.o.slice_rows(begin, end), b.o.slice_rows(begin, end));
+          expect_same_bits(d.q.slice_rows(begin, end), e.q.slice_rows(begin, end));
+          expect_same_bits(d.k.slice_rows(begin, end), e.k.slice_rows(begin, end));
+          expect_same_bits(d.v.slice_rows(begin, end), e.v.slice_rows(begin, end));
+        }
+      }
   }
 }
 

@@ -100,9 +100,10 @@ Tensor attention_backward(const Tensor& g, const Tensor& q, const Tensor& k, con
       Tensor::with_tail(q.dim(0), q.dim(1) + k.dim(1) + v.dim(1), tail, q.dtype(), device);
   if (q.dim(0) == 0) return out;
   const AttentionColumns d = attention_columns(out, shape);
+  const int64_t stats = shape.heads * attention_stats_pitch(q.dim(0), cu_q.dim(0) - 1);
   const int64_t bytes = device.target == DeviceType::cpu
                             ? cpu::attention_backward_workspace(shape, q.dtype())
-                            : lse.numel() * static_cast<int64_t>(2 * sizeof(float));
+                            : stats * static_cast<int64_t>(2 * sizeof(float));
   const Tensor workspace = workspace_of(bytes, device);
   const OpScope scope("attention_backward", device,
                       {5 * pairs(q, shape), 2 * bytes_of_all(q, k, v, o)});

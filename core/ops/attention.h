@@ -35,6 +35,11 @@ struct AttentionColumns {
 };
 AttentionColumns attention_columns(const Tensor& merged, const AttentionShape& shape);
 
+/// Queries of a head in the GPU's workspace: every sequence may be aligned to 4 and padded to 64.
+inline int64_t attention_stats_pitch(int64_t query_rows, int64_t sequences) {
+  return (query_rows + 3) / 4 * 4 + 68 * sequences;
+}
+
 namespace cpu {
 /// Bytes: per thread, the keys and values of one sequence and head, and the scores of a query tile.
 int64_t attention_workspace(const AttentionShape& shape, DType dtype);
@@ -48,7 +53,8 @@ void attention_backward(const Tensor& dq, const Tensor& dk, const Tensor& dv, co
                         const AttentionShape& shape, const Tensor& workspace);
 }  // namespace cpu
 namespace cuda {
-/// `workspace` of the backward pass holds L and delta, fp32 [Tq, heads, 2]. The forward needs none.
+/// `workspace` of the backward pass holds L and delta, fp32 [heads, attention_stats_pitch] each.
+/// The forward needs none.
 void attention(const Tensor& o, const Tensor& lse, const Tensor& q, const Tensor& k,
                const Tensor& v, const Tensor& cu_q, const Tensor& cu_k, const AttentionShape& shape,
                const Tensor& workspace);
