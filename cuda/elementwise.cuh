@@ -2,6 +2,7 @@
 //   template <int width> __device__ void apply(int64_t row, int64_t col) const
 // for the `width` (1 or 8) elements that start at a column.
 #pragma once
+#include "cuda/divider.cuh"
 #include "cuda/launch.cuh"
 
 namespace qlab::cuda {
@@ -11,26 +12,28 @@ inline constexpr int elementwise_threads = 256;
 // One thread per `width` neighbouring elements; every element is read and written once.
 template <int width, class F>
 __global__ void __launch_bounds__(elementwise_threads)
-    elementwise_kernel(F f, uint64_t units_per_row, uint64_t units) {
-  const uint64_t unit = static_cast<uint64_t>(blockIdx.x) * elementwise_threads + threadIdx.x;
+    elementwise_kernel(F f, Divider units_per_row, int64_t first_row, uint32_t units) {
+  const uint32_t unit = blockIdx.x * elementwise_threads + threadIdx.x;
   if (unit >= units) return;
-  const uint64_t row = unit / units_per_row;
-  f.template apply<width>(static_cast<int64_t>(row),
-                          static_cast<int64_t>((unit - row * units_per_row) * width));
+  const uint32_t row = units_per_row.quotient(unit);
+  f.template apply<width>(first_row + row,
+                          static_cast<int64_t>(unit - row * units_per_row.divisor()) * width);
 }
 
 template <class F>
 void elementwise(const char* op, const F& f, int64_t rows, int64_t cols, bool vectors) {
   if (rows == 0 || cols == 0) return;
   const int64_t units_per_row = vectors ? cols / vector_width : cols;
-  const int64_t units = rows * units_per_row;
-  const unsigned blocks = grid_of(op, ceil_div<int64_t>(units, elementwise_threads));
-  if (vectors)
-    elementwise_kernel<vector_width>
-        <<<blocks, elementwise_threads, 0, current_stream()>>>(f, units_per_row, units);
-  else
-    elementwise_kernel<1>
-        <<<blocks, elementwise_threads, 0, current_stream()>>>(f, units_per_row, units);
+  const Divider divider(units_per_row);
+  // 2^30 units and their last block's remainder stay below 2^31.
+  const int64_t rows_per_launch = std::max<int64_t>(1, (int64_t{1} << 30) / units_per_row);
+  const auto kernel = vectors ? elementwise_kernel<vector_width, F> : elementwise_kernel<1, F>;
+  for (int64_t row = 0; row < rows; row += rows_per_launch) {
+    const int64_t units = std::min(rows_per_launch, rows - row) * units_per_row;
+    const unsigned blocks = grid_of(op, ceil_div<int64_t>(units, elementwise_threads));
+    kernel<<<blocks, elementwise_threads, 0, current_stream()>>>(f, divider, row,
+                                                                 static_cast<uint32_t>(units));
+  }
   check_launch(op);
 }
 

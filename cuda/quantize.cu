@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <bit>
 
+#include "cuda/divider.cuh"
+#include "cuda/early_launch.cuh"
 #include "cuda/reduce.cuh"
 #include "quant/nf4.h"
 
@@ -24,31 +26,160 @@ __device__ inline float multiply_flushed(float a, float b) {
   return y;
 }
 
-// One warp per quantization block, one lane per byte; x is read twice (the second time from cache).
+/// Scale number `threadIdx.x` of the 256 that belong to a thread block: into `absmax`, and their
+/// sum in double into `sums` where that is wanted.
+__device__ inline void finish_scales(float* absmax, double* sums, float scale, int64_t blocks) {
+  __shared__ double scratch[warp_size];
+  const int64_t block = static_cast<int64_t>(blockIdx.x) * nested_block_size + threadIdx.x;
+  if (block < blocks) absmax[block] = scale;
+  if (sums == nullptr) return;
+  const double sum = block_sum<double>(block < blocks ? scale : 0.0, scratch);
+  if (threadIdx.x == 0) sums[blockIdx.x] = sum;
+}
+
+/// nf4::code by a search in 31 bins of width 1/15, none of which holds two thresholds: lane b has
+/// the number of thresholds below bin b and the one inside.
+struct Bins {
+  static constexpr float shift = 8388624.0f;  // 2^23 + 16
+  float inside = __builtin_inff();
+  uint32_t below = 0;
+
+  __device__ static uint32_t bin(float x) { return __float_as_uint(fmaf(x, 15.0f, shift)); }
+  __device__ Bins() {
+    const uint32_t lane = threadIdx.x % warp_size;
+#pragma unroll
+    for (int i = 0; i < 15; ++i) {
+      const uint32_t b = bin(nf4::threshold(i)) % warp_size;
+      below += b < lane;
+      if (b == lane) inside = nf4::threshold(i);
+    }
+  }
+  /// Of all lanes together; |x| <= 1 but for roundings, or NaN. A code is put `place` bits up.
+  __device__ uint32_t code(float x, int place) const {
+    const float clamped = fmaxf(x, -1.0f);  // NaN becomes -1, whose code is 0 as well
+    const uint32_t b = bin(clamped);        // a shuffle takes its lowest five bits
+    const uint32_t base = __shfl_sync(0xffffffffu, below, b) << place;
+    const float threshold = __shfl_sync(0xffffffffu, inside, b);
+    return clamped > threshold ? base + (1u << place) : base;
+  }
+};
+
+// One thread block per 256 quantization blocks of 8 * `lanes` values, a lane per eight values: one
+// read of x, one write of the codes.
 template <class T>
 __global__ void __launch_bounds__(threads)
-    quantize_kernel(uint8_t* codes, float* absmax, const T* x, int64_t n, int64_t blocks,
-                    int64_t block_size) {
-  const int lane = threadIdx.x % warp_size;
-  const int64_t block =
-      static_cast<int64_t>(blockIdx.x) * warps_per_block + threadIdx.x / warp_size;
-  if (block >= blocks) return;
-  const int64_t begin = block * block_size;
-  const int64_t end = begin + block_size < n ? begin + block_size : n;
-  float largest = 0;
-  for (int64_t i = begin + lane; i < end; i += warp_size)
-    largest = fmaxf(largest, fabsf(static_cast<float>(x[i])));
-  largest = warp_max(largest);
-  if (lane == 0) absmax[block] = largest;
-  const float inverse = reciprocal(largest);
-  for (int64_t i = begin + 2 * lane; i < end; i += 2 * warp_size) {
-    const float first = static_cast<float>(x[i]);
-    const float second = i + 1 < end ? static_cast<float>(x[i + 1]) : 0.0f;
-    const int high = nf4::code(multiply_flushed(first, inverse));
-    const int low = nf4::code(multiply_flushed(second, inverse));
-    codes[i / 2] = static_cast<uint8_t>(high << 4 | low);
+    quantize_vectors_kernel(uint32_t* codes, float* absmax, double* sums, const T* x, int64_t n,
+                            int64_t blocks, int lanes) {
+  __shared__ float scales[threads];
+  constexpr int unroll = 4;
+  const int lane = threadIdx.x % warp_size, warp = threadIdx.x / warp_size;
+  const int per_step = warp_size / lanes;  // quantization blocks that a warp has at a time
+  const Bins bins;
+  const int64_t first = (static_cast<int64_t>(blockIdx.x) * warps_per_block + warp) * warp_size *
+                            lanes * vector_width +
+                        lane * vector_width;
+  for (int step = 0; step < lanes; step += unroll) {
+    float v[unroll][vector_width] = {};
+#pragma unroll
+    for (int k = 0; k < unroll; ++k) {
+      const int64_t i = first + (step + k) * warp_size * vector_width;
+      if (i < n) load(v[k], x + i);
+    }
+#pragma unroll
+    for (int k = 0; k < unroll; ++k) {
+      const int64_t i = first + (step + k) * warp_size * vector_width;
+      float largest = 0;
+      for (int j = 0; j < vector_width; ++j) largest = fmaxf(largest, fabsf(v[k][j]));
+      for (int distance = lanes / 2; distance > 0; distance /= 2)
+        largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, distance));
+      const float inverse = reciprocal(largest);
+      uint32_t word = 0;
+#pragma unroll
+      for (int j = 0; j < vector_width; ++j)
+        word += bins.code(multiply_flushed(v[k][j], inverse), 8 * (j / 2) + (j % 2 == 0 ? 4 : 0));
+      if (i < n) codes[i / vector_width] = word;
+      if (lane % lanes == 0)
+        scales[warp * warp_size + (step + k) * per_step + lane / lanes] = largest;
+    }
   }
+  __syncthreads();
+  finish_scales(absmax, sums, scales[threadIdx.x], blocks);
 }
+
+// One thread block per 256 quantization blocks, one warp per block and one lane per byte; x is read
+// twice (the second time from cache). For sizes and places that allow no vectors.
+template <class T>
+__global__ void __launch_bounds__(threads)
+    quantize_elements_kernel(uint8_t* codes, float* absmax, double* sums, const T* x, int64_t n,
+                             int64_t blocks, int64_t block_size) {
+  __shared__ float scales[threads];
+  const int lane = threadIdx.x % warp_size;
+  for (int b = threadIdx.x / warp_size; b < threads; b += warps_per_block) {
+    const int64_t block = static_cast<int64_t>(blockIdx.x) * nested_block_size + b;
+    if (block >= blocks) break;
+    const int64_t begin = block * block_size;
+    const int64_t end = begin + block_size < n ? begin + block_size : n;
+    float largest = 0;
+    for (int64_t i = begin + lane; i < end; i += warp_size)
+      largest = fmaxf(largest, fabsf(static_cast<float>(x[i])));
+    largest = warp_max(largest);
+    if (lane == 0) scales[b] = largest;
+    const float inverse = reciprocal(largest);
+    for (int64_t i = begin + 2 * lane; i < end; i += 2 * warp_size) {
+      const float first = static_cast<float>(x[i]);
+      const float second = i + 1 < end ? static_cast<float>(x[i + 1]) : 0.0f;
+      const int high = nf4::code(multiply_flushed(first, inverse));
+      const int low = nf4::code(multiply_flushed(second, inverse));
+      codes[i / 2] = static_cast<uint8_t>(high << 4 | low);
+    }
+  }
+  __syncthreads();
+  finish_scales(absmax, sums, scales[threadIdx.x], blocks);
+}
+
+// One thread block; the order of cpu::quantize_scales.
+__global__ void __launch_bounds__(mean_lanes)
+    mean_kernel(float* mean, const double* sums, int64_t count, int64_t blocks) {
+  __shared__ double scratch[warp_size];
+  await_previous();
+  double sum = 0;
+  for (int64_t i = threadIdx.x; i < count; i += mean_lanes) sum += sums[i];
+  sum = block_sum(sum, scratch);
+  if (threadIdx.x == 0)
+    *mean = blocks == 0 ? 0.0f : static_cast<float>(sum / static_cast<double>(blocks));
+}
+
+// One warp per 256 scales.
+__global__ void __launch_bounds__(threads)
+    quantize_scales_kernel(uint8_t* codes, float* absmax2, const float* absmax, const float* mean,
+                           const float* map, int64_t blocks) {
+  constexpr int per_lane = nested_block_size / warp_size;
+  __shared__ float shared_map[threads];
+  await_previous();
+  shared_map[threadIdx.x] = map[threadIdx.x];
+  __syncthreads();
+  const int lane = threadIdx.x % warp_size;
+  const int64_t nested =
+      static_cast<int64_t>(blockIdx.x) * warps_per_block + threadIdx.x / warp_size;
+  const int64_t first = nested * nested_block_size + lane;
+  if (nested * nested_block_size >= blocks) return;
+  const float offset = *mean;
+  float difference[per_lane] = {};
+  float largest = 0;
+#pragma unroll
+  for (int j = 0; j < per_lane; ++j)
+    if (const int64_t i = first + j * warp_size; i < blocks) difference[j] = absmax[i] - offset;
+#pragma unroll
+  for (int j = 0; j < per_lane; ++j) largest = fmaxf(largest, fabsf(difference[j]));
+  largest = warp_max(largest);
+  if (lane == 0) absmax2[nested] = largest;
+  const float inverse = flushed_reciprocal(largest);
+#pragma unroll
+  for (int j = 0; j < per_lane; ++j)
+    if (const int64_t i = first + j * warp_size; i < blocks)
+      codes[i] = dynamic_code(shared_map, flushed(difference[j]) * inverse);
+}
+static_assert(threads == nested_block_size && threads == 256);
 
 /// The scale of a block, stored plainly or in 8 bits.
 struct Scales {
@@ -56,58 +187,84 @@ struct Scales {
   const uint8_t* codes = nullptr;  // nested, with absmax2, map and offset
   const float* absmax2 = nullptr;
   const float* map = nullptr;
-  float offset = 0;
+  const float* offset = nullptr;
   int shift = 0;  // log2 of the elements of a block
 };
+constexpr int map_size = 256;
 constexpr int nested_shift = std::countr_zero(static_cast<uint64_t>(nested_block_size));
 
+/// The scale of one block: fetched first, so that its loads stay in flight, then decoded.
 template <bool nested>
-__device__ inline float scale_of(const Scales& s, const float* map, int64_t block) {
-  if constexpr (!nested) return s.absmax[block];
-  return __fadd_rn(__fmul_rn(map[s.codes[block]], s.absmax2[block >> nested_shift]), s.offset);
+struct Scale {
+  float plain = 0, factor = 0;
+  uint8_t code = 0;
+  __device__ void fetch(const Scales& s, int64_t block) {
+    if constexpr (nested) {
+      code = s.codes[block];
+      factor = s.absmax2[block >> nested_shift];
+    } else {
+      plain = s.absmax[block];
+    }
+  }
+  __device__ float value(const float* map, float offset) const {
+    return nested ? __fadd_rn(__fmul_rn(map[code], factor), offset) : plain;
+  }
+};
+
+/// Entry number `lane` % 16 of the table, by selects: indexed, it would be built in local memory.
+__device__ inline float value_of_lane() {
+  float v[16];
+#pragma unroll
+  for (int i = 0; i < 16; ++i) v[i] = nf4::value(i);
+#pragma unroll
+  for (int half = 8, bit = 1; half > 0; half /= 2, bit *= 2)
+#pragma unroll
+    for (int i = 0; i < half; ++i) v[i] = (threadIdx.x & bit) != 0 ? v[2 * i + 1] : v[2 * i];
+  return v[0];
 }
 
-constexpr int words_per_thread = 4;
+constexpr int dequantize_threads = 128;
+constexpr int words_per_lane = 8;
+constexpr int words_per_warp = words_per_lane * warp_size;
+constexpr int words_per_block = words_per_lane * dequantize_threads;
 
-// One thread per words of eight codes, 16 bytes of bf16 to a store; the pair of values of every
-// byte and the map lie in shared memory. Reads 0.52, writes 2 (bf16) bytes per element.
+// One warp per 256 words of eight codes, a lane per word and 16 bytes of bf16 to a store. Lane i
+// holds value(i % 16), so a code is a shuffle. Reads 0.52, writes 2 (bf16) bytes per element.
 template <class T, bool nested>
-__global__ void __launch_bounds__(threads)
-    dequantize_words_kernel(T* y, const uint32_t* codes, Scales scales, int64_t words,
-                            int64_t words_per_row, int64_t pitch) {
-  __shared__ float2 pairs[256];
-  __shared__ float map[256];
-  pairs[threadIdx.x] = make_float2(nf4::value(threadIdx.x >> 4), nf4::value(threadIdx.x & 15));
-  if constexpr (nested) map[threadIdx.x] = scales.map[threadIdx.x];
-  __syncthreads();
-
-  const int64_t stride = static_cast<int64_t>(gridDim.x) * threads * words_per_thread;
-  const int64_t start = static_cast<int64_t>(blockIdx.x) * threads * words_per_thread;
-  for (int64_t first = start + threadIdx.x; first < words; first += stride) {
-    uint32_t word[words_per_thread];
-    float scale[words_per_thread];
+__global__ void __launch_bounds__(dequantize_threads)
+    dequantize_words_kernel(T* y, const uint32_t* codes, Scales scales, uint32_t words,
+                            Divider words_per_row, int64_t pitch) {
+  __shared__ float map[nested ? map_size : 1];
+  const uint32_t lane = threadIdx.x % warp_size, warp = threadIdx.x / warp_size;
+  const uint32_t first = blockIdx.x * words_per_block + warp * words_per_warp + lane;
+  const float value = value_of_lane();
+  await_previous();
+  uint32_t word[words_per_lane];
+  Scale<nested> scale[words_per_lane];
 #pragma unroll
-    for (int u = 0; u < words_per_thread; ++u) {
-      const int64_t w = first + u * threads;
-      if (w >= words) break;
-      word[u] = __ldcs(codes + w);
-      scale[u] = scale_of<nested>(scales, map, w >> (scales.shift - 3));
+  for (int u = 0; u < words_per_lane; ++u) {
+    const uint32_t w = min(first + u * warp_size, words - 1);
+    word[u] = __ldcs(codes + w);
+    scale[u].fetch(scales, w >> (scales.shift - 3));
+  }
+  const float offset = nested ? *scales.offset : 0.0f;
+  if constexpr (nested) {
+    for (int i = threadIdx.x; i < map_size; i += dequantize_threads) map[i] = scales.map[i];
+    __syncthreads();
+  }
+#pragma unroll
+  for (int u = 0; u < words_per_lane; ++u) {
+    const uint32_t w = first + u * warp_size;
+    const float factor = scale[u].value(map, offset);
+    float v[vector_width];
+#pragma unroll
+    for (int j = 0; j < vector_width; ++j) {
+      const int place = 8 * (j / 2) + (j % 2 == 0 ? 4 : 0);
+      v[j] = __fmul_rn(__shfl_sync(0xffffffffu, value, word[u] >> place, 16), factor);
     }
-#pragma unroll
-    for (int u = 0; u < words_per_thread; ++u) {
-      const int64_t w = first + u * threads;
-      if (w >= words) break;
-      float v[vector_width];
-#pragma unroll
-      for (int byte = 0; byte < 4; ++byte) {
-        const float2 pair = pairs[word[u] >> (8 * byte) & 0xffu];
-        v[2 * byte] = __fmul_rn(pair.x, scale[u]);
-        v[2 * byte + 1] = __fmul_rn(pair.y, scale[u]);
-      }
-      const int64_t row = words == words_per_row
-                              ? 0
-                              : static_cast<uint64_t>(w) / static_cast<uint64_t>(words_per_row);
-      store(y + row * pitch + (w - row * words_per_row) * vector_width, v);
+    if (w < words) {
+      const uint32_t row = words_per_row.quotient(w), at = w - row * words_per_row.divisor();
+      store(y + row * pitch + static_cast<int64_t>(at) * vector_width, v);
     }
   }
 }
@@ -120,9 +277,11 @@ __global__ void __launch_bounds__(threads)
   const int64_t i = static_cast<int64_t>(blockIdx.x) * threads + threadIdx.x;
   if (i >= n) return;
   const int byte = codes[i / 2], code = i % 2 == 0 ? byte >> 4 : byte & 15;
-  const float scale = scale_of<nested>(scales, scales.map, i >> scales.shift);
+  Scale<nested> scale;
+  scale.fetch(scales, i >> scales.shift);
+  const float factor = scale.value(scales.map, nested ? *scales.offset : 0.0f);
   const int64_t row = static_cast<uint64_t>(i) / static_cast<uint64_t>(cols);
-  y[row * pitch + (i - row * cols)] = static_cast<T>(__fmul_rn(nf4::value(code), scale));
+  y[row * pitch + (i - row * cols)] = static_cast<T>(__fmul_rn(nf4::value(code), factor));
 }
 
 template <class T, bool nested>
@@ -134,27 +293,47 @@ void dequantize(const Tensor& y, const Tensor& codes, const Scales& scales) {
         y.data<T>(), codes.data<uint8_t>(), scales, n, cols, y.pitch());
     return;
   }
-  // Eight blocks fill a multiprocessor; more would only build the tables again.
   const int64_t words = n / vector_width;
-  const int64_t blocks = std::min<int64_t>(ceil_div<int64_t>(words, threads * words_per_thread),
-                                           8 * multiprocessor_count());
-  dequantize_words_kernel<T, nested>
-      <<<static_cast<unsigned>(blocks), threads, 0, current_stream()>>>(
-          y.data<T>(), reinterpret_cast<const uint32_t*>(codes.raw()), scales, words,
-          cols / vector_width, y.pitch());
+  QLAB_CHECK(words <= INT32_MAX - words_per_block,
+             "[dequantize_nf4] {} is too large for one launch", y.str());
+  launch_early("dequantize_nf4", dequantize_words_kernel<T, nested>,
+               static_cast<unsigned>(ceil_div<int64_t>(words, words_per_block)), dequantize_threads,
+               y.data<T>(), reinterpret_cast<const uint32_t*>(codes.raw()), scales,
+               static_cast<uint32_t>(words), Divider(cols / vector_width), y.pitch());
 }
 
 }  // namespace
 
-void quantize_nf4(const Tensor& codes, const Tensor& absmax, const Tensor& x, int64_t block_size) {
-  const int64_t n = x.numel(), blocks = ceil_div(n, block_size);
+void quantize_nf4(const Tensor& codes, const Tensor& absmax, const Tensor& sums, const Tensor& x,
+                  int64_t block_size) {
+  const int64_t n = x.numel(), blocks = absmax.numel();
   if (n == 0) return;
-  const unsigned grid = grid_of("quantize_nf4", ceil_div<int64_t>(blocks, warps_per_block));
+  const unsigned grid = grid_of("quantize_nf4", ceil_div<int64_t>(blocks, nested_block_size));
+  double* const sum = sums.defined() ? sums.data<double>() : nullptr;
+  const bool vectors =
+      n % vector_width == 0 && aligned16(x.raw()) && block_size <= warp_size * vector_width;
   dispatch(CudaFloats{}, x.dtype(), "quantize_nf4", [&]<class T>() {
-    quantize_kernel<<<grid, threads, 0, current_stream()>>>(
-        codes.data<uint8_t>(), absmax.data<float>(), x.data<T>(), n, blocks, block_size);
+    if (vectors)
+      quantize_vectors_kernel<<<grid, threads, 0, current_stream()>>>(
+          static_cast<uint32_t*>(codes.raw()), absmax.data<float>(), sum, x.data<T>(), n, blocks,
+          static_cast<int>(block_size / vector_width));
+    else
+      quantize_elements_kernel<<<grid, threads, 0, current_stream()>>>(
+          codes.data<uint8_t>(), absmax.data<float>(), sum, x.data<T>(), n, blocks, block_size);
   });
   check_launch("quantize_nf4");
+}
+
+void quantize_scales(const Nf4Tensor& out, const Tensor& absmax, const Tensor& sums) {
+  const int64_t blocks = absmax.numel(), nested = sums.numel();
+  float* const mean = out.offset.data<float>();
+  launch_early("quantize_scales", mean_kernel, 1, mean_lanes, mean, sums.data<double>(), nested,
+               blocks);
+  if (nested == 0) return;
+  launch_early("quantize_scales", quantize_scales_kernel,
+               grid_of("quantize_scales", ceil_div<int64_t>(nested, warps_per_block)), threads,
+               out.absmax_code.data<uint8_t>(), out.absmax2.data<float>(), absmax.data<float>(),
+               mean, out.map.data<float>(), blocks);
 }
 
 void dequantize_nf4(const Tensor& y, const Nf4Tensor& x) {
@@ -162,7 +341,7 @@ void dequantize_nf4(const Tensor& y, const Nf4Tensor& x) {
   Scales scales;
   scales.shift = std::countr_zero(static_cast<uint64_t>(x.block_size));
   if (x.double_quant) {
-    scales.offset = x.offset;
+    scales.offset = x.offset.data<float>();
     scales.codes = x.absmax_code.data<uint8_t>();
     scales.absmax2 = x.absmax2.data<float>();
     scales.map = x.map.data<float>();

@@ -5,7 +5,14 @@
 namespace qlab::cuda {
 namespace {
 
-__device__ inline float sigmoid(float z) { return 1.0f / (1.0f + expf(-z)); }
+// bf16: within 2^-19 of the value for |z| up to 16, far below half a unit of the result.
+template <class T>
+__device__ inline float sigmoid(float z) {
+  if constexpr (std::is_same_v<T, bf16>)
+    return __fdividef(1.0f, 1.0f + __expf(-z));
+  else
+    return 1.0f / (1.0f + expf(-z));
+}
 
 template <class T>
 struct Swiglu {
@@ -18,7 +25,7 @@ struct Swiglu {
     float z[width], u[width];
     load(z, gate + row * pitch + col);
     load(u, gate + row * pitch + inner + col);
-    for (int j = 0; j < width; ++j) u[j] *= z[j] * sigmoid(z[j]);
+    for (int j = 0; j < width; ++j) u[j] *= z[j] * sigmoid<T>(z[j]);
     store(y + row * y_pitch + col, u);
   }
 };
@@ -38,7 +45,7 @@ struct SwigluBackward {
     load(z, gate + row * pitch + col);
     load(u, gate + row * pitch + inner + col);
     for (int j = 0; j < width; ++j) {
-      const float s = sigmoid(z[j]);
+      const float s = sigmoid<T>(z[j]);
       const float slope = s + z[j] * s * (1.0f - s);
       u[j] *= dy[j] * slope;
       dy[j] *= z[j] * s;

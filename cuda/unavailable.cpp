@@ -76,7 +76,8 @@ void swiglu(In, In) { missing(); }
 void swiglu_backward(In, In, In) { missing(); }
 
 // quant and optim
-void quantize_nf4(In, In, In, int64_t) { missing(); }
+void quantize_nf4(In, In, In, In, int64_t) { missing(); }
+void quantize_scales(const Nf4Tensor&, In, In) { missing(); }
 void dequantize_nf4(In, const Nf4Tensor&) { missing(); }
 void grad_norm(In, In, In) { missing(); }
 void adamw(In, In, In, In, In, In) { missing(); }

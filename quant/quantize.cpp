@@ -3,7 +3,6 @@
 #include <algorithm>
 #include <bit>
 #include <cmath>
-#include <limits>
 #include <utility>
 
 #include "core/parallel.h"
@@ -55,52 +54,11 @@ Tensor device_map(Device device) {
   return map;
 }
 
-/// 1 / x as the GPU's instruction computes it at the ends: subnormal operands and results are zero.
-float reciprocal(float x) {
-  constexpr float smallest = std::numeric_limits<float>::min();
-  if (x < smallest) return std::numeric_limits<float>::infinity();
-  const float inverse = 1.0f / x;
-  return inverse < smallest ? 0.0f : inverse;
-}
-float flushed(float x) { return std::abs(x) < std::numeric_limits<float>::min() ? 0.0f : x; }
-
 }  // namespace
 
 const std::array<float, 256>& dynamic_map() {
   static const std::array<float, 256> map = make_dynamic_map();
   return map;
-}
-
-uint8_t dynamic_code(float x) {
-  const std::array<float, 256>& map = dynamic_map();
-  if (!(x >= map.front())) return 0;
-  const auto above = std::upper_bound(map.begin(), map.end(), x);
-  if (above == map.end()) return 255;
-  const int upper = static_cast<int>(above - map.begin()), lower = upper - 1;
-  const float midpoint = (map[lower] + map[upper]) * 0.5f;
-  if (x == midpoint) return static_cast<uint8_t>(lower % 2 == 0 ? lower : upper);
-  return static_cast<uint8_t>(x < midpoint ? lower : upper);
-}
-
-void quantize_scales(const float* absmax, int64_t blocks, uint8_t* codes, float* absmax2,
-                     float& offset) {
-  double sum = 0;
-  for (int64_t i = 0; i < blocks; ++i) sum += absmax[i];
-  offset = blocks == 0 ? 0.0f : static_cast<float>(sum / static_cast<double>(blocks));
-  const float mean = offset;
-  dynamic_map();
-  parallel_for(ceil_div(blocks, nested_block_size), 16, [=](int64_t first, int64_t last) {
-    for (int64_t b = first; b < last; ++b) {
-      const int64_t begin = b * nested_block_size;
-      const int64_t end = std::min(begin + nested_block_size, blocks);
-      float largest = 0;
-      for (int64_t i = begin; i < end; ++i) largest = std::max(largest, std::abs(absmax[i] - mean));
-      absmax2[b] = largest;
-      const float inverse = reciprocal(largest);
-      for (int64_t i = begin; i < end; ++i)
-        codes[i] = dynamic_code(flushed(absmax[i] - mean) * inverse);
-    }
-  });
 }
 
 Nf4Tensor quantize_nf4(const Tensor& x, int64_t block_size, bool double_quant) {
@@ -123,28 +81,30 @@ Nf4Tensor quantize_nf4(const Tensor& x, int64_t block_size, bool double_quant) {
     out.codes = Tensor::empty({(n + 1) / 2}, DType::u8, device);
   }
   const MemoryTag tag(Category::constants);
-  const Tensor absmax = Tensor::empty({blocks}, DType::f32, device);
+  const int64_t nested = ceil_div(blocks, nested_block_size);
+  if (double_quant) {
+    const Tensor constants = Tensor::empty({nested + 1}, DType::f32, device);
+    out.absmax2 = constants.slice_rows(0, nested);
+    out.offset = constants.slice_rows(nested, nested + 1);
+    out.absmax_code = Tensor::empty({blocks}, DType::u8, device);
+    out.map = device_map(device);
+  } else {
+    out.absmax = Tensor::empty({blocks}, DType::f32, device);
+  }
+  const MemoryTag scratch(Category::workspace);
+  Tensor absmax = out.absmax, sums;
+  if (double_quant) {
+    absmax = Tensor::empty({blocks}, DType::f32, device);
+    sums = Tensor::empty({nested}, DType::f64, device);
+  }
   if (n > 0)
     on_device(
-        device, [&] { cpu::quantize_nf4(out.codes, absmax, x, block_size); },
-        [&] { cuda::quantize_nf4(out.codes, absmax, x, block_size); });
-  if (!double_quant) {
-    out.absmax = absmax;
-    return out;
-  }
-  out.map = device_map(device);
-  const Shape nested{ceil_div(blocks, nested_block_size)};
-  if (device.is_meta()) {
-    out.absmax_code = Tensor::empty({blocks}, DType::u8, device);
-    out.absmax2 = Tensor::empty(nested, DType::f32, device);
-    return out;
-  }
-  const std::vector<float> scales = absmax.to_vector<float>();
-  std::vector<uint8_t> codes(scales.size());
-  std::vector<float> absmax2(static_cast<size_t>(nested[0]));
-  quantize_scales(scales.data(), blocks, codes.data(), absmax2.data(), out.offset);
-  out.absmax_code = Tensor::from_vector(codes, {blocks}, device);
-  out.absmax2 = Tensor::from_vector(absmax2, nested, device);
+        device, [&] { cpu::quantize_nf4(out.codes, absmax, sums, x, block_size); },
+        [&] { cuda::quantize_nf4(out.codes, absmax, sums, x, block_size); });
+  if (double_quant)
+    on_device(
+        device, [&] { cpu::quantize_scales(out, absmax, sums); },
+        [&] { cuda::quantize_scales(out, absmax, sums); });
   return out;
 }
 
@@ -159,6 +119,19 @@ void dequantize_nf4(const Tensor& y, const Nf4Tensor& x) {
 namespace cpu {
 namespace {
 
+/// Groups of 32 neighbours are folded in halves (i with i + 16, i + 8, ...), their sums likewise:
+/// the order of a GPU's warps. n is a multiple of 32, at most 1024; v is overwritten.
+double tree_sum(double* v, int64_t n) {
+  constexpr int64_t group = 32;
+  const auto fold = [](double* first, int64_t count) {
+    for (int64_t half = group / 2; half > 0; half /= 2)
+      for (int64_t i = 0; i < half && i + half < count; ++i) first[i] += first[i + half];
+    return first[0];
+  };
+  for (int64_t i = 0; i < n / group; ++i) v[i] = fold(v + i * group, group);
+  return fold(v, n / group);
+}
+
 /// Elements [begin, end) of the flattened tensor, to consecutive places from y on.
 template <class T>
 void dequantize_range(T* y, const uint8_t* codes, const Nf4Tensor& x, int64_t begin, int64_t end) {
@@ -168,7 +141,7 @@ void dequantize_range(T* y, const uint8_t* codes, const Nf4Tensor& x, int64_t be
     const float scale = x.double_quant
                             ? x.map.data<float>()[x.absmax_code.data<uint8_t>()[block]] *
                                       x.absmax2.data<float>()[block / nested_block_size] +
-                                  x.offset
+                                  x.offset.data<float>()[0]
                             : x.absmax.data<float>()[block];
     T value[16];
     for (int c = 0; c < 16; ++c) value[c] = static_cast<T>(nf4::value(c) * scale);
@@ -184,13 +157,14 @@ void dequantize_range(T* y, const uint8_t* codes, const Nf4Tensor& x, int64_t be
 
 }  // namespace
 
-void quantize_nf4(const Tensor& codes, const Tensor& absmax, const Tensor& x, int64_t block_size) {
-  const int64_t n = x.numel();
+void quantize_nf4(const Tensor& codes, const Tensor& absmax, const Tensor& sums, const Tensor& x,
+                  int64_t block_size) {
+  const int64_t n = x.numel(), blocks = absmax.numel();
   uint8_t* out = codes.data<uint8_t>();
   float* scale = absmax.data<float>();
   dispatch(CpuFloats{}, x.dtype(), "quantize_nf4", [&]<class T>() {
     const T* in = x.data<T>();
-    parallel_for(ceil_div(n, block_size), 16, [=](int64_t first, int64_t last) {
+    parallel_for(blocks, 16, [=](int64_t first, int64_t last) {
       for (int64_t block = first; block < last; ++block) {
         const int64_t begin = block * block_size, end = std::min(begin + block_size, n);
         float largest = 0;
@@ -199,7 +173,7 @@ void quantize_nf4(const Tensor& codes, const Tensor& absmax, const Tensor& x, in
           if (magnitude > largest) largest = magnitude;  // passes over NaN
         }
         scale[block] = largest;
-        const float inverse = reciprocal(largest);
+        const float inverse = flushed_reciprocal(largest);
         const auto code = [&](int64_t i) {
           return nf4::code(i < end ? flushed(static_cast<float>(in[i])) * inverse : 0.0f * inverse);
         };
@@ -207,6 +181,39 @@ void quantize_nf4(const Tensor& codes, const Tensor& absmax, const Tensor& x, in
           out[i / 2] = static_cast<uint8_t>(code(i) << 4 | code(i + 1));
       }
     });
+  });
+  if (!sums.defined()) return;
+  for (int64_t i = 0; i < sums.numel(); ++i) {
+    double lane[nested_block_size] = {};
+    const int64_t first = i * nested_block_size;
+    for (int64_t j = first; j < std::min(first + nested_block_size, blocks); ++j)
+      lane[j - first] = scale[j];
+    sums.data<double>()[i] = tree_sum(lane, nested_block_size);
+  }
+}
+
+// Sum i of 256 scales is a tree; sum i goes to lane i % 1024 of a second tree.
+void quantize_scales(const Nf4Tensor& out, const Tensor& absmax, const Tensor& sums) {
+  const int64_t blocks = absmax.numel();
+  double lane[mean_lanes] = {};
+  for (int64_t i = 0; i < sums.numel(); ++i) lane[i % mean_lanes] += sums.data<double>()[i];
+  const double sum = tree_sum(lane, mean_lanes);
+  const float mean = blocks == 0 ? 0.0f : static_cast<float>(sum / static_cast<double>(blocks));
+  out.offset.data<float>()[0] = mean;
+  const float *scale = absmax.data<float>(), *map = out.map.data<float>();
+  uint8_t* codes = out.absmax_code.data<uint8_t>();
+  float* absmax2 = out.absmax2.data<float>();
+  parallel_for(sums.numel(), 16, [=](int64_t first, int64_t last) {
+    for (int64_t b = first; b < last; ++b) {
+      const int64_t begin = b * nested_block_size;
+      const int64_t end = std::min(begin + nested_block_size, blocks);
+      float largest = 0;
+      for (int64_t i = begin; i < end; ++i) largest = std::max(largest, std::abs(scale[i] - mean));
+      absmax2[b] = largest;
+      const float inverse = flushed_reciprocal(largest);
+      for (int64_t i = begin; i < end; ++i)
+        codes[i] = dynamic_code(map, flushed(scale[i] - mean) * inverse);
+    }
   });
 }
 
