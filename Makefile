@@ -3,6 +3,7 @@
 #   make test       the same, then run every test
 #   make demo       the same, then fetch the demo model, prepare its data and run a small sweep
 #   make gpu-check  on a machine with an NVIDIA GPU: tests, compute-sanitizer, a short 8B training
+#   make gpu-bench PART=step|kernels|attention [FILTER=regex]   measure beside the peers
 #   make clean      remove the build folder (models/, datasets/ and runs/ stay)
 # JOBS=N limits parallel compilation; CMAKE_ARGS="-DQLAB_CUDA=OFF" and the like reach CMake.
 
@@ -19,7 +20,7 @@ DATA := datasets/python-functions
 
 say = @printf '\n==> %s\n' "$(1)"
 
-.PHONY: all setup configure build model data test demo gpu-check clean
+.PHONY: all setup configure build model data test demo gpu-check gpu-bench clean
 all: build
 
 setup: $(BUILD)/setup.stamp
@@ -66,6 +67,9 @@ demo: build model data
 
 gpu-check: setup
 	@tools/gpu_check.sh $(BUILD) $(JOBS)
+
+gpu-bench: setup
+	@tools/gpu_bench.sh $(BUILD) $(JOBS) "$(PART)" "$(FILTER)"
 
 clean:
 	$(call say,Removing $(BUILD))

@@ -1,67 +1,133 @@
-// NF4 with double quantization: both directions. GB/s count the bytes read and written.
+// NF4, both directions. Bytes: dense values, codes, and the scales as they are stored.
 #include "quant/quantize.h"
 
 #include "bench/support.h"
+#include "core/ops/copy.h"
 
 namespace qlab::bench {
 namespace {
 
-/// Codes, 8-bit scales of 64 values, fp32 scales of 256 of those.
-double stored_bytes(const Shape& shape) {
-  const double n = static_cast<double>(shape.numel());
-  return n / 2 + n / 64 + n * 4 / (64 * 256);
-}
-double dense_bytes(const Shape& shape, DType dtype) {
-  return static_cast<double>(shape.numel()) * static_cast<double>(size_of(dtype));
+struct Format {
+  Shape shape;
+  int64_t block;
+  bool nested;
+  DType dtype;  // of the dense side
+  bool pitched = false;
+
+  double dense_bytes() const {
+    return static_cast<double>(shape.numel()) * static_cast<double>(size_of(dtype));
+  }
+  double stored_bytes() const {
+    const double n = static_cast<double>(shape.numel()), blocks = n / static_cast<double>(block);
+    return n / 2 + (nested ? blocks + 4 * blocks / nested_block_size : 4 * blocks);
+  }
+  std::string str() const {
+    return fmt::format("{}x{}/b{}/{}/{}", shape[0], shape[1], block, nested ? "nested" : "plain",
+                       dtype == DType::f32 ? "f32" : "bf16");
+  }
+};
+
+Nf4Tensor on_host(const Nf4Tensor& x) {
+  Nf4Tensor host = x;
+  for (Tensor* part :
+       {&host.codes, &host.absmax, &host.absmax_code, &host.absmax2, &host.offset, &host.map})
+    if (part->defined()) *part = part->to(Device::cpu());
+  synchronize(x.codes.device());
+  return host;
 }
 
-void dequantize(benchmark::State& state, Device device, Shape shape, DType dtype) {
-  const int n = copies(device, static_cast<int64_t>(stored_bytes(shape)));
-  const Tensor x = random(shape, DType::bf16, device);
-  std::vector<Nf4Tensor> weights;
+Nf4Tensor copy_of(const Nf4Tensor& x) {
+  Nf4Tensor other = x;
+  for (Tensor* part :
+       {&other.codes, &other.absmax, &other.absmax_code, &other.absmax2, &other.offset})
+    if (part->defined()) *part = part->clone();
+  return other;
+}
+
+Case dequantize(const Format& f, Device device) {
+  std::vector<Nf4Tensor> inputs{
+      quantize_nf4(random(f.shape, DType::bf16, device), f.block, f.nested)};
+  const int count = copies(device, f.stored_bytes());
+  while (static_cast<int>(inputs.size()) < count) inputs.push_back(copy_of(inputs.front()));
   std::vector<Tensor> outputs;
-  for (int i = 0; i < n; ++i) {
-    weights.push_back(quantize_nf4(x, 64, true));
-    outputs.push_back(Tensor::empty(shape, dtype, device));
+  for (int i = 0; i < copies(device, f.dense_bytes()); ++i) {
+    outputs.push_back(
+        Tensor::with_tail(f.shape[0], f.shape[1], f.pitched ? 64 : 0, f.dtype, device));
+    if (i == 0) poison(outputs[0].widened(outputs[0].pitch()));
   }
-  measure(
-      state, device, [] {}, [&](int i) { dequantize_nf4(outputs[i % n], weights[i % n]); });
-  report(state, "GB/s", (stored_bytes(shape) + dense_bytes(shape, dtype)) * 1e-9);
+  const auto check = [host = on_host(inputs[0])](const std::vector<Tensor>& results) {
+    const Tensor want = Tensor::empty(host.shape, results[0].dtype(), Device::cpu());
+    dequantize_nf4(want, host);
+    return difference("y", bench::on_host(results[0]), bench::on_host(want), 0);
+  };
+  return {.device = device,
+          .call =
+              [=](int i) {
+                const Tensor& y = outputs[static_cast<size_t>(i) % outputs.size()];
+                dequantize_nf4(y, inputs[static_cast<size_t>(i)]);
+                return std::vector{y};
+              },
+          .inputs = count,
+          .check = check,
+          .bytes = f.stored_bytes() + f.dense_bytes()};
 }
 
-void quantize(benchmark::State& state, Device device, Shape shape, DType dtype) {
-  const int n = copies(device, static_cast<int64_t>(dense_bytes(shape, dtype)));
-  std::vector<Tensor> inputs;
-  for (int i = 0; i < n; ++i) inputs.push_back(random(shape, dtype, device));
-  const Tensor meta = Tensor::empty(shape, dtype, device.meta());
-  quantize_nf4(meta, 64, true);  // makes the device's map, once for all calls
-  quantize_nf4(inputs[0], 64, true);
-  measure(
-      state, device, [&] { quantize_nf4(meta, 64, true); },
-      [&](int i) { quantize_nf4(inputs[i % n], 64, true); });
-  report(state, "GB/s", (stored_bytes(shape) + dense_bytes(shape, dtype)) * 1e-9);
+std::string check_codes(const Tensor& codes, const Tensor& want) {
+  const std::vector<uint8_t> a = codes.to_vector<uint8_t>(), b = want.to_vector<uint8_t>();
+  for (size_t i = 0; i < b.size(); ++i)
+    if (a[i] != b[i]) return fmt::format("byte {} of the codes is {} instead of {}", i, a[i], b[i]);
+  return "";
 }
 
-const bool registered = [] {
+Case quantize(const Format& f, Device device) {
+  const Tensor first = random(f.shape, f.dtype, device);
+  std::vector<Tensor> inputs{first};
+  while (static_cast<int>(inputs.size()) < copies(device, f.dense_bytes()))
+    inputs.push_back(first.clone());
+  const auto check = [=](const std::vector<Tensor>& results) {
+    const Nf4Tensor want = quantize_nf4(first.to(Device::cpu()), f.block, f.nested);
+    std::string wrong = check_codes(results[0], want.codes);
+    if (wrong.empty() && f.nested) wrong = check_codes(results[1], want.absmax_code);
+    return wrong;
+  };
+  quantize_nf4(first, f.block, f.nested);  // makes the device's map, once for all calls
+  return {
+      .device = device,
+      .dry =
+          [=] { quantize_nf4(Tensor::empty(f.shape, f.dtype, device.meta()), f.block, f.nested); },
+      .call =
+          [=](int i) {
+            const Nf4Tensor y = quantize_nf4(inputs[static_cast<size_t>(i)], f.block, f.nested);
+            return std::vector{y.codes, f.nested ? y.absmax_code : y.absmax};
+          },
+      .inputs = static_cast<int>(inputs.size()),
+      .check = check,
+      .bytes = f.dense_bytes() + f.stored_bytes()};
+}
+
+void register_format(const Format& f, Device device) {
+  add(device, fmt::format("dequantize/{}/{}/qlab", f.str(), f.pitched ? "pitched" : "contiguous"),
+      [=] { return dequantize(f, device); });
+  if (f.pitched) return;
+  add(device, fmt::format("quantize/{}/qlab", f.str()), [=] { return quantize(f, device); });
+}
+
+const Register registered(10, [] {
   for (const Device device : devices()) {
+    const bool gpu = device.is_cuda();
+    const Shape usual = gpu ? Shape{14336, 4096} : Shape{1536, 576};
     const std::vector<Shape> shapes =
-        device.is_cuda()
-            ? std::vector<Shape>{{1024, 4096}, {4096, 4096}, {6144, 4096}, {14336, 4096}}
-            : std::vector<Shape>{{576, 576}, {1536, 576}, {4096, 4096}};
+        gpu ? std::vector<Shape>{{1024, 4096}, {4096, 4096}, {6144, 4096}, usual, {28672, 4096}}
+            : std::vector<Shape>{{576, 576}, usual, {4096, 4096}};
     for (const Shape& shape : shapes)
-      for (const DType dtype : {DType::bf16, DType::f32}) {
-        const std::string suffix =
-            fmt::format("/{}/{}/{}x{}", name(device), name_of(dtype), shape[0], shape[1]);
-        benchmark::RegisterBenchmark(("nf4_dequantize" + suffix).c_str(), dequantize, device, shape,
-                                     dtype)
-            ->UseRealTime();
-        benchmark::RegisterBenchmark(("nf4_quantize" + suffix).c_str(), quantize, device, shape,
-                                     dtype)
-            ->UseRealTime();
-      }
+      for (const DType dtype : {DType::bf16, DType::f32})
+        register_format({shape, 64, true, dtype}, device);
+    for (int64_t block = 32; block <= 4096; block *= 2)
+      for (const bool nested : {true, false})
+        if (block != 64 || !nested) register_format({usual, block, nested, DType::bf16}, device);
+    for (const Shape& shape : shapes) register_format({shape, 64, true, DType::bf16, true}, device);
   }
-  return true;
-}();
+});
 
 }  // namespace
 }  // namespace qlab::bench

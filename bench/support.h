@@ -1,11 +1,11 @@
-// What the benchmarks share. Timed calls take their memory from a planned step, as in training, and
-// walk over enough copies of their inputs that none is found in a cache.
+// What the benchmarks share. A benchmark is a Case: its calls are checked against a reference, then
+// timed on the device, walking over enough copies of their inputs that none is found in a cache, in
+// memory planned as a training step's is. Rates are set beside the ceilings that the same program
+// measures first. Names: device/operation/.../implementation.
 #pragma once
 #include <benchmark/benchmark.h>
 
-#include <algorithm>
 #include <functional>
-#include <random>
 #include <string>
 #include <vector>
 
@@ -14,68 +14,70 @@
 
 namespace qlab::bench {
 
-/// The CPU, and the first GPU where there is one. Choose with --benchmark_filter=cuda.
-inline std::vector<Device> devices() {
-  std::vector<Device> all{Device::cpu()};
-  if (cuda::device_count() > 0) all.push_back(Device::cuda());
-  return all;
-}
+/// The CPU, and the first GPU where there is one. Choose with --benchmark_filter=^cuda.
+std::vector<Device> devices();
+/// "cuda/linear/forward": the beginning of a benchmark's name.
+std::string name(Device device, const std::string& rest);
+/// What the device computes in by default: bf16 on a GPU, fp32 on the CPU.
+DType compute_dtype(Device device);
 
-inline std::string name(const Device& device) { return device.is_cuda() ? "cuda" : "cpu"; }
+/// Normal values times `scale`: a million of them, repeated.
+Tensor random(const Shape& shape, DType dtype, Device device, float scale = 1.0f);
+Tensor random_integers(int64_t n, int32_t below, Device device);
+/// Every byte 0xff: NaN, for outputs that a kernel might leave unwritten.
+void poison(const Tensor& x);
+/// Copies of an input of this size that together exceed the caches, 512 at most.
+int copies(Device device, double bytes);
 
-/// Normal values; a million of them, repeated.
-inline Tensor random(const Shape& shape, DType dtype, Device device) {
-  std::vector<float> distinct(1 << 20);
-  std::mt19937 generator(1);
-  std::normal_distribution<float> normal;
-  for (float& value : distinct) value = normal(generator);
-  const auto fill = [&]<class T>() {
-    std::vector<T> values(static_cast<size_t>(shape.numel()));
-    for (size_t i = 0; i < values.size(); ++i)
-      values[i] = static_cast<T>(distinct[i % distinct.size()]);
-    return Tensor::from_vector(values, shape, device);
-  };
-  return dtype == DType::f32 ? fill.template operator()<float>() : fill.template operator()<bf16>();
-}
+/// fp32 on the CPU; of a GPU tensor too, contiguous or not.
+Tensor on_host(const Tensor& x);
+/// "" when every element lies within tolerance (|want| + scale), and their rms difference within a
+/// third of tolerance rms(want); otherwise what differs. Both fp32 on the CPU. The scale is that
+/// rms unless given: some values are small sums of large terms.
+std::string difference(const std::string& what, const Tensor& got, const Tensor& want,
+                       double tolerance, double scale = 0);
+/// The tolerance for results rounded to `dtype` after sums in fp32.
+double tolerance(DType dtype);
 
-/// Copies that together exceed the caches: at least 256 MB on a GPU, 64 MB on a CPU.
-inline int copies(Device device, int64_t bytes) {
-  const int64_t cache = device.is_cuda() ? 256 << 20 : 64 << 20;
-  return static_cast<int>(std::clamp<int64_t>(cache / std::max<int64_t>(bytes, 1), 1, 16));
-}
+/// How a Case is timed on a GPU. graph: many calls in one CUDA graph. stream: one by one. host: for
+/// calls that wait for the device, by the host's clock and without planned memory.
+enum class Clock : uint8_t { graph, stream, host };
 
-/// One timed step is `calls` calls, numbered on, and one synchronization. `dry` is a call on meta
-/// tensors, from which the memory of a call is planned.
-inline void measure(benchmark::State& state, Device device, const std::function<void()>& dry,
-                    const std::function<void(int)>& call) {
-  StepPlan plan;
-  {
-    PlanRecorder recorder;
-    dry();
-    plan = recorder.finish();
-  }
-  StepMemory memory(device);
-  memory.reserve(plan);
-  const int calls = device.is_cuda() ? 32 : 1;
-  int number = 0;
-  const auto step = [&] {
-    for (int i = 0; i < calls; ++i) {
-      const StepMemory::Scope scope(memory, plan);
-      call(number++);
-    }
-    synchronize(device);
-  };
-  step();
-  for (auto _ : state) step();
-  state.counters["calls"] = calls;
-}
+struct Case {
+  Device device;
+  /// One call on meta tensors: the memory of a call is planned from it.
+  std::function<void()> dry = [] {};
+  /// Call with copy i of the inputs, 0 <= i < inputs.
+  std::function<std::vector<Tensor>(int i)> call = {};
+  int inputs = 1;
+  /// Given the results of call(0): "" or what is wrong with them.
+  std::function<std::string(const std::vector<Tensor>& results)> check = {};
+  double bytes = 0, flops = 0;  // of one call, read and written; 0: no rate is reported
+  Clock clock = Clock::graph;
+};
 
-/// `amount` per call, as a rate with the unit's name: "GB/s", "TFLOP/s".
-inline void report(benchmark::State& state, const char* unit, double amount) {
-  const double calls = static_cast<double>(state.iterations()) * state.counters["calls"];
-  state.counters[unit] = benchmark::Counter(amount * calls, benchmark::Counter::kIsRate);
-  state.counters["time of a call"] =
-      benchmark::Counter(calls, benchmark::Counter::kIsRate | benchmark::Counter::kInvert);
-}
+struct Timing {
+  std::vector<double> seconds;  // of one call, sample by sample
+  double median() const;
+  double noise_percent() const;  // median absolute deviation
+};
+
+/// Checks, then times while `more` wants another sample, whose seconds `sample` is told. Throws
+/// Error with the check's text when the results are wrong.
+Timing time_calls(const Case& c, const std::function<bool()>& more,
+                  const std::function<void(double)>& sample);
+
+/// Adds benchmark `name`, "operation/.../implementation". `make` builds the case, and with it the
+/// inputs, when the benchmark runs. A result that fails its check is the benchmark's error, and the
+/// program then ends with 1.
+void add(Device device, const std::string& name, std::function<Case()> make);
+/// Whether a benchmark ended with an error.
+bool any_failed();
+
+/// Runs at the start of main, after every file has registered what it offers. Lower orders first.
+struct Register {
+  Register(int order, std::function<void()> function);
+};
+void run_registered();
 
 }  // namespace qlab::bench

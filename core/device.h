@@ -85,5 +85,20 @@ class Graph {
   void* executable_ = nullptr;
 };
 
+/// The device's own clock around what is issued between start() and seconds().
+class Stopwatch {
+ public:
+  Stopwatch();
+  ~Stopwatch();
+  Stopwatch(const Stopwatch&) = delete;
+  Stopwatch& operator=(const Stopwatch&) = delete;
+  void start();
+  double seconds();  // waits for the device
+
+ private:
+  void* begin_ = nullptr;
+  void* end_ = nullptr;
+};
+
 }  // namespace cuda
 }  // namespace qlab

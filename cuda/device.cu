@@ -180,4 +180,30 @@ void Graph::launch() const {
         "cudaGraphLaunch");
 }
 
+Stopwatch::Stopwatch() {
+  cudaEvent_t begin = nullptr, end = nullptr;
+  check(cudaEventCreate(&begin), "cudaEventCreate");
+  begin_ = begin;
+  check(cudaEventCreate(&end), "cudaEventCreate");
+  end_ = end;
+}
+
+Stopwatch::~Stopwatch() {
+  cudaEventDestroy(static_cast<cudaEvent_t>(begin_));
+  cudaEventDestroy(static_cast<cudaEvent_t>(end_));
+}
+
+void Stopwatch::start() {
+  check(cudaEventRecord(static_cast<cudaEvent_t>(begin_), current_stream()), "cudaEventRecord");
+}
+
+double Stopwatch::seconds() {
+  const auto begin = static_cast<cudaEvent_t>(begin_), end = static_cast<cudaEvent_t>(end_);
+  check(cudaEventRecord(end, current_stream()), "cudaEventRecord");
+  check(cudaEventSynchronize(end), "cudaEventSynchronize");
+  float milliseconds = 0;
+  check(cudaEventElapsedTime(&milliseconds, begin, end), "cudaEventElapsedTime");
+  return 1e-3 * static_cast<double>(milliseconds);
+}
+
 }  // namespace qlab::cuda

@@ -4,6 +4,7 @@
 #include <cmath>
 
 #include "core/parallel.h"
+#include "core/profile.h"
 
 namespace qlab {
 namespace {
@@ -21,6 +22,7 @@ void grad_norm(const Tensor& norm, const Tensor& grad, const Tensor& workspace) 
   check_flat("grad_norm", "norm", norm, 1, grad);
   check_shape("grad_norm", "workspace", workspace, {grad_norm_partials});
   check_device("grad_norm", grad, workspace);
+  const OpScope scope("grad_norm", grad.device(), {0, bytes_of_all(grad)});
   on_device(
       grad.device(), [&] { cpu::grad_norm(norm, grad, workspace); },
       [&] { cuda::grad_norm(norm, grad, workspace); });
@@ -36,6 +38,7 @@ void adamw(const Tensor& param, const Tensor& m, const Tensor& v, const Tensor& 
   check_flat("adamw", "step", step, 8, param);
   check_flat("adamw", "norm", norm, 1, param);
   if (n == 0) return;
+  const OpScope scope("adamw", param.device(), {0, 7 * bytes_of_all(param)});
   on_device(
       param.device(), [&] { cpu::adamw(param, m, v, grad, step, norm); },
       [&] { cuda::adamw(param, m, v, grad, step, norm); });

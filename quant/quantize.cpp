@@ -6,6 +6,7 @@
 #include <utility>
 
 #include "core/parallel.h"
+#include "core/profile.h"
 #include "quant/nf4.h"
 
 namespace qlab {
@@ -112,6 +113,8 @@ void dequantize_nf4(const Tensor& y, const Nf4Tensor& x) {
   check_shape("dequantize_nf4", "y", y, x.shape);
   check_device("dequantize_nf4", y, x.codes);
   if (y.numel() == 0) return;
+  const OpScope scope("dequantize_nf4", y.device(),
+                      {0, bytes_of_all(y, x.codes, x.absmax, x.absmax_code, x.absmax2)});
   on_device(
       y.device(), [&] { cpu::dequantize_nf4(y, x); }, [&] { cuda::dequantize_nf4(y, x); });
 }

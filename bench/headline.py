@@ -1,0 +1,140 @@
+"""The headline figures: bench/targets.json against the raw files in bench/results.
+
+A target names what is ours and what it is set beside:
+  cases    placeholders and their values; the worst case over all of them is the figure
+  ours     {file, name, field[, not]}: the best row of that name; * stands for one or more parts of
+           it, `not` lists implementations that do not count
+  peer     the same, or a list of them: the strongest counts; {"self": ...} looks among our own rows
+  ratio    "ours/peer" (default) or "peer/ours"
+  compare  "ratio" (default) or "ours": what the target bounds
+  bound    "at least" or "at most"
+  within   a field of which ours may not have more than the peer
+  reason, next   kept by hand, shown while the target is missed
+"""
+
+import fnmatch
+import itertools
+import json
+import pathlib
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "bench/results"
+TIMES = ("us", "step_seconds", "peak_bytes")  # less is better
+SCALES = {"peak_bytes": 1e-9}
+
+
+def cpu_rows(raw):
+    """bench/cpu_step.py's file in the form of the others."""
+    call = {"commit": raw["commit"], "date": raw["date"], "gpu": {"name": raw["cpu"]}}
+    rows = {"qlab": [], "peft": []}
+    for shape in raw["shapes"]:
+        for side, found in rows.items():
+            found.append({"name": f"cpu-smollm2-{shape['batch']}x{shape['length']}/{side}",
+                          "tokens_per_s": shape[side]["tokens_per_s"],
+                          "step_seconds": shape[side]["median_s"], "call": 0})
+    return {"calls": [call], "ours": rows["qlab"], "peers": rows["peft"]}
+
+
+def load(results=RESULTS):
+    """The raw files by name; those that do not exist are left out."""
+    raw = {}
+    for name in ("step", "kernels", "attention", "cpu_step"):
+        path = pathlib.Path(results) / f"{name}.json"
+        if path.exists():
+            text = json.loads(path.read_text())
+            raw[name] = cpu_rows(text) if name == "cpu_step" else text
+    return raw
+
+
+def best(raw, side, query, values, limit=None, call=None):
+    """The best row that the query finds, with its file; None when there is none. `limit`: a field
+    and its largest value; `call`: only rows of that call."""
+    found = []
+    file = query["file"]
+    pattern, field = query["name"].format(**values), query["field"]
+    for row in raw.get(file, {}).get(side, []):
+        if field not in row or row["name"].split("/")[-1] in query.get("not", []):
+            continue
+        if limit and row.get(limit[0], float("inf")) > limit[1]:
+            continue
+        if call is not None and row["call"] != call:
+            continue
+        if fnmatch.fnmatchcase(row["name"], pattern):
+            found.append((row[field], row))
+    if not found:
+        return None
+    value, row = (min if field in TIMES else max)(found, key=lambda pair: pair[0])
+    return {"value": value * SCALES.get(field, 1), "row": row, "file": file, "side": side,
+            "field": field}
+
+
+def strongest(raw, queries, values, call):
+    queries = queries if isinstance(queries, list) else [queries]
+    found = [best(raw, "ours" if "self" in q else "peers", q.get("self", q), values, call=call)
+             for q in queries]
+    found = [peer for peer in found if peer]
+    if not found:
+        return None
+    return (min if found[0]["field"] in TIMES else max)(found, key=lambda peer: peer["value"])
+
+
+def ratio_of(kind, ours, peer):
+    if ours is None or peer is None:
+        return None
+    return ours / peer if kind == "ours/peer" else peer / ours
+
+
+def within_bound(bound, value, target):
+    return value >= target if bound == "at least" else value <= target
+
+
+def source(found):
+    return found and {"file": f"{found['file']}.json", "side": found["side"],
+                      "name": found["row"]["name"], "call": found["row"]["call"],
+                      "field": found["field"]}
+
+
+def one_case(raw, target, values):
+    """Both sides come from one call: only such ratios mean anything."""
+    ours = best(raw, "ours", target["ours"], values) if "ours" in target else None
+    call = ours and ours["row"]["call"]
+    peer = strongest(raw, target["peer"], values, call) if "peer" in target else None
+    if "within" in target and ours and peer:
+        limit = (target["within"], peer["row"][target["within"]])
+        ours = best(raw, "ours", target["ours"], values, limit, call)
+    ratio = ratio_of(target.get("ratio", "ours/peer"), ours and ours["value"],
+                     peer and peer["value"])
+    value = ours and ours["value"] if target.get("compare") == "ours" else ratio
+    return {"value": value, "ours": ours, "peer": peer, "ratio": ratio}
+
+
+def entry_of(raw, target):
+    keys = list(target.get("cases", {}))
+    cases = [one_case(raw, target, dict(zip(keys, values)))
+             for values in itertools.product(*target.get("cases", {}).values())]
+    measured = [case for case in cases if case["value"] is not None]
+    worst = {"value": None, "ours": None, "peer": None, "ratio": None}
+    if measured:
+        pick = min if target["bound"] == "at least" else max
+        worst = pick(measured, key=lambda case: case["value"])
+    met = (len(measured) == len(cases) and
+           within_bound(target["bound"], worst["value"], target["target"]))
+    ours, peer = worst["ours"], worst["peer"]
+    call = raw[ours["file"]]["calls"][ours["row"]["call"]] if ours else {}
+    reason = "" if met else target.get("reason", "")
+    if len(measured) < len(cases):
+        count = f"{len(measured)} of {len(cases)} cases" if measured else "not"
+        reason = f"{count} measured yet. {reason}".strip()
+    return {"name": target["name"], "ours": ours and ours["value"],
+            "peer": peer and peer["value"], "ratio": worst["ratio"], "target": target["target"],
+            "bound": target["bound"], "compare": target.get("compare", "ratio"), "met": met,
+            "reason": reason, "next": "" if met else target.get("next", ""),
+            "unit": target["unit"], "commit": call.get("commit"), "date": call.get("date"),
+            "device": call.get("gpu", {}).get("name"),
+            "formula": target.get("ratio", "ours/peer"),
+            "from": {"ours": source(ours), "peer": source(peer)}}
+
+
+def headline(raw):
+    targets = json.loads((ROOT / "bench/targets.json").read_text())
+    return [entry_of(raw, target) for target in targets]

@@ -1,0 +1,198 @@
+"""One part of the GPU benchmark: our side and the peers, in one call, into bench/results/PART.json.
+
+    python bench/measure.py step|kernels|attention [--build build] [--filter REGEX] [--no-peers]
+
+A filter measures some cases alone and leaves the others of the file as they are, as do cases for which
+the seconds do not suffice; each row names the call that it comes from. The peers are found on PYTHONPATH; one that is missing is named in the file
+and in the output. Afterwards bench/report.py renews the headline, the plot and the tables.
+Ends with 1 when something of ours failed.
+"""
+
+import argparse
+import datetime
+import json
+import os
+import pathlib
+import re
+import subprocess
+import sys
+import tempfile
+import time
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+BENCH = ROOT / "bench"
+OPERATIONS = {"kernels": "dequantize|quantize|linear|lora|rms_norm|swiglu|rope|"
+              "cross_entropy|adamw", "attention": "attention"}
+STATE = ("clocks.sm", "clocks.mem", "power.draw", "power.limit", "temperature.gpu", "pstate",
+         "utilization.gpu")
+OUR_SHARE = 0.6
+COUNTERS = ("us", "noise_percent", "GB/s", "copy_percent", "TFLOP/s", "product_percent")
+
+
+def query(*fields):
+    """What nvidia-smi says of the first GPU; None for what it does not know."""
+    try:
+        result = subprocess.run(["nvidia-smi", "-i", "0", "--query-gpu=" + ",".join(fields),
+                                 "--format=csv,noheader,nounits"], capture_output=True, text=True)
+    except FileNotFoundError:
+        return dict.fromkeys(fields)
+    values = [value.strip() for value in result.stdout.strip().split(",")]
+    if result.returncode != 0 or len(values) != len(fields):
+        return dict.fromkeys(fields)
+
+    def number(text):
+        try:
+            return float(text)
+        except ValueError:
+            return text
+    return {field: number(value) for field, value in zip(fields, values)}
+
+
+def commit():
+    if os.environ.get("QLAB_COMMIT"):
+        return os.environ["QLAB_COMMIT"]
+    described = subprocess.run(["git", "describe", "--always", "--dirty", "--exclude=*"], cwd=ROOT,
+                               capture_output=True, text=True)
+    return described.stdout.strip() if described.returncode == 0 else "unknown"
+
+
+def run(command, seconds):
+    """Both sides begin nothing new once their seconds have passed."""
+    print("+", " ".join(str(part) for part in command), flush=True)
+    environment = os.environ | {"QLAB_BENCH_SECONDS": str(int(seconds))}
+    return subprocess.run([str(part) for part in command], env=environment).returncode
+
+
+def plain_name(name):
+    """Without the device and Google Benchmark's suffixes."""
+    return re.sub(r"/(iterations|repeats|min_time):.*|/manual_time|/real_time", "",
+                  name).removeprefix("cuda/")
+
+
+def our_kernels(build, part, chosen, folder, seconds):
+    """Rows of qlab-bench, its context, and the list of cases for the peers."""
+    output = folder / "ours.json"
+    pattern = f"^cuda/(ceiling/|.*({chosen}))" if chosen else f"^cuda/(ceiling|{OPERATIONS[part]})/"
+    flags = [f"--benchmark_filter={pattern}"]
+    listed = subprocess.run([build / "qlab-bench", *flags, "--benchmark_list_tests"],
+                            capture_output=True, text=True)
+    mine = re.compile(f"(cuda/)?(ceiling|{OPERATIONS[part]})/")
+    (folder / "cases.txt").write_text("\n".join(filter(mine.match, listed.stdout.splitlines())))
+    status = run([build / "qlab-bench", *flags, f"--benchmark_out={output}",
+                  "--benchmark_out_format=json"], seconds)
+    if not output.exists() or not output.read_text().strip():
+        sys.exit(f"qlab-bench wrote nothing (exit status {status})")
+    result = json.loads(output.read_text())
+    rows = []
+    for benchmark in result["benchmarks"]:
+        row = {"name": plain_name(benchmark["name"])}
+        if benchmark.get("error_occurred"):
+            row["error"] = benchmark["error_message"]
+            if row["error"].startswith("left out"):
+                print(row["name"], row["error"])
+                continue
+        row |= {key: float(f"{benchmark[key]:.6g}") for key in COUNTERS if key in benchmark}
+        if mine.match(row["name"]):
+            rows.append(row)
+    return rows, result["context"]
+
+
+def our_steps(build, chosen, folder, seconds):
+    output = folder / "ours.json"
+    run([sys.executable, BENCH / "steps.py", "--qlab", build / "qlab", "--output", output,
+         "--rows", chosen], seconds)
+    if not output.exists():
+        sys.exit("bench/steps.py wrote nothing")
+    return json.loads(output.read_text())["rows"]
+
+
+def their_rows(part, chosen, folder, seconds):
+    output = folder / "peers.json"
+    command = ([BENCH / "peers/step.py", "--rows", chosen] if part == "step" else
+               [BENCH / "peers/kernels.py", "--cases", folder / "cases.txt"])
+    status = run([sys.executable, *command, "--output", output], seconds)
+    if not output.exists():
+        return {"rows": [], "versions": {}, "missing": {"all": f"exit status {status}"}}
+    return json.loads(output.read_text())
+
+
+def case_of(row):
+    return row["name"].rsplit("/", 1)[0]
+
+
+def merged(old, call, ours, peers):
+    """The file's rows, those of this call in the place of older ones of the same case. A call's
+    ceilings stay with its rows."""
+    fresh = {case_of(row) for row in ours + peers} - {"ceiling"}
+    result = {"part": call["part"], "calls": [], "ours": [], "peers": []}
+    kept = {side: [row for row in old.get(side, []) if case_of(row) not in fresh]
+            for side in ("ours", "peers")}
+    used = sorted({row["call"] for side in kept.values() for row in side
+                   if case_of(row) != "ceiling"})
+    result["calls"] = [old["calls"][i] for i in used] + [call]
+    for side, new in (("ours", ours), ("peers", peers)):
+        result[side] = [row | {"call": used.index(row["call"])} for row in kept[side]
+                        if row["call"] in used]
+        result[side] += [row | {"call": len(used)} for row in new]
+    return result
+
+
+def write(path, result):
+    """JSON with one row a line."""
+    parts = []
+    for key, value in result.items():
+        text = json.dumps(value)
+        if isinstance(value, list) and value:
+            text = "[\n  " + ",\n  ".join(json.dumps(item) for item in value) + "\n ]"
+        parts.append(f" {json.dumps(key)}: {text}")
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("{\n" + ",\n".join(parts) + "\n}\n")
+
+
+def measure(options, folder):
+    call = {"part": options.part, "commit": commit(),
+            "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+            "gpu": query("name", "driver_version", "memory.total", "clocks.max.sm"),
+            "flags": {"filter": options.filter, "peers": not options.no_peers},
+            "state_before": query(*STATE)}
+    build, start = pathlib.Path(options.build).resolve(), time.monotonic()
+    share = options.seconds * (1 if options.no_peers else OUR_SHARE)
+    if options.part == "step":
+        ours = our_steps(build, options.filter, folder, share)
+    else:
+        ours, call["context"] = our_kernels(build, options.part, options.filter, folder, share)
+    call["state_between"] = query(*STATE)
+    peers = ({"rows": [], "versions": {}, "missing": {}} if options.no_peers else
+             their_rows(options.part, options.filter, folder,
+                        options.seconds - (time.monotonic() - start)))
+    call |= {"state_after": query(*STATE), "peer_versions": peers["versions"],
+             "missing_peers": peers["missing"]}
+    return call, ours, peers["rows"]
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("part", choices=["step", "kernels", "attention"])
+    parser.add_argument("--build", default=str(ROOT / "build"))
+    parser.add_argument("--filter", default="", help="only cases whose name this finds")
+    parser.add_argument("--no-peers", action="store_true")
+    parser.add_argument("--seconds", type=float, default=400,
+                        help="after these nothing new is begun; ours has 60 %% of them")
+    parser.add_argument("--results", default=str(BENCH / "results"))
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        call, ours, peers = measure(options, pathlib.Path(folder))
+    path = pathlib.Path(options.results) / f"{options.part}.json"
+    old = json.loads(path.read_text()) if path.exists() else {}
+    write(path, merged(old, call, ours, peers))
+    print(path)
+    for peer, reason in call["missing_peers"].items():
+        print(f"MISSING PEER {peer}: {reason}", file=sys.stderr)
+    failed = [row for row in ours if "error" in row]
+    for row in failed:
+        print(f"FAILED {row['name']}: {row['error']}", file=sys.stderr)
+    sys.exit(1 if failed else 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,246 @@
+"""Renews bench/results/headline.json, the plot and the tables of docs/performance.md from the raw
+files in bench/results. Standard library only; `make gpu-bench` runs it.
+
+    python bench/report.py [--results bench/results] [--docs docs]
+"""
+
+import argparse
+import json
+import pathlib
+import re
+import sys
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent))
+import crossover
+import headline
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+ROWS = ROOT / "bench/step_rows.json"
+# Weights of the frozen linears and of lm_head, layers, and width of all heads together.
+MODELS = {"llama-3.1-8b": (32 * (2 * 4096 * 4096 + 2 * 4096 * 1024 + 3 * 4096 * 14336)
+                           + 128256 * 4096, 32, 4096),
+          "smollm2-135m": (30 * (2 * 576 * 576 + 2 * 576 * 192 + 3 * 576 * 1536)
+                           + 49152 * 576, 30, 576)}
+
+
+def model_flops(row):
+    """4 FLOP per frozen weight and token; causal attention 6 T^2 width a layer and sequence."""
+    weights, layers, width = MODELS[row["model"]]
+    attention = layers * 6 * row["length"] ** 2 * width
+    return row.get("gang", 1) * row["batch"] * (row["length"] * 4 * weights + attention)
+
+
+def table(header, rows):
+    lines = ["| " + " | ".join(header) + " |",
+             "| --- |" + " ---: |" * (len(header) - 1)]
+    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
+
+
+def shown(value, digits=4):
+    if value is None:
+        return "-"
+    if abs(value) >= 1000:
+        return f"{value:,.0f}"
+    return f"{value:.{digits}g}"
+
+
+def all_rows(raw, file):
+    return raw.get(file, {}).get("ours", []) + raw.get(file, {}).get("peers", [])
+
+
+def by_case(rows, prefix):
+    """{case: {implementation: row}} of the rows whose name begins with `prefix`."""
+    cases = {}
+    for row in rows:
+        case, implementation = row["name"].rsplit("/", 1)
+        if case.startswith(prefix):
+            cases.setdefault(case.removeprefix(prefix), {})[implementation] = row
+    return cases
+
+
+def provenance(raw, file):
+    """Where the rows of a file come from."""
+    lines = []
+    for call in raw.get(file, {}).get("calls", []):
+        gpu, before, after = (call.get(k) or {} for k in ("gpu", "state_before", "state_after"))
+        driver = f", driver {gpu['driver_version']}" if "driver_version" in gpu else ""
+        part = [f"{gpu.get('name')}{driver}", f"commit {call.get('commit')}",
+                call.get("date", "")]
+        for when, state in (("before", before), ("after", after)):
+            if state.get("clocks.sm") is not None:
+                part.append(f"{when}: {state['clocks.sm']:.0f} MHz, {state['power.draw']:.0f} W, "
+                            f"{state['temperature.gpu']:.0f} C")
+        versions = call.get("peer_versions") or {}
+        if versions:
+            part.append(", ".join(f"{k} {v}" for k, v in versions.items()))
+        for peer in call.get("missing_peers") or {}:
+            part.append(f"MISSING: {peer}")
+        lines.append("Measured: " + "; ".join(part) + ".")
+    return "\n\n".join(lines)
+
+
+def headline_table(entries):
+    rows = []
+    for e in entries:
+        bound = "≥" if e["bound"] == "at least" else "≤"
+        what = e["unit"] if e["compare"] == "ours" else ""
+        note = " ".join(t for t in (e["reason"], e["next"] and f"Next: {e['next']}") if t)
+        rows.append([e["name"], f"{shown(e['ours'])} {e['unit']}" if e["ours"] else "-",
+                     shown(e["peer"]), shown(e["ratio"], 3),
+                     f"{bound} {shown(e['target'])} {what}".strip(),
+                     "yes" if e["met"] else "**no**", note])
+    return table(["what", "ours", "beside", "ratio", "target", "met", "reason, next idea"], rows)
+
+
+def step_table(raw):
+    found = by_case(all_rows(raw, "step"), "")
+    rows = []
+    for row in json.loads(ROWS.read_text()):
+        for name, result in found.get(row["name"], {}).items():
+            if "error" in result:
+                rows.append([row["name"], name, result["error"], "", "", "", ""])
+                continue
+            seconds = result["step_seconds"]
+            rows.append([row["name"], name, f"{result['tokens_per_s']:,.0f}",
+                         f"{1e3 * seconds:.2f}", f"{result.get('noise_percent', 0):.1f} %",
+                         f"{1e-9 * result['peak_bytes']:.2f}",
+                         f"{1e-12 * model_flops(row) / seconds:.1f}"])
+    return table(["row", "who", "tokens/s", "ms a step", "noise", "peak, GB", "model TFLOP/s"],
+                 rows)
+
+
+def cpu_table(raw):
+    """SmolLM2-135M in fp32 on the CPU, both with the same threads (bench/cpu_step.py)."""
+    rows = [[case, name, shown(row["tokens_per_s"]), f"{row['step_seconds']:.2f}"]
+            for case, found in by_case(all_rows(raw, "cpu_step"), "").items()
+            for name, row in found.items()]
+    return table(["row", "who", "tokens/s", "s a step"], rows)
+
+
+def linear_times(raw):
+    """{(pass, shape): {M: {implementation: us}}}"""
+    times = {}
+    for case, found in by_case(all_rows(raw, "kernels"), "linear/").items():
+        direction, shape, m = case.split("/")
+        row = {name: r["us"] for name, r in found.items() if "us" in r}
+        times.setdefault((direction, shape), {})[int(m[1:])] = row
+    return times
+
+
+def linear_table(raw):
+    parts = []
+    for (direction, shape), rows in linear_times(raw).items():
+        if shape not in crossover.SHAPES:
+            continue
+        names = sorted({name for row in rows.values() for name in row} - {"dense"})
+        body = []
+        for m, row in sorted(rows.items()):
+            base = crossover.baseline(row)
+            body.append([str(m), shown(row.get("dense"))] +
+                        [f"{shown(row[name])} ({row[name] / base:.2f})" if name in row else "-"
+                         for name in names])
+        parts.append(f"{direction}, {shape}: microseconds (over the faster dense one)\n\n" +
+                     table(["M", "dense"] + names, body))
+    return "\n\n".join(parts)
+
+
+def kernel_table(raw, file, prefixes, rate):
+    """One row per case: our time, rate and share of the ceiling, and the peers' times."""
+    cases = {prefix + case: found for prefix in prefixes
+             for case, found in by_case(all_rows(raw, file), prefix).items()}
+    names = sorted({name for found in cases.values() for name in found} - {"qlab"})
+    share = {"GB/s": "copy_percent", "TFLOP/s": "product_percent"}[rate]
+    rows = []
+    for case, found in cases.items():
+        ours = found.get("qlab", {})
+        if "error" in ours:
+            rows.append([case, ours["error"], "", "", ""] + [""] * len(names))
+            continue
+        rows.append([case, shown(ours.get("us")), f"{ours.get('noise_percent', 0):.1f} %",
+                     shown(ours.get(rate)), f"{ours.get(share, 0):.0f} %"] +
+                    [shown(found.get(name, {}).get("us")) for name in names])
+    return table(["case", "us", "noise", rate, "of ceiling"] + [f"{n}, us" for n in names], rows)
+
+
+def lora_table(raw):
+    """One row per shape, tokens and rank: both implementations over the module without adapter."""
+    cases = by_case(all_rows(raw, "kernels"), "lora/")
+    rows = {}
+    for case, found in cases.items():
+        direction, shape, m, rank = case.split("/")
+        base = cases.get(f"{direction}/{shape}/{m}/r0", {}).get("base", {}).get("us")
+        if base is None or rank == "r0":
+            continue
+        row = rows.setdefault((shape, m[1:], rank[1:]), {})
+        for name, result in found.items():
+            text = result.get("error") or f"{shown(result['us'])} ({result['us'] / base:.2f})"
+            row[direction, name] = text
+    columns = [(d, n) for d in ("forward", "both") for n in ("folded", "separate")]
+    return table(["shape", "tokens", "r"] + [f"{d}, {n}" for d, n in columns],
+                 [list(key) + [row.get(column, "-") for column in columns]
+                  for key, row in rows.items()])
+
+
+def ceiling_table(raw):
+    """One column per call that measured them."""
+    calls, names = [], {}
+    for file in ("kernels", "attention"):
+        for row in raw.get(file, {}).get("ours", []):
+            if row["name"].startswith("ceiling/"):
+                call = (file, raw[file]["calls"][row["call"]]["date"])
+                calls += [call] if call not in calls else []
+                unit = "GB/s" if "GB/s" in row else "TFLOP/s"
+                names.setdefault(row["name"].removeprefix("ceiling/"), {})[call] = (
+                    f"{shown(row[unit])} {unit}")
+    return table(["ceiling"] + [f"{file}, {date[:16]}" for file, date in calls],
+                 [[name] + [found.get(call, "-") for call in calls]
+                  for name, found in names.items()])
+
+
+def tables(raw, entries):
+    return {
+        "headline": headline_table(entries),
+        "step": step_table(raw) + "\n\n" + provenance(raw, "step"),
+        "cpu": cpu_table(raw) + "\n\n" + provenance(raw, "cpu_step"),
+        "ceilings": ceiling_table(raw) + "\n\n" + provenance(raw, "kernels"),
+        "linear": linear_table(raw),
+        "nf4": kernel_table(raw, "kernels", ("dequantize/", "quantize/"),
+                            "GB/s"),
+        "attention": kernel_table(raw, "attention", ("attention/",), "TFLOP/s") + "\n\n" +
+                     provenance(raw, "attention"),
+        "lora": lora_table(raw),
+        "other": kernel_table(raw, "kernels", ("rms_norm/", "swiglu/", "rope/", "cross_entropy/",
+                                               "adamw/"), "GB/s"),
+    }
+
+
+def replace_tables(text, new):
+    for name, content in new.items():
+        pattern = re.compile(rf"(<!-- table: {name} -->\n).*?(<!-- end -->)", re.S)
+        text, count = pattern.subn(lambda m: m[1] + content.strip() + "\n" + m[2], text)
+        if count != 1:
+            sys.exit(f"docs/performance.md has {count} places for the table {name}")
+    return text
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--results", type=pathlib.Path, default=headline.RESULTS)
+    parser.add_argument("--docs", type=pathlib.Path, default=ROOT / "docs")
+    options = parser.parse_args()
+    raw = headline.load(options.results)
+    entries = headline.headline(raw)
+    (options.results / "headline.json").write_text(json.dumps(entries, indent=1) + "\n")
+    times = linear_times(raw)
+    if times:
+        device = raw["kernels"]["calls"][-1]["gpu"].get("name") or "GPU"
+        plot = crossover.plot(times, f"NF4 linear layer on {device}")
+        (options.docs / "performance-linear.svg").write_text(plot)
+    page = options.docs / "performance.md"
+    page.write_text(replace_tables(page.read_text(), tables(raw, entries)))
+    met = sum(entry["met"] for entry in entries)
+    print(f"{met} of {len(entries)} targets met; {options.results / 'headline.json'}, {page}")
+
+
+if __name__ == "__main__":
+    main()

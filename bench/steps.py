@@ -1,0 +1,134 @@
+"""Our side of the step benchmark: `qlab train` on the rows of bench/step_rows.json.
+
+    python bench/steps.py [--qlab build/qlab] [--rows REGEX] [--steps N] [--output FILE]
+
+Every token is trained, as by the peers. A step's time is status.json's step_seconds_median, which
+leaves out the first steps, where it is there; otherwise the median time between the lines of
+metrics.jsonl, one of which is written after every step. The first steps are not counted. The peak
+is status.json's peak_bytes: the highest total of the allocator, through which all memory comes.
+"""
+
+import argparse
+import json
+import pathlib
+import re
+import subprocess
+import sys
+import tempfile
+import time
+
+from peers import support
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+UNCOUNTED = 4  # steps: launches are prepared and clocks rise
+
+
+def configuration(row, extra, steps):
+    """The row as a config file, or as a sweep of as many seeds as the gang has trials; `extra` may
+    set any key. (JSON is YAML.)"""
+    keys = {"model.path": "synthetic:" + row["model"], "quant.type": "nf4",
+            "quant.block_size": 64, "quant.double_quant": True, "lora.r": row["r"],
+            "lora.alpha": 2 * row["r"], "lora.dropout": row["dropout"],
+            "lora.targets": row["targets"], "data.train": "synthetic",
+            "data.seq_len": row["length"], "train.steps": steps,
+            "train.batch_size": row["batch"], "train.save_every": 0, "optim.lr": 2e-4}
+    keys.update(extra)
+    blocks = {}
+    for key, value in keys.items():
+        block, name = key.split(".")
+        blocks.setdefault(block, {})[name] = value
+    if "gang" not in row:
+        return blocks
+    blocks["parallel"] = {"trials_per_gpu": row["gang"]}
+    return {"name": row["name"], "base": blocks, "seeds": list(range(row["gang"])),
+            "parameters": {"lora.r": {"values": [row["r"]]}}}
+
+
+def lines_as_they_come(process, folder):
+    """When each line of metrics.jsonl was first seen."""
+    metrics, seen, arrivals = None, 0, []
+    while True:
+        ended = process.poll() is not None
+        metrics = metrics or next(folder.glob("out/trials/*/metrics.jsonl"), None)
+        count = metrics.read_bytes().count(b"\n") if metrics else 0
+        arrivals += [time.perf_counter()] * (count - seen)
+        seen = max(seen, count)
+        if ended:
+            return arrivals
+        time.sleep(0.0005)
+
+
+def run(qlab, row, extra, steps, device, limit):
+    """One training; its times and peak, or the error that ended it."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = pathlib.Path(name)
+        config = folder / "step.yaml"
+        config.write_text(json.dumps(configuration(row, extra, steps)))
+        log = open(folder / "log.txt", "w+")
+        begin = time.perf_counter()
+        command = "sweep" if "gang" in row else "train"
+        process = subprocess.Popen(["timeout", str(limit), qlab, command, str(config), "--device",
+                                    device, "--out", str(folder / "out")], stdout=log, stderr=log)
+        arrivals = lines_as_they_come(process, folder)
+        trials = [json.loads(p.read_text()) for p in folder.glob("out/trials/*/status.json")]
+        status = next((t for t in trials if t.get("status") != "finished"),
+                      trials[0] if trials else {})
+        if process.returncode != 0 or status.get("status") != "finished":
+            log.seek(0)
+            text = log.read().strip().splitlines()[-4:]
+            return {"error": status.get("error") or " | ".join(text) or
+                    f"exit status {process.returncode}"}
+        return times_of(row, status, arrivals) | {"start_seconds": arrivals[0] - begin,
+                                                  "config": configuration(row, extra, steps)}
+
+
+def times_of(row, status, arrivals):
+    tokens = row.get("gang", 1) * row["batch"] * row["length"]
+    result = {"peak_bytes": status["peak_bytes"], "device": status.get("device")}
+    differences = [b - a for a, b in zip(arrivals, arrivals[1:])][UNCOUNTED:]
+    if status.get("step_seconds_median"):
+        result |= {"step_seconds": status["step_seconds_median"], "timed_by": "status.json"}
+    elif differences:
+        result |= {"step_seconds": support.spread(differences)[0], "timed_by": "metrics.jsonl"}
+    else:
+        return {"error": f"{len(arrivals)} steps are too few: {UNCOUNTED} are not counted"}
+    if differences:
+        result |= {"noise_percent": support.spread(differences)[1],
+                   "seconds": [round(d, 5) for d in differences]}
+    if "mfu" in status:
+        result["mfu"] = status["mfu"]
+    return result | {"tokens_per_s": tokens / result["step_seconds"]}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--qlab", default=str(ROOT / "build/qlab"))
+    parser.add_argument("--rows", default="", help="only rows whose name this expression finds")
+    parser.add_argument("--steps", type=int, help="24 for few tokens, 12 for many")
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--limit", type=int, default=120, help="seconds for one training")
+    parser.add_argument("--output")
+    options = parser.parse_args()
+    rows, failed = [], 0
+    for row in json.loads((ROOT / "bench/step_rows.json").read_text()):
+        if not re.search(options.rows, row["name"]):
+            continue
+        for ours, extra in row["ours"].items():
+            if support.time_is_up():
+                print(f"{row['name']}/{ours} left out: QLAB_BENCH_SECONDS have passed")
+                continue
+            small = "gang" not in row and row["batch"] * row["length"] <= 4096
+            steps = options.steps or (24 if small else 12)
+            result = run(options.qlab, row, extra, steps, options.device, options.limit)
+            rows.append({"name": f"{row['name']}/{ours}", **result})
+            failed += "error" in result
+            print(rows[-1]["name"], result.get("error") or
+                  f"{result['tokens_per_s']:.1f} tokens/s, {1e3 * result['step_seconds']:.2f} ms "
+                  f"a step, peak {1e-9 * result['peak_bytes']:.3f} GB", flush=True)
+    if options.output:
+        pathlib.Path(options.output).write_text(json.dumps({"rows": rows}) + "\n")
+    sys.exit(1 if failed else 0)
+
+
+if __name__ == "__main__":
+    main()

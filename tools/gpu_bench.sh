@@ -1,0 +1,44 @@
+#!/bin/bash
+# Builds, then measures one part of the GPU benchmark beside its peers and renews the headline, the
+# plot and the tables. Arguments: build folder, jobs, part, filter ("" for all cases).
+# PYTHONPATH names the peers that are not installed; .peers is added where it exists.
+set -uo pipefail
+cd "$(dirname "$0")/.." || exit 1
+build=$1
+jobs=$2
+part=$3
+filter=$4
+limit=460 # seconds: a part stays under 8 minutes, its build included
+
+case $part in
+  step | kernels | attention) ;;
+  *)
+    echo "make gpu-bench PART=step|kernels|attention: which part? got '$part'"
+    exit 1
+    ;;
+esac
+if ! nvidia-smi --query-gpu=name --format=csv,noheader; then
+  echo "No NVIDIA GPU was found: make gpu-bench needs a GPU with its driver."
+  exit 1
+fi
+if ! command -v python3 >/dev/null; then
+  echo "make gpu-bench needs python3: it runs the peers and writes the report."
+  exit 1
+fi
+if [[ -d .peers ]]; then export PYTHONPATH=$PWD/.peers${PYTHONPATH:+:$PYTHONPATH}; fi
+export PYTHONDONTWRITEBYTECODE=1
+
+start=$SECONDS
+make configure BUILD="$build" || exit 1
+cmake --build "$build" -j "$jobs" --target qlab qlab-bench || exit 1
+printf '==> Built in %d s; measuring %s\n' $((SECONDS - start)) "$part"
+
+status=0
+# What does not fit keeps its older figures; FILTER=REGEX measures it alone.
+rest=$((limit - (SECONDS - start)))
+timeout "$rest" python3 bench/measure.py "$part" --build "$build" --filter "$filter" \
+  --seconds $((rest - 40)) || status=$?
+((status != 124)) || echo "Stopped after $limit s: nothing was recorded; measure less with FILTER."
+python3 bench/report.py || status=$?
+printf '==> %d s in all\n' $((SECONDS - start))
+exit "$status"
