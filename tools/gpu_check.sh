@@ -5,7 +5,7 @@ set -uo pipefail
 cd "$(dirname "$0")/.." || exit 1
 build=$1
 jobs=$2
-shards=4 # processes per sanitizer tool
+shards=$((jobs < 16 ? (jobs + 1) / 2 : 8)) # processes per sanitizer tool
 logs=$build/gpu-check
 # The small cases; those that run out of memory on purpose would be reported as errors of the API. The
 # tests of whole runs launch the same kernels again, which is too slow where every access is recorded.
