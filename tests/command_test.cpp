@@ -47,7 +47,6 @@ class CommandTest : public testing::Test {
     posix_spawn_file_actions_addchdir_np(&actions, work_.c_str());
     std::vector<std::string> words = {program()},
                              environment = {"HF_HOME=" + folder_ / "cache", "OMP_NUM_THREADS=2",
-                                            "OMP_WAIT_POLICY=passive",
                                             std::string("PATH=") + std::getenv("PATH")};
     words.insert(words.end(), arguments.begin(), arguments.end());
     const auto pointers = [](std::vector<std::string>& texts) {
