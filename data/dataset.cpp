@@ -190,16 +190,18 @@ Dataset load_dataset(const std::string& path, const Tokenizer& tokenizer,
     begin = end + 1;
     ++number;
     if (blank(line)) continue;
+    if (options.between_examples) options.between_examples();
     const std::string where = fmt::format("{}:{}", path, number);
     ++dataset.lines;
     add_example(dataset, reader.read(parse_json(line, where), where), options.seq_len);
   }
   if (dataset.lines == 0) fail("{}: holds no example", path);
   if (dataset.examples.empty())
-    fail(
-        "{}: none of its {} examples has a token to train within seq_len {}; raise data.seq_len or "
-        "check the labels",
-        path, dataset.lines, options.seq_len);
+    fail("{}: none of its {} examples has a token to train within seq_len {}: {}", path,
+         dataset.lines, options.seq_len,
+         dataset.truncated > 0
+             ? "raise data.seq_len"
+             : "give each a completion, a message of the assistant, or labels other than -100");
   // The tokens besides the bytes: a tokenizer that was edited gives other numbers.
   Fingerprint fingerprint;
   fingerprint.add(file.bytes());

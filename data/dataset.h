@@ -1,6 +1,7 @@
 // Training and evaluation examples, from JSON lines or synthetic.
 #pragma once
 #include <cstdint>
+#include <functional>
 #include <string>
 #include <vector>
 
@@ -18,6 +19,7 @@ struct DatasetOptions {
   int64_t seq_len = 512;        // longer examples lose their end
   bool completion_only = true;  // false: prompts and the turns of users are trained too
   std::string chat_template = "chatml";
+  std::function<void()> between_examples = {};  // may throw, which ends the reading
 };
 
 struct Dataset {

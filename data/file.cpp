@@ -69,7 +69,9 @@ std::string read_text_file(const std::string& path) {
 AtomicFile::AtomicFile(const std::string& path)
     : path_(path), temporary_(fmt::format("{}.{}-{}.tmp", path, ::getpid(), next_number++)) {
   descriptor_ = ::open(temporary_.c_str(), O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0644);
-  if (descriptor_ < 0) fail("{}: cannot create {}: {}", path_, temporary_, reason());
+  const int error = errno;
+  if (descriptor_ < 0)
+    fail("{}: cannot create {}: {}{}", path_, temporary_, std::strerror(error), disk_remedy(error));
 }
 
 AtomicFile::~AtomicFile() {
@@ -78,7 +80,9 @@ AtomicFile::~AtomicFile() {
 }
 
 void AtomicFile::fail_with_reason(const char* action) {
-  fail("{}: cannot {}: {}; the old file, if any, is untouched", path_, action, reason());
+  const int error = errno;
+  fail("{}: cannot {}: {}; the old file, if any, is untouched{}", path_, action,
+       std::strerror(error), disk_remedy(error));
 }
 
 void AtomicFile::write(Bytes bytes) {
@@ -101,6 +105,11 @@ void AtomicFile::commit() {
       ::open(folder.empty() ? "." : folder.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC)};
   if (directory.value >= 0)
     ::fsync(directory.value);  // some file systems cannot: the rename stands
+}
+
+const char* disk_remedy(int error) {
+  return error == ENOSPC || error == EDQUOT ? "; free some space and run the same command again"
+                                            : "";
 }
 
 void write_file_atomically(const std::string& path, Bytes bytes) {

@@ -46,6 +46,9 @@ class AtomicFile {
   int descriptor_ = -1;
 };
 
+/// "; free some space ..." where that helps against this errno, or "".
+const char* disk_remedy(int error);
+
 /// All of `bytes` or the old content, never a part.
 void write_file_atomically(const std::string& path, Bytes bytes);
 void write_file_atomically(const std::string& path, std::string_view text);

@@ -1,5 +1,6 @@
 #include "experiments/commands.h"
 
+#include <cerrno>
 #include <cmath>
 #include <cstdio>
 #include <fstream>
@@ -21,7 +22,7 @@ using Json = nlohmann::json;
 
 void out(const std::string& text) {
   if (std::fwrite(text.data(), 1, text.size(), stdout) != text.size() || std::fflush(stdout) != 0)
-    fail("the standard output cannot be written to; is the disk full?");
+    fail("the standard output cannot be written to{}", disk_remedy(errno));
 }
 
 int run(const Sweep& sweep, const SweepOptions& options, const CommonOptions& common) {
@@ -37,14 +38,21 @@ int run(const Sweep& sweep, const SweepOptions& options, const CommonOptions& co
       terminal.print(profile_table(profile, measure_ceilings(device)));
     };
   }
-  const RunnerResult result = run_sweep(
-      sweep, {options.out, device, options.shard, options.dry_run},
-      [&](const std::string& line) { terminal.print(line); }, callbacks);
+  const char* again = "interrupted; the same command continues where this one stopped";
+  RunnerResult result;
+  try {
+    result = run_sweep(
+        sweep, {options.out, device, options.shard, options.dry_run},
+        [&](const std::string& line) { terminal.print(line); }, callbacks);
+  } catch (const Interrupted&) {  // nothing has been written yet
+    terminal.print(again);
+    return 130;
+  }
   if (options.dry_run) return 0;
   terminal.print(summary_table(result.dir));
   terminal.print("report " + result.dir + "/report.html");
   if (result.interrupted) {
-    terminal.print("interrupted; the same command continues where this one stopped");
+    terminal.print(again);
     return 130;
   }
   return result.failed > 0 ? 1 : 0;
@@ -160,7 +168,9 @@ int run_eval_command(const EvalOptions& options, const CommonOptions& common) {
   load(loaded, options.adapter, common);
   Stepper stepper(*loaded.model, Recompute::none);
   catch_interrupts();
-  const Evaluation result = evaluate(stepper, data, loaded.adapter.get(), interrupted);
+  const Evaluation result = evaluate(
+      stepper, data, loaded.adapter.get(), [](size_t) { return interrupted(); },
+      evaluation_tokens(loaded.model->device()));
   if (result.stopped) return 130;
   const double perplexity = std::exp(result.loss);
   if (options.json) {
@@ -184,6 +194,8 @@ int run_eval_command(const EvalOptions& options, const CommonOptions& common) {
 }
 
 int run_tokenize_command(const std::string& model, const std::string& file, bool jsonl) {
+  if (model.starts_with("synthetic:"))
+    fail("{}: a synthetic model has no tokenizer; give a real model or a tokenizer.json", model);
   const Tokenizer tokenizer = Tokenizer::load(model);
   std::ifstream opened;
   if (file != "-") {

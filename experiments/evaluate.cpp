@@ -3,11 +3,11 @@
 namespace qlab {
 
 Evaluation evaluate(Stepper& stepper, const Dataset& data, const Adapter* adapter,
-                    const std::function<bool()>& stop, int64_t batch_tokens) {
+                    const std::function<bool(size_t)>& stop, int64_t batch_tokens) {
   Evaluation result;
   double sum = 0;
   for (size_t first = 0; first < data.examples.size();) {
-    if (stop && stop()) {
+    if (stop && stop(first)) {
       result.stopped = true;
       return result;
     }

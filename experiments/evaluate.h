@@ -16,9 +16,12 @@ struct Evaluation {
   bool stopped = false;              // `stop` said so; the rest is then incomplete
 };
 
+/// A batch fills a GPU, and on a CPU ends soon enough for Ctrl-C to be seen.
+inline int64_t evaluation_tokens(Device device) { return device.is_cuda() ? 2048 : 256; }
+
 /// Examples go through the model in batches of about `batch_tokens` tokens; the result does not
-/// depend on it. `stop` is asked between batches.
+/// depend on it. Before each batch `stop` is told how many examples are done, and asked.
 Evaluation evaluate(Stepper& stepper, const Dataset& data, const Adapter* adapter,
-                    const std::function<bool()>& stop = {}, int64_t batch_tokens = 2048);
+                    const std::function<bool(size_t done)>& stop = {}, int64_t batch_tokens = 2048);
 
 }  // namespace qlab

@@ -59,6 +59,7 @@ DType compute_dtype(const Config& config, Device device) {
 }
 
 const ModelSource& Library::model(const std::string& path) {
+  check_stop();
   auto it = models_.find(path);
   if (it == models_.end()) it = models_.emplace(path, open_model(path)).first;
   return it->second;
@@ -99,7 +100,8 @@ const Dataset& Library::dataset(const Config& config, const std::string& path, i
     data = synthetic_dataset(synthetic.examples, seq_len, llama.vocab_size, synthetic.seed);
   } else {
     data = load_dataset(path, tokenizer(config.model.path),
-                        {seq_len, config.data.completion_only, config.data.chat_template});
+                        {seq_len, config.data.completion_only, config.data.chat_template,
+                         [this] { check_stop(); }});
     check_vocabulary(data, path, llama.vocab_size);
   }
   return datasets_.emplace(key, std::move(data)).first->second;
@@ -120,7 +122,12 @@ Llama& Library::base(const Config& config, DType compute, Device device) {
   const std::string key = base_key(config, compute, device);
   if (base_ == nullptr || base_key_ != key) {
     drop_base();
-    base_ = load_llama(model(config.model.path), weight_spec(config), compute, device);
+    ModelSource source = model(config.model.path);
+    source.read = [this, read = source.read](const std::string& name, const Shape& shape) {
+      check_stop();
+      return read(name, shape);
+    };
+    base_ = load_llama(source, weight_spec(config), compute, device);
     base_key_ = key;
   }
   return *base_;

@@ -1,6 +1,8 @@
 // From a resolved configuration to the things a run is made of: model, tokenizer, data, specs. What
 // several trials share (files, the base model) is opened once.
 #pragma once
+#include <exception>
+#include <functional>
 #include <map>
 #include <memory>
 #include <string>
@@ -26,9 +28,16 @@ struct SyntheticSet {
   uint64_t seed;
 };
 
+/// Ctrl-C before there is anything to save.
+struct Interrupted : std::exception {
+  const char* what() const noexcept override { return "interrupted"; }
+};
+
 /// Opens files once and keeps what was opened.
 class Library {
  public:
+  /// `stop` is asked again and again while files are read; true throws Interrupted.
+  explicit Library(std::function<bool()> stop = {}) : stop_(std::move(stop)) {}
   const ModelSource& model(const std::string& path);
   const Tokenizer& tokenizer(const std::string& model_path);
   /// data.train and data.eval, files or "synthetic". Every id is in the model's vocabulary.
@@ -45,7 +54,11 @@ class Library {
   /// `synthetic`: the set that the word stands for.
   const Dataset& dataset(const Config& config, const std::string& path, int64_t seq_len,
                          const SyntheticSet& synthetic);
+  void check_stop() const {
+    if (stop_ && stop_()) throw Interrupted();
+  }
 
+  std::function<bool()> stop_;
   std::map<std::string, ModelSource> models_;
   std::map<std::string, Tokenizer> tokenizers_;
   std::map<std::string, Dataset> datasets_;

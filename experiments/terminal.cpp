@@ -33,20 +33,17 @@ void Terminal::print(const std::string& line) {
   std::fflush(stdout);
 }
 
-void Terminal::progress(const TrainProgress& p) {
+void Terminal::show(const std::string& name, const std::string& text, bool last) {
   const auto now = std::chrono::steady_clock::now();
   auto line =
-      std::find_if(lines_.begin(), lines_.end(), [&](const Line& l) { return l.name == p.name; });
+      std::find_if(lines_.begin(), lines_.end(), [&](const Line& l) { return l.name == name; });
   const bool first = line == lines_.end();
-  if (first) line = lines_.insert(lines_.end(), {p.name, "", {}});
-  line->text = fmt::format("{}  step {}/{}  loss {:.4f}  {:.0f} tokens/s{}  {} left", p.name,
-                           p.step, p.total_steps, p.loss, p.tokens_per_s,
-                           p.mfu > 0 ? fmt::format("  {:.0f} % MFU", 100 * p.mfu) : "",
-                           duration(p.seconds_left));
+  if (first) line = lines_.insert(lines_.end(), {name, "", {}});
+  line->text = name + "  " + text;
   if (!live_) {
     // Without a terminal a line now and then is enough to see that it goes on.
     constexpr auto quiet = std::chrono::seconds(20);
-    if (!first && !p.last && now - line->printed < quiet) return;
+    if (!first && !last && now - line->printed < quiet) return;
     line->printed = now;
     std::fputs((line->text + "\n").c_str(), stdout);
   } else {
@@ -58,8 +55,26 @@ void Terminal::progress(const TrainProgress& p) {
   std::fflush(stdout);
 }
 
+void Terminal::progress(const TrainProgress& p) {
+  show(p.name,
+       fmt::format("step {}/{}  loss {:.4f}  {:.0f} tokens/s{}  {} left", p.step, p.total_steps,
+                   p.loss, p.tokens_per_s,
+                   p.mfu > 0 ? fmt::format("  {:.0f} % MFU", 100 * p.mfu) : "",
+                   duration(p.seconds_left)),
+       p.last);
+}
+
+void Terminal::evaluating(const EvaluationProgress& p) {
+  show(p.base ? "base" : p.name, fmt::format("evaluating: {} of {} examples", p.done, p.examples),
+       false);
+}
+
 TrainCallbacks Terminal::callbacks() {
-  return {[this](const TrainProgress& p) { progress(p); }, interrupted, {}};
+  TrainCallbacks callbacks;
+  callbacks.progress = [this](const TrainProgress& p) { progress(p); };
+  callbacks.evaluating = [this](const EvaluationProgress& p) { evaluating(p); };
+  callbacks.stop = interrupted;
+  return callbacks;
 }
 
 void catch_interrupts() {

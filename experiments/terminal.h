@@ -16,9 +16,13 @@ class Terminal {
   /// A whole line, clear of the live one.
   void print(const std::string& line);
   void progress(const TrainProgress& progress);
+  void evaluating(const EvaluationProgress& progress);
   TrainCallbacks callbacks();
 
  private:
+  /// The run's line is now `text`; without a terminal only now and then, and the `last` one.
+  void show(const std::string& name, const std::string& text, bool last);
+
   struct Line {
     std::string name, text;
     std::chrono::steady_clock::time_point printed;

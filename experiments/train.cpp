@@ -261,8 +261,15 @@ void Gang::evaluate_due() {
       t->record_evaluation(known->second);
       continue;
     }
-    const Evaluation result = evaluate(stepper_, *t->eval_, t->adapter_.get(), callbacks_.stop);
+    const auto tell = [&](size_t done) {
+      if (callbacks_.evaluating)
+        callbacks_.evaluating({t->name_, t->fresh_, done, t->eval_->examples.size()});
+    };
+    const auto stop = [&](size_t done) { return tell(done), callbacks_.stop && callbacks_.stop(); };
+    const Evaluation result =
+        evaluate(stepper_, *t->eval_, t->adapter_.get(), stop, evaluation_tokens(model_.device()));
     if (result.stopped) return;
+    tell(t->eval_->examples.size());
     if (t->fresh_) base_evaluations_[t->eval_] = result;
     t->record_evaluation(result);
   }

@@ -83,8 +83,14 @@ struct TrainProgress {
   double mfu;  // model FLOP utilization of the last step; 0 where the peak is unknown
   bool last;
 };
+struct EvaluationProgress {
+  std::string name;
+  bool base;  // without an adapter: shared by all trials
+  size_t done, examples;
+};
 struct TrainCallbacks {
   std::function<void(const TrainProgress&)> progress;
+  std::function<void(const EvaluationProgress&)> evaluating;  // before each batch
   std::function<bool()> stop;  // asked between steps; true saves the state and ends the run
   /// Where set, one step on a GPU is profiled and told of; no graphs are used then.
   std::function<void(const Profile&)> profile;

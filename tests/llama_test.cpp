@@ -212,7 +212,7 @@ TEST_P(LlamaTest, EvaluationDoesNotDependOnItsBatches) {
   }
   int asked = 0;
   EXPECT_TRUE(evaluate(
-                  stepper, data, nullptr, [&] { return ++asked > 2; }, 1)
+                  stepper, data, nullptr, [&](size_t) { return ++asked > 2; }, 1)
                   .stopped);
 }
 
