@@ -23,7 +23,8 @@ struct Reader {
   const std::string& spelled;
 
   [[noreturn]] void refuse(const std::string& expected) const {
-    fail("{}: {}: expected {}, got {}", where, spelled, expected, describe(node));
+    fail("{}: {}: expected {}, got {}{}", where, spelled, expected, describe(node),
+         field.unsupported.empty() ? "" : "; " + field.unsupported + " are not supported");
   }
 
   template <class T>
@@ -171,6 +172,7 @@ class Layer {
   void apply(Config& config) const {
     for (const Entry& e : entries_) {
       std::visit(Reader{*e.field, e.value, e.where, e.spelled}, e.field->slot(config));
+      config.origins[e.field->key] = e.where;
     }
     if (lora_) config.lora.present = true;
     if (has("train.steps")) config.train.epochs.reset();
@@ -259,13 +261,14 @@ double LoraConfig::scale() const {
 
 Config parse_config(const YAML::Node& document, const std::string& file) {
   Layer layer;
-  for (const YamlItem& item : map_items(document, file)) {
+  const std::vector<YamlItem> items = map_items(document, file);
+  for (const YamlItem& item : items) {
     if (std::find(sweep_keys().begin(), sweep_keys().end(), item.key) != sweep_keys().end()) {
       fail("{}: \"{}\" belongs to a sweep, and one run is expected here: use qlab sweep {}",
            item.where, item.key, file);
     }
-    layer.add(item.key, item.value, item.where, file);
   }
+  for (const YamlItem& item : items) layer.add(item.key, item.value, item.where, file);
   Config config;
   layer.apply(config);
   layer.use_paths_beside(config, file);

@@ -6,6 +6,7 @@
 
 #include <array>
 #include <cstdint>
+#include <map>
 #include <optional>
 #include <string>
 #include <vector>
@@ -99,6 +100,7 @@ struct Config {
   TrainConfig train;
   OptimConfig optim;
   ParallelConfig parallel;
+  std::map<std::string, std::string> origins;  // of given keys: file:line, or the option
 };
 
 /// Reads `file` ("" for the defaults alone), applies `sets` ("key=value") and resolves.

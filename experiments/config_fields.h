@@ -34,7 +34,8 @@ struct Field {
   Range range = {};
   std::string default_text = {};  // for a default that depends on other keys
   bool is_path = false;
-  bool hidden = false;  // reached by aliases only
+  bool hidden = false;           // reached by aliases only
+  std::string unsupported = {};  // values of other programs, for errors
 };
 
 /// Another spelling; `values` translates some values, and nullptr says that the setting is void.

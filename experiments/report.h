@@ -16,6 +16,11 @@ void write_plan(const std::string& dir, const Sweep& sweep,
                 const std::vector<std::string>& directories,
                 const std::map<std::string, std::string>& environment);
 
+/// Puts the trials of DIR's plan that were ever started before the one of a single run, with their
+/// directories. What differs between them is then swept, and the new trial's name is its own.
+void add_earlier_trials(const std::string& dir, Sweep& sweep,
+                        std::vector<std::string>& directories);
+
 struct ReportResult {
   std::vector<std::string> files;  // written
   std::vector<std::string> notes;  // to be printed

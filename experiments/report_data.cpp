@@ -123,8 +123,9 @@ void note_strangers(const std::string& dir, Results& results) {
   }
   if (strangers == 0) return;
   results.notes.push_back(
-      fmt::format("{} other directories in {}/trials are not part of plan.yaml and not reported",
-                  strangers, dir));
+      fmt::format("{} in {}/trials {} made with other settings and {} not reported",
+                  strangers == 1 ? "1 other directory" : fmt::format("{} others", strangers), dir,
+                  strangers == 1 ? "was" : "were", strangers == 1 ? "is" : "are"));
 }
 
 Results read_plan(const YAML::Node& plan, const std::string& dir) {

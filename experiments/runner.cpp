@@ -1,10 +1,16 @@
 #include "experiments/runner.h"
 
+#include <unistd.h>
+
 #include <algorithm>
+#include <cerrno>
 #include <chrono>
+#include <cstring>
 #include <filesystem>
 #include <nlohmann/json.hpp>
+#include <set>
 
+#include "data/checkpoint.h"
 #include "data/file.h"
 #include "experiments/report.h"
 #include "generated/version.h"
@@ -35,6 +41,40 @@ std::vector<Adapter::Shape> adapted_shapes(const LlamaConfig& config, const Lora
   return adapted;
 }
 
+/// An error of `body` is told with the place where the key was set; `named` when it names the key.
+template <class Body>
+auto at_key(const Config& config, const std::string& key, Body&& body, bool named = false) {
+  try {
+    return body();
+  } catch (const OutOfMemory&) {
+    throw;
+  } catch (const Error& error) {
+    const auto origin = config.origins.find(key);
+    fail("{}{}{}", origin == config.origins.end() ? "" : origin->second + ": ",
+         named ? "" : key + ": ", error.what());
+  }
+}
+
+void check_exists(const Config& config, const char* key) {
+  const std::string path = get_key(config, key);
+  if (path.empty() || path == "synthetic" || std::filesystem::exists(path)) return;
+  at_key(config, key, [&] { fail("there is no file {}", path); });
+}
+
+void check_start(const Config& c, const std::vector<Adapter::Shape>& targets) {
+  const std::string& dir = c.lora.adapter;
+  if (dir.empty()) return;
+  at_key(c, "lora.adapter", [&] {
+    const LoraSpec saved = read_adapter_spec(dir);
+    try {
+      check_adapter(dir, lora_spec(c), targets);
+    } catch (const Error& error) {
+      fail("{}\n  the adapter has lora.targets: {}", error.what(),
+           Targets{saved.pattern, saved.names}.str());
+    }
+  });
+}
+
 // Opens every file and resolves every target, so that mistakes surface before the first step.
 std::vector<Planned> plan_trials(const Sweep& sweep, const std::string& dir, Device device,
                                  Library& library) {
@@ -42,9 +82,12 @@ std::vector<Planned> plan_trials(const Sweep& sweep, const std::string& dir, Dev
   for (const Trial& trial : sweep.trials) {
     const Config& c = trial.config;
     check_trainable(c, sweep.source_file);
-    const ModelSource& model = library.model(c.model.path);
-    const std::vector<Adapter::Shape> targets = adapted_shapes(model.config, lora_spec(c));
-    if (!c.lora.adapter.empty()) check_adapter(c.lora.adapter, lora_spec(c), targets);
+    for (const char* key : {"data.train", "data.eval"}) check_exists(c, key);
+    const ModelSource& model =
+        *at_key(c, "model.path", [&] { return &library.model(c.model.path); });
+    const std::vector<Adapter::Shape> targets = at_key(
+        c, "lora.targets", [&] { return adapted_shapes(model.config, lora_spec(c)); }, true);
+    check_start(c, targets);
     const Fingerprints prints{model.fingerprint, library.train_set(c).fingerprint,
                               c.data.eval.empty() ? "" : library.eval_set(c).fingerprint,
                               adapter_fingerprint(c.lora.adapter)};
@@ -88,6 +131,36 @@ std::map<std::string, std::string> environment(const Sweep& sweep, Device device
           {"data", sweep.trials.front().config.data.train}};
 }
 
+// Found before anything is read, and without making a folder that a mistake would leave behind.
+void check_results_directory(const std::string& dir) {
+  namespace fs = std::filesystem;
+  std::error_code error;
+  fs::path there = fs::absolute(dir);
+  while (!fs::exists(there, error) && there.has_relative_path()) there = there.parent_path();
+  if (!fs::is_directory(there, error))
+    fail("{}: cannot be created: {} is not a directory; give --out another one", dir,
+         there.string());
+  if (access(there.c_str(), W_OK | X_OK) != 0)
+    fail("{}: {} cannot be written to: {}; give --out another directory", dir, there.string(),
+         std::strerror(errno));
+}
+
+// A dry run may well be on another machine than the model and the data.
+void note_missing(const Sweep& sweep, const std::function<void(const std::string&)>& print) {
+  std::set<std::string> notes;
+  for (const Trial& trial : sweep.trials) {
+    const Config& c = trial.config;
+    try {
+      for (const char* key : {"data.train", "data.eval", "lora.adapter"}) check_exists(c, key);
+      if (!c.model.path.starts_with("synthetic:"))
+        at_key(c, "model.path", [&] { return resolve_model_path(c.model.path); });
+    } catch (const Error& error) {
+      notes.insert(error.what());
+    }
+  }
+  for (const std::string& note : notes) print("not here: " + note);
+}
+
 class Runner {
  public:
   Runner(Library& library, Device device, const std::function<void(const std::string&)>& print,
@@ -101,6 +174,8 @@ class Runner {
   void run(const std::vector<Planned>& gang) {
     try {
       train(gang);
+    } catch (const Interrupted&) {
+      result_.interrupted = true;
     } catch (const OutOfMemory& error) {
       does_not_fit(gang, error.what());
     } catch (const std::bad_alloc&) {
@@ -221,6 +296,7 @@ RunnerResult run_sweep(const Sweep& sweep, const RunnerOptions& options,
       for (const int i : mine) shown.trials.push_back(sweep.trials[static_cast<size_t>(i)]);
     }
     print(trial_table(shown));
+    note_missing(shown, print);
     return result;
   }
   if (options.out.empty() &&
@@ -229,8 +305,9 @@ RunnerResult run_sweep(const Sweep& sweep, const RunnerOptions& options,
         "{}: the name {} cannot be a folder in runs/; use one without / and a leading dot, or "
         "--out",
         sweep.source_file, sweep.name);
-  Library library;
-  const std::vector<Planned> planned = plan_trials(sweep, result.dir, options.device, library);
+  check_results_directory(result.dir);
+  Library library(callbacks.stop);
+  std::vector<Planned> planned = plan_trials(sweep, result.dir, options.device, library);
   report_data(sweep, library, print);
   std::vector<std::string> warnings;
   for (const Trial& t : sweep.trials) {
@@ -252,7 +329,12 @@ RunnerResult run_sweep(const Sweep& sweep, const RunnerOptions& options,
   if (error)
     fail("{}/trials: cannot be created: {}; give --out a directory that can be written to",
          result.dir, error.message());
-  write_plan(result.dir, sweep, directories, environment(sweep, options.device));
+  Sweep listed = sweep;
+  if (sweep.single) {
+    add_earlier_trials(result.dir, listed, directories);
+    planned.front().trial = &listed.trials.back();
+  }
+  write_plan(result.dir, listed, directories, environment(sweep, options.device));
 
   std::vector<Planned> pending;
   for (size_t i = 0; i < planned.size(); ++i) {
@@ -264,7 +346,10 @@ RunnerResult run_sweep(const Sweep& sweep, const RunnerOptions& options,
     else
       pending.push_back(planned[i]);
   }
-  if (result.finished > 0) print(fmt::format("{} trials are finished already", result.finished));
+  if (result.finished > 0)
+    print(fmt::format("{} finished already", result.finished == 1
+                                                 ? "1 trial is"
+                                                 : fmt::format("{} trials are", result.finished)));
   Runner runner(library, options.device, print, callbacks, result);
   for (const std::vector<Planned>& gang : gangs_of(pending, options.device)) {
     if (result.interrupted) break;

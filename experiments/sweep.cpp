@@ -288,9 +288,19 @@ Sweep single_trial(const YAML::Node& document, const std::string& file,
   Sweep sweep;
   sweep.name = fs::path(file).stem().string();
   sweep.source_file = file;
+  sweep.single = true;
   Trial trial;
-  trial.config = parse_config(document, file);
+  const Config plain = parse_config(document, file);
+  trial.config = plain;
   apply_sets(trial.config, sets);
+  for (const Field& field : config_fields()) {
+    const std::string text = field_text(field, trial.config);
+    if (field.hidden || !changes_numbers(field.key) || field.key == "train.seed" || text.empty() ||
+        text == field_text(field, plain))
+      continue;
+    sweep.swept_keys.push_back(field.key);
+    trial.swept.emplace_back(field.key, text);
+  }
   resolve(trial.config);
   check_trainable(trial.config, file);
   trial.seed = trial.config.train.seed;

@@ -27,6 +27,7 @@ struct Sweep {
   std::vector<std::string> swept_keys;
   std::vector<Trial> trials;  // never empty
   std::string source_file;
+  bool single = false;  // one run of a plain file, which joins those before it in its directory
   std::vector<std::string> notes;  // ignored W&B keys, dropped duplicates: to be printed
 };
 

@@ -36,9 +36,9 @@ const std::map<std::string, std::string> kLabels{{"lora.r", "r"},
                                                  {"train.loss_norm", ""},
                                                  {"data.train", ""}};
 
-/// 2e-4 rather than 0.0002.
-std::string short_number(double x) {
-  if (x == 0 || (std::abs(x) >= 1e-3 && std::abs(x) < 1e6)) return shortest(x);
+/// 2e-4 rather than 0.0002; everything below `least` that way.
+std::string short_number(double x, double least) {
+  if (x == 0 || (std::abs(x) >= least && std::abs(x) < 1e6)) return shortest(x);
   std::string text = fmt::format("{:e}", x);
   const size_t e = text.find('e');
   std::string digits = text.substr(0, e);
@@ -74,7 +74,9 @@ std::string name_part(const std::string& key, const std::string& value) {
   if (value == "true" || value == "false") return (value == "true" ? "" : "no_") + leaf;
   if (key == "lora.scaling") return value == "alpha/r" ? "lora" : "rslora";
   std::string text = value;
-  if (const auto number = parse_number(value)) text = short_number(*number);
+  // Learning rates in one notation, 1e-4 and 1e-3; elsewhere 0.05 is easier to read.
+  if (const auto number = parse_number(value))
+    text = short_number(*number, key.starts_with("optim.") ? 0.5 : 1e-3);
   if (find_field(key)->is_path) {
     const fs::path path(value.substr(value.find(':') + 1));
     text = (path.extension() == ".gguf" || path.extension() == ".jsonl" ? path.stem()
@@ -96,9 +98,9 @@ void name_trials(Sweep& sweep, const std::vector<std::string>& derived) {
   for (const std::string& key : derived) values.erase(key);
   std::set<std::string> taken;
   for (Trial& trial : sweep.trials) {
-    std::string name;
+    std::string name = sweep.single ? file_safe(sweep.name, kMaxPart) + "-" : "";
     for (const auto& [key, value] : trial.swept) {
-      if (values[key].size() < 2) continue;
+      if (values[key].size() < 2 && !sweep.single) continue;
       if (const std::string part = name_part(key, value); !part.empty()) name += part + "-";
     }
     if (name.empty()) name = file_safe(sweep.name, kMaxPart) + "-";

@@ -7,7 +7,8 @@
 
 namespace qlab {
 
-/// Names every trial after the swept values that vary, except those of `derived` keys.
+/// Names every trial after the swept values that vary, except those of `derived` keys; a single run
+/// after its file and what was set beside it.
 void name_trials(Sweep& sweep, const std::vector<std::string>& derived);
 
 /// Columns padded to equal width; the first row is the head.

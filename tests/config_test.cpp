@@ -163,7 +163,8 @@ TEST(Config, WrongTypesNameLineAndValue) {
   EXPECT_EQ(error_of("quant: {double_quant: 1}"),
             "run.yaml:1: quant.double_quant: expected true or false, got \"1\"");
   EXPECT_EQ(error_of("quant: {type: fp4}"),
-            "run.yaml:1: quant.type: expected one of nf4, bf16, fp32, got \"fp4\"");
+            "run.yaml:1: quant.type: expected one of nf4, bf16, fp32, got \"fp4\"; int8 and fp4 "
+            "are not supported");
   EXPECT_EQ(error_of("quant: nf4"), "run.yaml:1: quant is a block of keys, got \"nf4\"");
   EXPECT_EQ(error_of("optim: {lr: }"), "run.yaml:1: optim.lr: expected a number, got nothing");
   EXPECT_THAT(error_of("optim: {betas: 0.9}"), HasSubstr("expected two numbers"));

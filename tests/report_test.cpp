@@ -194,7 +194,7 @@ TEST_F(ReportTest, HalfWrittenTrialsDoNotStopTheReport) {
   fs::create_directories(fs::path(out()) / "trials" / "ffffffff-older");
   const ReportResult result = write_report(out());
   ASSERT_EQ(result.notes.size(), 1u);
-  EXPECT_THAT(result.notes[0], HasSubstr("1 other directories"));
+  EXPECT_THAT(result.notes[0], HasSubstr("1 other directory in "));
   const auto rows = lines(read(fs::path(out()) / "summary.csv"));
   EXPECT_EQ(rows[2], "r4-s1,4,\"[q_proj, v_proj]\",1,,1,7,2.5,,,,,,,pending");
 }

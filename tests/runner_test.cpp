@@ -155,9 +155,10 @@ TEST_P(RunnerTest, ShardsShareOneDirectory) {
 
 TEST_P(RunnerTest, ADamagedStateFailsAlone) {
   const std::string rest = "parameters: {lora.r: {values: [2, 4]}}\n";
-  int asked = 0;
+  bool stepped = false;
   TrainCallbacks callbacks;
-  callbacks.stop = [&] { return ++asked > 2; };
+  callbacks.progress = [&](const TrainProgress&) { stepped = true; };
+  callbacks.stop = [&] { return stepped; };
   const RunnerResult interrupted = sweep(rest, {}, callbacks);
   EXPECT_TRUE(interrupted.interrupted);
   EXPECT_EQ(interrupted.finished + interrupted.failed, 0);
@@ -168,15 +169,92 @@ TEST_P(RunnerTest, ADamagedStateFailsAlone) {
   const RunnerResult result = sweep(rest);
   EXPECT_EQ(result.finished, 1);
   EXPECT_EQ(result.failed, 1);
-  EXPECT_THAT(printed_, HasSubstr("state.safetensors"));
+  EXPECT_THAT(printed_, AllOf(HasSubstr("state.safetensors"), HasSubstr("remove "),
+                              HasSubstr("to start this trial over")));
+}
+
+TEST_P(RunnerTest, AStateWithNumbersThatAreNoneFailsAlone) {
+  bool stepped = false;
+  TrainCallbacks callbacks;
+  callbacks.progress = [&](const TrainProgress&) { stepped = true; };
+  callbacks.stop = [&] { return stepped; };
+  EXPECT_TRUE(sweep("", {}, callbacks).interrupted);
+  const std::string file = directories().at(0) + "/state/state.safetensors";
+  std::string state = read_text_file(file);
+  const std::string key = "\"step\":\"";
+  const size_t at = state.find(key);
+  ASSERT_NE(at, std::string::npos);
+  state[at + key.size()] = 'x';
+  write_file_atomically(file, state);
+  EXPECT_EQ(sweep("").failed, 1);
+  EXPECT_THAT(printed_, HasSubstr("to start this trial over"));
+}
+
+TEST_P(RunnerTest, StopIsSeenWhileFilesAreReadAndTheBaseIsLoaded) {
+  int64_t all = 0;
+  TrainCallbacks callbacks;
+  bool loaded = false;
+  callbacks.evaluating = [&](const EvaluationProgress& p) {
+    EXPECT_TRUE(p.base || loaded);
+    loaded = true;
+  };
+  callbacks.stop = [&] { return all += !loaded, false; };
+  EXPECT_EQ(sweep("", {}, callbacks).finished, 1);
+  EXPECT_GT(all, 25 + 10);  // the examples, and the base's tensors
+  fs::remove_all(folder_ / "out");
+  for (int64_t after = 1; after <= all; after += 7) {
+    int64_t asked = 0;
+    callbacks.stop = [&] { return ++asked >= after; };
+    bool thrown = false, interrupted = false;
+    try {
+      interrupted = sweep("", {}, callbacks).interrupted;
+    } catch (const Interrupted&) {
+      thrown = true;
+      EXPECT_FALSE(fs::exists(folder_ / "out"));
+    }
+    EXPECT_TRUE(thrown || interrupted) << after;
+  }
+}
+
+TEST_P(RunnerTest, RunsOfOneFileGather) {
+  const auto train = [&](const std::vector<std::string>& sets, int64_t r = 4) {
+    const std::string file = folder_.write(
+        "one.yaml", "model: {path: \"synthetic:tiny\"}\ndata: {train: " + train_ +
+                        ", seq_len: 64}\ntrain: {steps: 2, batch_size: 3}\nlora: {r: " +
+                        std::to_string(r) + "}\n");
+    printed_.clear();
+    return run_sweep(load_sweep(file, sets), {folder_ / "out", device(), "", false},
+                     [&](const std::string& line) { printed_ += line + "\n"; }, {});
+  };
+  const auto summary = [&] { return read_text_file(folder_ / "out/summary.csv"); };
+  train({"lora.r=8"});
+  EXPECT_THAT(summary(), HasSubstr("one-r8-s0,8,0,"));
+  EXPECT_EQ(train({}).finished, 1);
+  EXPECT_THAT(summary(), AllOf(HasSubstr("trial,lora.r,seed,"), HasSubstr("one-r8-s0,8,0,"),
+                               HasSubstr("\none-s0,4,0,")));
+  EXPECT_EQ(printed_.find("not reported"), std::string::npos) << printed_;
+  train({}, 2);  // the file was edited
+  train({"optim.lr=1e-3"}, 2);
+  EXPECT_THAT(summary(), AllOf(HasSubstr("trial,lora.r,optim.lr,seed,"),
+                               HasSubstr("one-r8-s0,8,0.0002,0,"), HasSubstr("\none-s0,4,"),
+                               HasSubstr("\none-s0-2,2,"), HasSubstr("\none-lr1e-3-s0,2,0.001,")));
+  const std::string before = summary();
+  EXPECT_EQ(train({}, 2).finished, 1);
+  EXPECT_THAT(printed_, HasSubstr("1 trial is finished already"));
+  EXPECT_THAT(summary(), HasSubstr("\none-s0-2,2,"));
+  // A trial whose folder is gone leaves the report with the next run.
+  for (const std::string& dir : directories())
+    if (dir.ends_with("one-r8-s0")) fs::remove_all(dir);
+  train({}, 2);
+  EXPECT_EQ(summary().find("one-r8"), std::string::npos);
 }
 
 TEST_P(RunnerTest, MistakesSurfaceBeforeAnythingIsWritten) {
   const auto error = [&](const std::string& rest) { return error_of([&] { sweep(rest); }); };
   EXPECT_THAT(error("parameters: {lora.targets: {values: [mlp, [c_attn]]}}\n"),
-              HasSubstr("no module matches c_attn"));
+              HasSubstr("sweep.yaml:7: lora.targets: no module matches c_attn"));
   EXPECT_THAT(error("parameters: {data.train: {values: [nowhere.jsonl]}}\n"),
-              HasSubstr("nowhere.jsonl"));
+              HasSubstr("sweep.yaml:7: data.train: there is no file nowhere.jsonl"));
   EXPECT_THAT(error("parameters: {lora.adapter: {values: [nowhere]}}\n"), HasSubstr("nowhere"));
   EXPECT_THAT(error("parameters: {data.seq_len: {values: [64, 1000]}}\n"),
               HasSubstr("exceeds the 512 positions"));
@@ -192,6 +270,11 @@ TEST_P(RunnerTest, AnAdapterThatDoesNotFitIsRefused) {
                 sweep("", {"lora.adapter=" + adapter, "lora.r=8"});
               }),
               AllOf(HasSubstr("adapter_config.json"), HasSubstr("set lora.r: 4")));
+  EXPECT_THAT(error_of([&] {
+                sweep("", {"lora.adapter=" + adapter, "lora.targets=qv"});
+              }),
+              AllOf(HasSubstr("--set lora.adapter="), HasSubstr("lora.targets: [down_proj, "),
+                    HasSubstr("v_proj]")));
   EXPECT_FALSE(fs::exists(folder_ / "out"));
   EXPECT_EQ(sweep("", {"lora.adapter=" + adapter}).finished, 1);
 }

@@ -224,7 +224,13 @@ TEST_F(SweepTest, BaseFileAndPlainConfig) {
   const Sweep one = load_sweep((dir_ / "one.yaml").string(), {"lora.r=9"});
   ASSERT_EQ(one.trials.size(), 1u);
   EXPECT_EQ(one.trials[0].config.lora.r, 9);
-  EXPECT_EQ(one.trials[0].name, "one-s0");
+  EXPECT_EQ(one.trials[0].name, "one-r9-s0");
+  EXPECT_EQ(load_sweep((dir_ / "one.yaml").string(), {"lora.r=4"}).trials[0].name, "one-s0");
+}
+
+TEST_F(SweepTest, LearningRatesHaveOneNotationInNames) {
+  const Sweep sweep = load("parameters: {optim.lr: {values: [5e-5, 0.0001, 1e-3, 0.02]}}");
+  EXPECT_THAT(names(sweep), ElementsAre("lr5e-5-s0", "lr1e-4-s0", "lr1e-3-s0", "lr2e-2-s0"));
 }
 
 TEST_F(SweepTest, SweptPathsAreLookedUpBesideTheFile) {
