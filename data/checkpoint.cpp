@@ -46,6 +46,17 @@ std::string strip(const std::string& text) {
 
 bool is_gguf_path(const std::string& path) { return path.ends_with(".gguf"); }
 
+std::string fetch_remedy(const std::string& directory) {
+  const fs::path snapshot = fs::path(directory).lexically_normal();
+  std::string id = snapshot.parent_path().parent_path().filename().string();
+  const std::string prefix = "models--";
+  if (snapshot.parent_path().filename() != "snapshots" || !id.starts_with(prefix))
+    return "fetch the whole model again (config.json, *.safetensors, tokenizer*.json)";
+  id.erase(0, prefix.size());
+  if (const size_t dashes = id.find("--"); dashes != std::string::npos) id.replace(dashes, 2, "/");
+  return "download the rest with:\n  hf download " + id;
+}
+
 std::string resolve_model_path(const std::string& path) {
   if (fs::exists(path)) return path;
   if (!looks_like_hub_id(path))

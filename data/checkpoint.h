@@ -54,6 +54,10 @@ class Checkpoint {
 /// command that downloads it when there is none.
 std::string resolve_model_path(const std::string& path);
 
+/// What to do about a model directory that lacks a file: the command that fetches the whole where
+/// the directory is a snapshot of the hub's cache.
+std::string fetch_remedy(const std::string& directory);
+
 bool is_gguf_path(const std::string& path);
 
 }  // namespace qlab

@@ -37,8 +37,9 @@ nlohmann::json read_config(const fs::path& directory) {
   const std::string path = (directory / "config.json").string();
   if (!fs::exists(path)) {
     const bool adapter = fs::exists(directory / "adapter_config.json");
-    fail("{}: there is no config.json{}", directory.string(),
-         adapter ? "; this is an adapter, give its base model here" : "");
+    fail("{}: there is no config.json; {}", directory.string(),
+         adapter ? "this is an adapter, give its base model here"
+                 : fetch_remedy(directory.string()));
   }
   nlohmann::json config = read_json_file(path);
   if (!config.is_object()) fail("{}: must be a JSON object", path);
@@ -60,8 +61,8 @@ class HuggingFaceDirectory final : public Checkpoint {
     } else {
       fail(
           "{}: there is neither model.safetensors nor model.safetensors.index.json (weights in "
-          "other formats must be converted to safetensors)",
-          directory);
+          "other formats must be converted to safetensors); {}",
+          directory, fetch_remedy(directory));
     }
   }
 
@@ -116,8 +117,8 @@ class HuggingFaceDirectory final : public Checkpoint {
       if (!opened.contains(file_name)) {
         const std::string shard = (fs::path(path_) / file_name).string();
         if (!fs::exists(shard))
-          fail("{}: shard {} of {} is missing; fetch the model again", path_, file_name,
-               index_path);
+          fail("{}: shard {} of {} is missing; {}", path_, file_name, index_path,
+               fetch_remedy(path_));
         opened[file_name] = files_.size();
         files_.emplace_back(shard);
       }

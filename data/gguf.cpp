@@ -66,7 +66,7 @@ class Cursor {
   size_t left() const { return bytes_.size() - position_; }
 
   const std::byte* take(uint64_t n, const char* what) {
-    if (n > left()) fail("{}: truncated at byte {}, in {}", path_, position_, what);
+    if (n > left()) fail("{}: truncated at byte {}, in {}; fetch it again", path_, position_, what);
     const std::byte* p = bytes_.data() + position_;
     position_ += n;
     return p;
@@ -123,7 +123,7 @@ class Cursor {
     if (static_cast<ValueType>(type) == ValueType::array)
       fail("{}: metadata \"{}\": arrays of arrays are not supported", path_, key);
     if (count > left())
-      fail("{}: metadata \"{}\" claims {} elements: truncated", path_, key, count);
+      fail("{}: metadata \"{}\" claims {} elements: truncated; fetch it again", path_, key, count);
     nlohmann::json result = nlohmann::json::array();
     for (uint64_t i = 0; i < count; ++i) result.push_back(value(type, key));
     return result;

@@ -48,7 +48,7 @@ Tokenizer Tokenizer::load(const std::string& model_path) {
         "{}: has only a sentencepiece tokenizer.model, which is not supported; convert it to "
         "tokenizer.json",
         path);
-  fail("{}: there is no tokenizer.json", path);
+  fail("{}: there is no tokenizer.json; {}", path, fetch_remedy(path));
 }
 
 Tokenizer Tokenizer::without_text(int64_t vocab_size) {

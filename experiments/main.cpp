@@ -20,7 +20,10 @@ void add_common(CLI::App* app, qlab::CommonOptions& common, bool computes = true
 
 void add_run(CLI::App* app, qlab::SweepOptions& options, qlab::CommonOptions& common) {
   app->add_option("file", options.file, "YAML file")->required();
-  app->add_option("--out", options.out, "results directory (default: runs/<name>)");
+  app->add_option("--out", options.out, "results directory (default: runs/<name>)")
+      ->check([](const std::string& text) {
+        return text.empty() ? std::string("give a directory, not an empty text") : "";
+      });
   app->add_flag("--dry-run", options.dry_run, "print the trials and stop");
   app->add_option("--shard", options.shard, "I/N: every N-th trial, starting with the I-th");
   add_common(app, common);
@@ -29,6 +32,9 @@ void add_run(CLI::App* app, qlab::SweepOptions& options, qlab::CommonOptions& co
 int run(int argc, char** argv) {
   CLI::App app("qlab: QLoRA ablations without Python in the way");
   app.set_version_flag("--version", fmt::format("qlab {} ({})", qlab::version, qlab::git_commit));
+  app.failure_message([](const CLI::App* used, const CLI::Error& error) {
+    return "qlab: " + CLI::FailureMessage::simple(used, error);
+  });
   app.require_subcommand(1);
   qlab::CommonOptions common;
   int code = 0;
@@ -72,7 +78,11 @@ int run(int argc, char** argv) {
       ->check(CLI::PositiveNumber)
       ->capture_default_str();
   generate_app->add_option("--temperature", generate.sampling.temperature, "0: the likeliest token")
-      ->check(CLI::NonNegativeNumber)
+      ->check([](const std::string& text) {
+        const bool good = std::strtod(text.c_str(), nullptr) >= 0;
+        return good ? ""
+                    : text + " is below 0; give 0 for the likeliest token, 1 for the model's own";
+      })
       ->capture_default_str();
   generate_app->add_option("--top-p", generate.sampling.top_p)
       ->check(CLI::Range(0.0, 1.0))

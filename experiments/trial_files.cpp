@@ -4,7 +4,9 @@
 #include <sys/file.h>
 #include <unistd.h>
 
+#include <cerrno>
 #include <chrono>
+#include <cstring>
 #include <filesystem>
 #include <fstream>
 
@@ -22,7 +24,7 @@ void append(const std::string& path, const std::string& text) {
   std::ofstream file(path, std::ios::app | std::ios::binary);
   file << text;
   file.flush();
-  if (!file) fail("{}: cannot be written; is the disk full?", path);
+  if (!file) fail("{}: cannot be written: {}{}", path, std::strerror(errno), disk_remedy(errno));
 }
 
 }  // namespace
@@ -112,30 +114,40 @@ void TrialFiles::save_state(const TrialProgress& progress, const Adapter& adapte
 }
 
 std::optional<TrialProgress> TrialFiles::load_state(const Adapter& adapter, AdamW& optimizer) {
-  const std::string file_path = path("state/state.safetensors");
-  if (!std::filesystem::exists(file_path)) return std::nullopt;
+  const std::string file = path("state/state.safetensors");
+  if (!std::filesystem::exists(file)) return std::nullopt;
+  try {
+    return read_state(file, adapter, optimizer);
+  } catch (const OutOfMemory&) {
+    throw;
+  } catch (const std::exception& error) {  // of numbers that are none, too
+    fail("the saved state does not read: {}; remove {} to start this trial over", error.what(),
+         dir_);
+  }
+}
+
+TrialProgress TrialFiles::read_state(const std::string& file_path, const Adapter& adapter,
+                                     AdamW& optimizer) const {
   const SafetensorsFile file(file_path);
   const auto restore = [&](const char* name, const Tensor& to) {
     const Tensor from = file.read(name, DType::f32);
     if (from.shape() != to.shape())
-      fail("{}: {} is {}, this trial needs {}; delete {} to start it again", file_path, name,
-           from.shape(), to.shape(), dir_);
+      fail("{}: {} is {}, this trial needs {}", file_path, name, from.shape(), to.shape());
     copy(to, from);
     synchronize(to.device());
   };
   restore("parameters", adapter.parameters());
   restore("adamw.m", optimizer.m());
   restore("adamw.v", optimizer.v());
-  const auto number = [&](const char* key) {
+  const auto text = [&](const char* key) {
     const auto it = file.metadata().find(key);
-    if (it == file.metadata().end())
-      fail("{}: has no {}; delete {} to start it again", file_path, key, dir_);
+    if (it == file.metadata().end()) fail("{}: has no {}", file_path, key);
     return it->second;
   };
+  const auto number = [&](const char* key) { return std::stoll(text(key)); };
   adapter.refresh();
-  optimizer.set_steps(std::stoll(number("optimizer_steps")));
-  return TrialProgress{std::stoll(number("step")), std::stoll(number("trained_tokens")),
-                       std::stoll(number("tokens")), std::stod(number("seconds"))};
+  optimizer.set_steps(number("optimizer_steps"));
+  return {number("step"), number("trained_tokens"), number("tokens"), std::stod(text("seconds"))};
 }
 
 }  // namespace qlab

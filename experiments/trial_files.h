@@ -44,10 +44,11 @@ class TrialFiles {
   void log(const std::string& text);
 
   void save_state(const TrialProgress& progress, const Adapter& adapter, const AdamW& optimizer);
-  /// nullopt when there is none.
+  /// nullopt when there is none; Error with the remedy when it is damaged.
   std::optional<TrialProgress> load_state(const Adapter& adapter, AdamW& optimizer);
 
  private:
+  TrialProgress read_state(const std::string& file, const Adapter& adapter, AdamW& optimizer) const;
   std::string path(const char* name) const { return dir_ + "/" + name; }
   std::string dir_;
   int lock_ = -1;

@@ -119,9 +119,35 @@ TEST_F(CommandTest, MistakesInYaml) {
   expect_refused({"train", no_lora}, {"bare.yaml", "lora"});
 }
 
+TEST_F(CommandTest, ARunFileIsToldFromASweepWhateverComesFirst) {
+  const std::string file = folder_.write(
+      "sweep.yaml", "name: ranks\nbase: " + run_file() + "\nparameters: {lora.r: {values: [4]}}\n");
+  expect_refused({"train", file}, {"sweep.yaml:2", "belongs to a sweep", "use qlab sweep"});
+}
+
+TEST_F(CommandTest, ErrorsNameThePlace) {
+  const auto replaced = [&](const std::string& what, const std::string& by) {
+    std::string text = read_text_file(run_file());
+    text.replace(text.find(what), what.size(), by);
+    return folder_.write("run.yaml", text);
+  };
+  expect_refused({"train", replaced(train_, "gone.jsonl")},
+                 {"run.yaml:2: data.train: there is no file gone.jsonl"});
+  expect_refused({"train", replaced(eval_, "gone.jsonl")},
+                 {"run.yaml:2: data.eval: there is no file gone.jsonl"});
+  expect_refused({"train", replaced("synthetic:tiny", "gone.gguf")},
+                 {"run.yaml:1: model.path: gone.gguf"});
+  expect_refused({"train", replaced("r: 4", "targets: [c_attn]")},
+                 {"run.yaml:3: lora.targets: no module matches c_attn"});
+  expect_refused_run("optim: paged_adamw_8bit\n",
+                     {"run.yaml:4: optim", "paged_adamw_8bit", "paged", "not supported"});
+}
+
 TEST_F(CommandTest, MistakesOnTheCommandLine) {
   EXPECT_EQ(run({"--help"}).code, 0);
-  EXPECT_EQ(run({"--version"}).code, 0);
+  const Ended version = run({"--version"});
+  EXPECT_EQ(version.code, 0);
+  EXPECT_THAT(version.out, StartsWith("qlab "));
   for (const Arguments& arguments : {Arguments{},
                                      {"trian"},
                                      {"train"},
@@ -129,8 +155,12 @@ TEST_F(CommandTest, MistakesOnTheCommandLine) {
                                      {"generate", "synthetic:tiny"}}) {
     const Ended ended = run(arguments);
     EXPECT_EQ(ended.code, 2) << testing::PrintToString(arguments);
-    EXPECT_FALSE(ended.err.empty());
+    EXPECT_THAT(ended.err, StartsWith("qlab: "));
   }
+  expect_refused({"train", run_file(), "--out", ""}, {"--out", "give a directory"});
+  expect_refused({"generate", "x", "--prompt", "x", "--temperature", "-1"},
+                 {"--temperature", "-1 is below 0"});
+  expect_refused({"tokenize", "synthetic:tiny", run_file()}, {"synthetic:tiny", "tokenizer.json"});
   expect_refused({"generate", "synthetic:tiny", "--prompt", "x"}, {"synthetic:tiny", "tokenizer"});
   expect_refused({"train", run_file(), "--device", "gpu"}, {"gpu", "cuda"});
 }
@@ -219,12 +249,37 @@ TEST_F(CommandTest, AnUnwritableDirectory) {
       run({"train", run_file("train: {steps: 1}\n"), "--out", folder_ / "file/results"});
   EXPECT_EQ(ended.code, 2);
   EXPECT_THAT(ended.err, AllOf(StartsWith("qlab: "), HasSubstr("file/results")));
+  // Found before the data is read.
+  expect_refused(
+      {"train", run_file(), "--set", "data.train=gone.jsonl", "--out", folder_ / "file/results"},
+      {"file/results", "--out"});
+}
+
+TEST_F(CommandTest, ThreadsDoNotSpin) {
+  const pid_t pid = start({"train", run_file("train: {steps: 100000}\n"), "--device", "cpu"});
+  const auto file = [&](const char* name) {
+    std::ifstream in(fmt::format("/proc/{}/{}", pid, name));
+    return std::string(std::istreambuf_iterator<char>(in), {});
+  };
+  const auto environment = [&] { return file("environ"); };
+  for (int i = 0; i < 500 && environment().find("OMP_WAIT_POLICY") == std::string::npos; ++i)
+    std::this_thread::sleep_for(std::chrono::milliseconds(10));
+  EXPECT_THAT(environment(), HasSubstr("OMP_WAIT_POLICY=passive"));
+  EXPECT_EQ(file("comm"), "qlab\n");
+  // Either way of stopping: before there is a state, or with one.
+  kill(pid, SIGTERM);
+  const Ended ended = wait(pid);
+  EXPECT_THAT(ended.code, testing::AnyOf(130, 128 + SIGTERM)) << ended.out << ended.err;
 }
 
 TEST_F(CommandTest, DryRunWritesNothing) {
   const Ended ended = run({"sweep", run_file(), "--dry-run"});
   EXPECT_EQ(ended.code, 0);
   EXPECT_THAT(ended.out, HasSubstr("run-s0"));
+  EXPECT_EQ(ended.out.find("not here"), std::string::npos);
+  const Ended elsewhere = run({"train", run_file(), "--dry-run", "--set", "data.eval=gone.jsonl"});
+  EXPECT_EQ(elsewhere.code, 0);
+  EXPECT_THAT(elsewhere.out, HasSubstr("data.eval: there is no file gone.jsonl"));
   EXPECT_TRUE(fs::is_empty(work_));
 }
 

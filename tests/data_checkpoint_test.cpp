@@ -4,6 +4,7 @@
 
 #include "data/json.h"
 #include "data/safetensors.h"
+#include "data/tokenizer.h"
 #include "tests/support/files.h"
 
 namespace qlab {
@@ -156,6 +157,14 @@ TEST(Checkpoint, FindsHubIdsInTheCache) {
   const auto checkpoint = Checkpoint::open("org/name");
   EXPECT_EQ(checkpoint->path(), cache / "models--org--name/snapshots/abc");
   EXPECT_EQ(checkpoint->fingerprint(), Checkpoint::open(llama_folder)->fingerprint());
+  // A snapshot of which only some files were fetched.
+  EXPECT_THAT(test::error_of([] { Tokenizer::load("org/name"); }),
+              AllOf(HasSubstr("no tokenizer.json"), HasSubstr("hf download org/name")));
+  for (const char* file : {"model.safetensors", "config.json"}) {
+    std::filesystem::remove(cache / (snapshot + file));
+    EXPECT_THAT(test::error_of([] { Checkpoint::open("org/name"); }),
+                AllOf(HasSubstr(file), HasSubstr("hf download org/name")));
+  }
   ::unsetenv("HF_HUB_CACHE");
   ::setenv("HF_HOME", (cache / "home").c_str(), 1);
   EXPECT_THAT(test::error_of([] { Checkpoint::open("org/name"); }), HasSubstr(cache / "home/hub"));

@@ -103,7 +103,7 @@ std::vector<Malformed> malformed_files() {
       {"VersionOne", Writer().preamble(0, 0, 1).str(), "version 1"},
       {"VersionFour", Writer().preamble(0, 0, 4).str(), "version 4"},
       {"BigEndian", Writer().preamble(0, 0, 3u << 24).str(), "big-endian"},
-      {"TruncatedPreamble", Writer().raw("GGUF").number<uint32_t>(3).str(), "truncated"},
+      {"TruncatedPreamble", Writer().raw("GGUF").number<uint32_t>(3).str(), "fetch it again"},
       {"TruncatedMetadata", Writer().preamble(0, 2).text_value("a", "b").str(), "truncated"},
       {"LyingString", Writer().preamble(0, 1).number(huge).raw("a").str(), "truncated"},
       {"LyingArray",

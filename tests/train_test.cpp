@@ -209,7 +209,7 @@ TEST_P(TrainTest, DamagedStatesAreRefused) {
   int asked = 0;
   train("a", config(), [&] { return ++asked > 4; });
   EXPECT_THAT(error_of([&] { train("a", config({"lora.r=8"})); }),
-              testing::AllOf(HasSubstr("state.safetensors"), HasSubstr("delete")));
+              testing::AllOf(HasSubstr("state.safetensors"), HasSubstr("remove ")));
   folder_.write("a/state/state.safetensors", "short");
   EXPECT_THAT(error_of([&] { train("a", config()); }), HasSubstr("state.safetensors"));
 }
