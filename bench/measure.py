@@ -149,6 +149,17 @@ def write(path, result):
     path.write_text("{\n" + ",\n".join(parts) + "\n}\n")
 
 
+def record(options, call, ours, peers):
+    path = pathlib.Path(options.results) / f"{options.part}.json"
+    old = json.loads(path.read_text()) if path.exists() else {}
+    # The same call again, now with its peers: its first record is replaced.
+    for side in ("ours", "peers"):
+        old[side] = [row for row in old.get(side, [])
+                     if old["calls"][row["call"]]["date"] != call["date"]]
+    write(path, merged(old, call, ours, peers))
+    return path
+
+
 def measure(options, folder):
     call = {"part": options.part, "commit": commit(),
             "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
@@ -161,7 +172,8 @@ def measure(options, folder):
         ours = our_steps(build, options.filter, folder, share)
     else:
         ours, call["context"] = our_kernels(build, options.part, options.filter, folder, share)
-    call["state_between"] = query(*STATE)
+    call |= {"state_between": query(*STATE), "peer_versions": {}, "missing_peers": {}}
+    record(options, call, ours, [])  # not lost when the time is up while the peers run
     peers = ({"rows": [], "versions": {}, "missing": {}} if options.no_peers else
              their_rows(options.part, options.filter, folder,
                         options.seconds - (time.monotonic() - start)))
@@ -182,10 +194,7 @@ def main():
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         call, ours, peers = measure(options, pathlib.Path(folder))
-    path = pathlib.Path(options.results) / f"{options.part}.json"
-    old = json.loads(path.read_text()) if path.exists() else {}
-    write(path, merged(old, call, ours, peers))
-    print(path)
+    print(record(options, call, ours, peers))
     for peer, reason in call["missing_peers"].items():
         print(f"MISSING PEER {peer}: {reason}", file=sys.stderr)
     failed = [row for row in ours if "error" in row]
