@@ -80,7 +80,7 @@ class Tape {
                      const Variable& input);
 
   /// False for the last operation of a region that is run once more: nobody reads its result, which
-  /// may then stay unwritten.
+  /// may then stay unwritten. To be asked by an operation that will be recorded.
   bool result_wanted() const { return mode_ != Mode::refill || cursor_ + 1 < refill_end_; }
 
   /// Walks back from `output`, whose gradient is `g` (undefined for a loss that carries its own).

@@ -131,12 +131,17 @@ Tensor folded_block(const LinearGroup& group, const Layout& layout, bool expand,
     }
   }
   block = block.slice_rows(0, n + width).slice_cols(0, k + width);
-  if (width == 0 || device.is_meta()) return block;
+  if (width == 0) return block;
   std::vector<FoldPart> parts;
   for (const SegmentParts& segment : layout.segments)
     for (const Part& part : segment.parts)
       parts.push_back({part.lora->a, part.lora->b, part.lora->scale, part.row, part.column});
-  fold_adapters(block, width, parts);
+  QLAB_CHECK(static_cast<int64_t>(parts.size()) <= max_fold_parts,
+             "[linear] {} adapters of trials that train together on {}, at most {} fit: set a "
+             "smaller parallel.trials_per_gpu",
+             parts.size(), group.members.front().name, max_fold_parts);
+  // Weights held are real in a dry run too.
+  if (!device.is_meta()) fold_adapters(block, width, parts);
   return block;
 }
 
@@ -295,7 +300,9 @@ Variable linear(Tape& tape, const Variable& x, const LinearGroup& group, const B
   const Tensor y =
       Tensor::with_tail(x.value.dim(0), n, group.folded && !residual.value.defined() ? width : 0,
                         x.value.dtype(), x.value.device());
-  const bool wanted = tape.result_wanted();
+  // Of a region that is run once more only what was recorded may be left out.
+  const bool recorded = width > 0 || x.requires_grad() || residual.requires_grad();
+  const bool wanted = !recorded || tape.result_wanted();
   std::vector<Slot> slots;
   if (group.folded) {
     const Tensor input = with_room(x.value, width);

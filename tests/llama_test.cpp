@@ -2,6 +2,7 @@
 
 #include <algorithm>
 
+#include "core/ops/copy.h"
 #include "experiments/evaluate.h"
 #include "experiments/generate.h"
 #include "tests/support/tiny_llama.h"
@@ -109,18 +110,35 @@ TEST_P(LlamaTest, WeightsHeldExpandedChangeNoBit) {
   for (const Tokens& t : tokens) batch.add({t.sequence()}, b.get(), true, 1.0f);
   EXPECT_TRUE(llama->hold_resident(int64_t{1} << 30, batch.to(device().meta())));
   EXPECT_FALSE(llama->hold_resident(int64_t{1} << 30, batch.to(device().meta())));
+  const int64_t whole = llama->resident_bytes();
+  EXPECT_GT(whole, 0);
   EXPECT_EQ(nll(second, tokens, b.get(), true), expected);
   expect_same_bits(a->gradients(), b->gradients());
+  // Half of it, and what was computed before stays.
+  EXPECT_TRUE(llama->hold_resident(whole / 2, batch.to(device().meta())));
+  EXPECT_GT(llama->resident_bytes(), 0);
+  EXPECT_LE(llama->resident_bytes(), whole / 2);
+  fill_zero(b->gradients());
+  Stepper third(*llama, Recompute::none);
+  EXPECT_EQ(nll(third, tokens, b.get(), true), expected);
+  expect_same_bits(a->gradients(), b->gradients());
   EXPECT_TRUE(llama->hold_resident(0, batch.to(device().meta())));
+  EXPECT_EQ(llama->resident_bytes(), 0);
 }
 
 TEST_P(LlamaTest, RecomputeChangesNoBit) {
   const auto llama = model(WeightFormat::nf4);
-  LoraSpec spec;
-  spec.r = 3;
-  spec.dropout = 0.2;
-  for (const bool folded : {false, true})
-    for (const Recompute recompute : {Recompute::selective, Recompute::full}) {
+  // down_proj alone: what precedes the first adapter of a layer is not on the tape.
+  for (const char* targets : {"all-linear", "mlp", ".*o_proj", ".*down_proj", ".*1.mlp.down_proj"})
+    for (const auto& [folded, recompute] : {std::pair{false, Recompute::selective},
+                                            {false, Recompute::full},
+                                            {true, Recompute::selective},
+                                            {true, Recompute::full}}) {
+      SCOPED_TRACE(targets);
+      LoraSpec spec;
+      spec.r = 3;
+      spec.dropout = 0.2;
+      spec.pattern = targets;
       llama->set_folded(folded);
       const auto a = trained_adapter(*llama, spec), b = trained_adapter(*llama, spec);
       Stepper kept(*llama, Recompute::none), again(*llama, recompute);
