@@ -290,7 +290,7 @@ std::string format_bytes(int64_t bytes) {
 std::optional<int64_t> parse_bytes(std::string_view text) {
   double value = 0;
   const auto [rest, error] = std::from_chars(text.data(), text.data() + text.size(), value);
-  if (error != std::errc() || value < 0) return {};
+  if (error != std::errc() || !(value >= 0)) return {};
   std::string_view unit(rest, static_cast<size_t>(text.data() + text.size() - rest));
   while (unit.starts_with(' ')) unit.remove_prefix(1);
   const bool binary = unit.size() == 3 && unit[1] == 'i';
@@ -301,7 +301,7 @@ std::optional<int64_t> parse_bytes(std::string_view text) {
       return {};
     value *= std::pow(binary ? 1024.0 : 1000.0, static_cast<double>(power + 1));
   }
-  if (value >= 9e18) return {};
+  if (!(value < 9e18)) return {};
   return static_cast<int64_t>(std::llround(value));
 }
 

@@ -31,8 +31,13 @@ OpScope::OpScope(const char* name, Device device, Work work) : cuda_(device.is_c
 OpScope::~OpScope() {
   if (!cuda_) return;
   if (recording != nullptr && !recording->open.empty()) {
-    recording->marks[recording->open.back()].second = cuda::mark();
+    Mark& own = recording->marks[recording->open.back()];
     recording->open.pop_back();
+    try {
+      own.second = cuda::mark();
+    } catch (const Error&) {
+      own.second = own.first;  // the same error ends the step, and is told there
+    }
   }
   cuda::pop_range();
 }

@@ -34,8 +34,9 @@ int run(const Sweep& sweep, const SweepOptions& options, const CommonOptions& co
   if (options.profile) {
     if (!device.is_cuda())
       fail("--profile times the kernels of a GPU, and this run is on {}", device.str());
-    callbacks.profile = [&](const Profile& profile) {
-      terminal.print(profile_table(profile, measure_ceilings(device)));
+    const Ceilings ceilings = measure_ceilings(device);  // now, while there is room for it
+    callbacks.profile = [&terminal, ceilings](const Profile& profile) {
+      terminal.print(profile_table(profile, ceilings));
     };
   }
   const char* again = "interrupted; the same command continues where this one stopped";

@@ -44,8 +44,9 @@ std::vector<Field> make_fields() {
        {"auto", "bf16", "fp32"}},
       {.key = "quant.resident",
        .slot = QLAB_SLOT(quant.resident),
-       .meaning = "GPU memory for weights kept expanded to the compute dtype, for example 14.3GB; "
-                  "auto: what a step leaves free",
+       .meaning =
+           "GPU memory for weights kept expanded to the compute dtype, for example 14.3GB, at "
+           "most what a step leaves free; auto: all of that",
        .effect = none},
       {.key = "lora.r",
        .slot = QLAB_SLOT(lora.r),

@@ -188,6 +188,7 @@ class Runner {
   void train(const std::vector<Planned>& gang) {
     const Config& first = gang.front().trial->config;
     Llama& model = load(first, compute_dtype(first, device_));
+    model.hold_resident(0, Batch());  // each gang holds what its own steps leave room for
     reset_peak(device_);
     std::vector<std::unique_ptr<TrialRun>> runs;
     std::vector<TrialRun*> pointers;

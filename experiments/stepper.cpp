@@ -3,11 +3,20 @@
 #include "core/ops/copy.h"
 
 namespace qlab {
+namespace {
+
+#if defined(QLAB_SYNC_LAUNCHES)
+constexpr bool recordable = false;  // a recording may not wait for its kernels
+#else
+constexpr bool recordable = true;
+#endif
+
+}  // namespace
 
 Stepper::Stepper(const Llama& model, Recompute recompute, bool graphs)
     : model_(model),
       recompute_(recompute),
-      graphs_(graphs && model.device().is_cuda() && StepMemory::planned()),
+      graphs_(recordable && graphs && model.device().is_cuda() && StepMemory::planned()),
       memory_(model.device()),
       buffer_(model.device()) {}
 

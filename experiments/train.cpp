@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <chrono>
 #include <cmath>
+#include <limits>
 
 #include "core/ops/copy.h"
 #include "data/file.h"
@@ -238,18 +239,25 @@ void Gang::reserve() {
   }
   if (largest.tokens() == 0) return;
   stepper_.reserve(largest, true);
+  for (TrialRun* t : running())
+    if (t->eval_ != nullptr) {
+      const BatchBuilder batch =
+          largest_evaluation(*t->eval_, t->adapter_.get(), evaluation_tokens(model_.device()));
+      if (batch.tokens() > 0) stepper_.reserve(batch, false);
+    }
   hold_weights(largest);
 }
 
-// What the largest step and a reserve for other programs leave free may hold expanded weights.
+// What the largest steps and a reserve for other programs leave free may hold expanded weights.
 void Gang::hold_weights(const BatchBuilder& largest) {
   const Device device = model_.device();
   const std::string& wish = trials_.at(0)->config_.quant.resident.text;
-  if (!device.is_cuda()) return;
-  constexpr int64_t spared = int64_t{1} << 30;
-  const int64_t budget =
-      wish == "auto" ? static_cast<int64_t>(cuda::memory_info(device.index).free_bytes) - spared
-                     : parse_bytes(wish).value_or(0);
+  constexpr int64_t spared = int64_t{1} << 30, unlimited = std::numeric_limits<int64_t>::max();
+  const int64_t left = device.is_cuda()
+                           ? static_cast<int64_t>(cuda::memory_info(device.index).free_bytes) +
+                                 model_.resident_bytes() - spared
+                           : unlimited;
+  const int64_t budget = std::min(left, wish == "auto" ? unlimited : parse_bytes(wish).value_or(0));
   if (model_.hold_resident(budget, largest.to(device.meta()))) stepper_.forget_plans();
 }
 

@@ -96,8 +96,8 @@ bool Llama::hold_resident(int64_t budget, const Batch& batch) {
       const int64_t width = group->tail(batch), n = group->out_features() + width;
       const int64_t k = group->in_features();
       Tensor& held = group->resident;
-      const int64_t bytes =
-          n * (k + width + 63) / 64 * 64 * static_cast<int64_t>(size_of(compute_));
+      const int64_t pitch = width > 0 ? (k + width + 63) / 64 * 64 : k;
+      const int64_t bytes = n * pitch * static_cast<int64_t>(size_of(compute_));
       const bool fits = group->folded && bytes <= budget;
       if (fits) budget -= bytes;
       if (fits == held.defined() && (!fits || held.shape() == Shape{n, k + width})) continue;
@@ -114,6 +114,15 @@ bool Llama::hold_resident(int64_t budget, const Batch& batch) {
       }
     }
   return changed;
+}
+
+int64_t Llama::resident_bytes() const {
+  int64_t bytes = 0;
+  for (const DecoderLayer& l : layers_)
+    for (const LinearGroup* group : {&l.qkv_proj, &l.o_proj, &l.gate_up_proj, &l.down_proj})
+      if (const Tensor& held = group->resident; held.defined())
+        bytes += held.dim(0) * held.pitch() * static_cast<int64_t>(size_of(held.dtype()));
+  return bytes;
 }
 
 std::vector<std::string> Llama::linear_names() const {

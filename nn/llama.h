@@ -50,6 +50,7 @@ class Llama {
   /// adapters of batches like `batch`; the first layers come first. 0 drops what was held. True
   /// when anything changed. Needs folded adapters; the values are the same either way.
   bool hold_resident(int64_t budget, const Batch& batch);
+  int64_t resident_bytes() const;  // held now
   std::vector<std::string> linear_names() const;
   std::vector<Adapter::Shape> adapter_shapes(const LoraSpec& spec) const;
 
