@@ -8,6 +8,7 @@
 #include <sstream>
 
 #include "core/error.h"
+#include "core/memory.h"
 
 namespace qlab {
 namespace {
@@ -309,6 +310,19 @@ TEST(Config, DocumentationHasTheTable) {
   const std::string table = testing::TempDir() + "configuration_table.md";
   std::ofstream(table) << config_markdown();
   FAIL() << "the tables in docs/configuration.md are not the program's; those are in " << table;
+}
+
+TEST(Config, ReadsBytes) {
+  EXPECT_EQ(parse_bytes("512"), 512);
+  EXPECT_EQ(parse_bytes("14.3GB"), 14300000000);
+  EXPECT_EQ(parse_bytes("24 GiB"), int64_t{24} << 30);
+  EXPECT_EQ(parse_bytes("1.5kB"), 1500);
+  for (const char* wrong : {"", "GB", "nan", "-1", "5XB", "3G", "1e30GB", "7 GBs"})
+    EXPECT_EQ(parse_bytes(wrong), std::nullopt) << wrong;
+  EXPECT_EQ(load_config("", {"quant.resident=auto"}).quant.resident.text, "auto");
+  EXPECT_THROW(load_config("", {"quant.resident=much"}), Error);
+  EXPECT_FALSE(changes_numbers("quant.resident"));
+  EXPECT_FALSE(changes_numbers("train.graphs"));
 }
 
 }  // namespace
