@@ -31,8 +31,8 @@ class TapeTest : public testing::Test {
   // Every operation of the tape, with x entering twice: as the residual and as the norm's input.
   Variable layer(Tape& tape, const Variable& x) const {
     const Variable n = rms_norm(tape, x, norm_, 1e-5f);
-    const Variable qkv = rope(tape, joined(tape, joined(tape, n, n), n), 2 * width, positions_,
-                              tables_, head_dim);
+    const Variable qkv =
+        rope(tape, joined(tape, joined(tape, n, n), n), 2 * width, positions_, tables_, head_dim);
     const Variable mixed = attention(tape, qkv, cu_, {heads, heads, head_dim, rows, rows});
     const Variable h = add(tape, x, mixed);
     return add(tape, h, swiglu(tape, joined(tape, h, n)));
