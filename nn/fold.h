@@ -5,8 +5,9 @@
 // of shape [N + R, K + R] turns y and dx into one product each (LoRA: Hu et al. 2021). Every part
 // owns columns K + column .. K + column + r and rows N + column .. N + column + r; what lies
 // between the parts is zero, so that tokens of several trials, each with zeros in the columns of
-// the others, share the products and keep their bits: columns start at multiples of 16, a step of
-// the tensor cores, and a step of zeros adds nothing.
+// the others, share the products and keep their bits where a product is one chain over K, as on
+// CUDA in bf16: columns start at multiples of 16, a step of the tensor cores, and a step of zeros
+// adds nothing.
 #pragma once
 #include <span>
 

@@ -96,17 +96,17 @@ class GangTest : public OpTest {
     return history;
   }
 
-  void expect_equal(const History& a, const History& b) const {
-    if (!device().is_cuda() || dtype() == DType::bf16) {
+  void expect_equal(const History& a, const History& b, bool one_chain = true) const {
+    if (device().is_cuda() ? dtype() == DType::bf16 : one_chain) {
       EXPECT_EQ(a.loss, b.loss);
       EXPECT_EQ(a.grad_norm, b.grad_norm);
       expect_same_bits(a.parameters, b.parameters);
       return;
     }
-    // fp32 products of the library depend on the number of rows. The first gradient sees rounding
-    // alone. Later steps see weights that Adam moved by at most
-    // about lr a step, in either direction where a gradient is no more than rounding: the losses
-    // show how little that matters.
+    // fp32 products of the library depend on the number of rows, and the CPU's on where in K an
+    // operand stands. The first gradient sees rounding alone. Later steps see weights that Adam
+    // moved by at most about lr a step, in either direction where a gradient is no more than
+    // rounding: the losses show how little that matters.
     const double bound = model_bound(dtype(), 511);
     EXPECT_LE(relative_difference(a.first_gradient, b.first_gradient), bound);
     for (size_t s = 0; s < a.loss.size(); ++s)
@@ -126,11 +126,14 @@ TEST_P(GangTest, AMemberDoesNotSeeTheOthers) {
     const std::map<int, History> together = train({0, 1, 2, 3, 4, 5, 6, 7}, Recompute::selective),
                                  shuffled = train({4, 7, 2, 0, 6, 3, 1, 5}, Recompute::full),
                                  healthy = train({3, 1, 2});
+    // The CPU's product is the sum of chains over 256 of K (core/cpu/gemm_tile.h). Eight folded
+    // adapters make the tiny model's K longer than that, three do not. Models fold on CUDA in bf16
+    // alone, where a product is one chain.
     for (int i = 0; i < static_cast<int>(members.size()); ++i) {
       if (i == diverging) continue;
       SCOPED_TRACE("member " + std::to_string(i));
-      expect_equal(together.at(i), alone.at(i));
-      expect_equal(shuffled.at(i), alone.at(i));
+      expect_equal(together.at(i), alone.at(i), !folded);
+      expect_equal(shuffled.at(i), alone.at(i), !folded);
       if (healthy.contains(i)) expect_equal(healthy.at(i), alone.at(i));
       for (const double loss : alone.at(i).loss) EXPECT_TRUE(std::isfinite(loss));
       EXPECT_GT(relative_difference(alone.at(i).parameters,
