@@ -23,6 +23,8 @@ Variable Tape::record(const char* op, Tensor result, const std::vector<Variable>
   for (const Variable& v : inputs) wanted |= v.requires_grad();
   if (!recording_ || !wanted) return {std::move(result), -1};
 
+  for (const Slot& slot : slots)
+    if (slot.value.defined()) slot.value.storage()->set_slot(slot.name);
   const auto dropped = [&](const Slot& slot) {
     return !policy_ || policy_(slot.name) == SlotPolicy::recompute;
   };
@@ -36,6 +38,7 @@ Variable Tape::record(const char* op, Tensor result, const std::vector<Variable>
   }
   Node node;
   node.op_ = op;
+  node.place_ = planned_path();
   for (const Variable& v : inputs) node.inputs_.push_back(v.id);
   node.output_ = variables_++;
   node.slots_ = std::move(slots);
@@ -64,6 +67,7 @@ void Tape::refill(const Region& region) {
   mode_ = Mode::refill;
   cursor_ = region.first;
   refill_end_ = region.last;
+  const MemoryName name("again");
   region.forward(region.input);
   QLAB_CHECK(cursor_ == region.last, "recompute ran {} of {} operations", cursor_ - region.first,
              region.last - region.first);
@@ -85,6 +89,7 @@ void Tape::backward(const Variable& output, const Tensor& g) {
   QLAB_CHECK(output.requires_grad(), "nothing that trains leads to this output");
   gradients_.assign(variables_, Tensor());
   gradients_[output.id] = g;
+  const MemoryName backward("backward");
   while (!nodes_.empty()) {
     if (!regions_.empty() && regions_.back().last == nodes_.size()) {
       const Region region = std::move(regions_.back());
@@ -99,6 +104,8 @@ void Tape::backward(const Variable& output, const Tensor& g) {
         node.collected_ = std::move(gradients_[node.inputs_[0]]);
         gradients_[node.inputs_[0]] = Tensor();
       }
+      const std::string place = std::move(node.place_);
+      const MemoryName name(place);
       std::vector<Tensor> results = node.backward_(incoming, node);
       incoming = Tensor();
       const std::vector<int> inputs = std::move(node.inputs_);

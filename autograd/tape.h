@@ -3,6 +3,7 @@
 // that a planner can choose what to hold and what to compute again.
 #pragma once
 #include <functional>
+#include <string>
 #include <string_view>
 #include <vector>
 
@@ -46,6 +47,7 @@ class Node {
   friend class Tape;
   using Backward = std::function<std::vector<Tensor>(const Tensor& g, const Node& node)>;
   const char* op_ = "";
+  std::string place_;  // of the forward pass, in a named plan
   std::vector<int> inputs_;
   int output_ = -1;
   std::vector<Slot> slots_;

@@ -1,10 +1,13 @@
 #include "core/memory.h"
 
+#include <algorithm>
 #include <charconv>
 #include <cmath>
 #include <cstdlib>
 #include <fstream>
 #include <mutex>
+#include <numeric>
+#include <tuple>
 
 #include "core/error.h"
 
@@ -55,6 +58,7 @@ struct FreeList {
 };
 
 struct Recording {
+  bool named = false;
   StepPlan plan;
   FreeList free;
   MemoryAccount account;
@@ -78,6 +82,10 @@ struct DeviceLess {
   }
 };
 std::map<Device, MemoryAccount, DeviceLess> accounts;
+std::map<Device, int64_t, DeviceLess> limits;
+std::map<int64_t, std::pair<Device, LiveTensor>> live_on_meta;  // by running number
+int64_t meta_count = 0;
+thread_local const MemoryName* innermost_name = nullptr;
 
 void charge(MemoryAccount& account, Category category, int64_t bytes) {
   account.current[static_cast<int>(category)] += bytes;
@@ -106,7 +114,14 @@ int64_t available_host_bytes() {
   return INT64_MAX;
 }
 
+int64_t left_of_limit(Device device) {
+  const std::lock_guard lock(account_mutex);
+  const auto limit = limits.find(device);
+  return limit == limits.end() ? INT64_MAX : limit->second - accounts[device].total;
+}
+
 void* allocate_on(Device device, int64_t bytes) {
+  if (bytes > left_of_limit(device)) return nullptr;
   if (device.is_cuda()) return cuda::allocate(static_cast<size_t>(bytes), device.index);
   // Linux hands out more than it has; ask before a large block, so that the error is ours.
   if (bytes > (int64_t{1} << 28) && bytes > available_host_bytes()) return nullptr;
@@ -126,9 +141,7 @@ void release_on(Device device, void* data) {
     if (const int64_t n = memory_account(device).current[i]; n > 0)
       held += fmt::format("{}{} {}", held.empty() ? "" : ", ", name_of(static_cast<Category>(i)),
                           format_bytes(n));
-  const int64_t free = device.is_cuda()
-                           ? static_cast<int64_t>(cuda::memory_info(device.index).free_bytes)
-                           : available_host_bytes();
+  const int64_t free = available_memory(device);
   throw OutOfMemory(fmt::format(
       "out of memory on {}: {} asked for {}, {} free; held: {}.\n"
       "Set train.recompute: full, a smaller train.batch_size (with more train.grad_accum), "
@@ -162,9 +175,116 @@ void reset_peak(Device device) {
   account.at_peak = account.current;
 }
 
-PlanRecorder::PlanRecorder() {
+MemoryName::MemoryName(std::string_view name, int64_t index)
+    : name_(name), index_(index), outer_(innermost_name) {
+  innermost_name = this;
+}
+MemoryName::~MemoryName() { innermost_name = outer_; }
+
+std::string MemoryName::path() {
+  std::string path;
+  for (const MemoryName* n = innermost_name; n != nullptr; n = n->outer_) {
+    if (n->name_.empty()) continue;
+    std::string own(n->name_);
+    if (n->index_ >= 0) own += std::to_string(n->index_);
+    path = path.empty() ? own : own + " " + path;
+  }
+  return path;
+}
+
+std::string planned_path() {
+  return recording && recording->named ? MemoryName::path() : std::string();
+}
+
+int64_t sum(const CategoryBytes& bytes) {
+  return std::accumulate(bytes.begin(), bytes.end(), int64_t{0});
+}
+
+void limit_memory(Device device, int64_t bytes) {
+  const std::lock_guard lock(account_mutex);
+  limits[device] = bytes;
+}
+
+int64_t available_memory(Device device) {
+  const int64_t within = std::max<int64_t>(left_of_limit(device), 0);
+  if (device.is_meta()) return within;
+  return std::min(within, device.is_cuda()
+                              ? static_cast<int64_t>(cuda::memory_info(device.index).free_bytes)
+                              : available_host_bytes());
+}
+
+std::vector<LiveTensor> live_tensors(Device meta) {
+  const std::lock_guard lock(account_mutex);
+  std::vector<LiveTensor> live;
+  for (const auto& [number, entry] : live_on_meta)
+    if (entry.first == meta) live.push_back(entry.second);
+  return live;
+}
+
+namespace {
+
+/// Plays a named plan's events: `see(i, live)` after block i was taken.
+template <class See>
+void play(const StepPlan& plan, See&& see) {
+  CategoryBytes live{};
+  for (const int32_t event : plan.events) {
+    const int32_t i = event < 0 ? ~event : event;
+    const StepPlan::Block& block = plan.blocks[static_cast<size_t>(i)];
+    live[static_cast<int>(block.category)] += event < 0 ? -block.bytes : block.bytes;
+    if (event >= 0) see(i, live);
+  }
+}
+
+/// The block that made the peak; -1 of an empty plan.
+int32_t peak_block(const StepPlan& plan) {
+  int64_t peak = 0;
+  int32_t block = -1;
+  play(plan, [&](int32_t i, const CategoryBytes& live) {
+    if (const int64_t total = sum(live); total > peak) peak = total, block = i;
+  });
+  return block;
+}
+
+}  // namespace
+
+std::vector<StepPlan::Moment> StepPlan::course() const {
+  std::vector<Moment> moments;
+  play(*this, [&](int32_t i, const CategoryBytes& live) {
+    const std::string& place = labels[static_cast<size_t>(i)].place;
+    if (moments.empty() || moments.back().place != place)
+      moments.push_back({place, live});
+    else if (sum(live) > sum(moments.back().bytes))
+      moments.back().bytes = live;
+  });
+  return moments;
+}
+
+std::vector<LiveTensor> StepPlan::live_at_peak() const {
+  const int32_t peak = peak_block(*this);
+  std::vector<bool> live(blocks.size());
+  for (const int32_t event : events) {
+    live[static_cast<size_t>(event < 0 ? ~event : event)] = event >= 0;
+    if (event == peak) break;
+  }
+  std::vector<LiveTensor> tensors;
+  for (size_t i = 0; i < blocks.size(); ++i) {
+    if (!live[i]) continue;
+    const auto& [place, slot, kind] = labels[i];
+    tensors.push_back(
+        {slot.empty() ? place : place + " " + slot, kind, blocks[i].category, blocks[i].bytes});
+  }
+  return tensors;
+}
+
+std::string StepPlan::peak_place() const {
+  const int32_t peak = peak_block(*this);
+  return peak < 0 ? "" : labels[static_cast<size_t>(peak)].place;
+}
+
+PlanRecorder::PlanRecorder(bool named) {
   QLAB_CHECK(!recording, "a memory plan is already being recorded");
   recording = std::make_shared<Recording>();
+  recording->named = named;
 }
 PlanRecorder::~PlanRecorder() { recording.reset(); }
 
@@ -178,21 +298,22 @@ StepPlan PlanRecorder::finish() {
 StepMemory::StepMemory(Device device) : device_(device) {}
 
 StepMemory::~StepMemory() {
-  if (base_ == nullptr) return;
   for (int i = 0; i < category_count; ++i) charge(device_, static_cast<Category>(i), -held_[i]);
-  release_on(device_, base_);
+  if (base_ != nullptr) release_on(device_, base_);
 }
 
 void StepMemory::reserve(const StepPlan& plan) {
-  if (plain_mode() || device_.is_meta() || plan.bytes <= bytes_) return;
-  if (base_ != nullptr) {
+  if (plain_mode() || plan.bytes <= bytes_) return;
+  if (bytes_ > 0) {
     if (device_.is_cuda()) cuda::synchronize();
     for (int i = 0; i < category_count; ++i) charge(device_, static_cast<Category>(i), -held_[i]);
-    release_on(device_, base_);
+    if (base_ != nullptr) release_on(device_, base_);
     base_ = nullptr, bytes_ = 0, held_ = {};
   }
-  base_ = allocate_on(device_, plan.bytes);
-  if (base_ == nullptr) out_of_memory(device_, plan.bytes, "a step");
+  if (!device_.is_meta()) {
+    base_ = allocate_on(device_, plan.bytes);
+    if (base_ == nullptr) out_of_memory(device_, plan.bytes, "a step");
+  }
   bytes_ = plan.bytes;
   // What fragmentation adds to the live bytes at the peak counts as workspace.
   int64_t rest = plan.bytes;
@@ -218,15 +339,26 @@ std::shared_ptr<Storage> Storage::allocate(int64_t bytes, Device device) {
   storage->category_ = current_category;
   bytes = storage->bytes_;
   if (device.is_meta()) {
-    storage->source_ = Source::meta;
     if (recording) {
       storage->source_ = Source::recorded;
       storage->owner_ = recording;
       storage->index_ = static_cast<int64_t>(recording->plan.blocks.size());
       recording->plan.blocks.push_back({bytes, recording->free.take(bytes), current_category});
+      if (recording->named) {
+        recording->plan.labels.push_back({MemoryName::path(), "", ""});
+        recording->plan.events.push_back(static_cast<int32_t>(storage->index_));
+      }
       charge(recording->account, current_category, bytes);
+    } else {
+      storage->source_ = Source::meta;
+      LiveTensor live{MemoryName::path(), "", current_category, bytes};
+      {
+        const std::lock_guard lock(account_mutex);
+        storage->index_ = meta_count++;
+        live_on_meta.try_emplace(storage->index_, device, std::move(live));
+      }
+      charge(device, current_category, bytes);
     }
-    charge(device, current_category, bytes);
   } else if (active_step.plan != nullptr && active_step.device == device) {
     QLAB_CHECK(active_step.next < active_step.plan->blocks.size() &&
                    active_step.plan->blocks[active_step.next].bytes == bytes,
@@ -246,8 +378,39 @@ std::shared_ptr<Storage> Storage::allocate(int64_t bytes, Device device) {
   return storage;
 }
 
-std::shared_ptr<Storage> Storage::wrap(void* data, int64_t bytes, std::shared_ptr<void> owner) {
+void Storage::set_category(Category category) {
+  if (source_ != Source::heap && source_ != Source::meta) return;
+  charge(device_, category_, -bytes_);
+  charge(device_, category, bytes_);
+  category_ = category;
+  if (source_ != Source::meta) return;
+  const std::lock_guard lock(account_mutex);
+  live_on_meta.at(index_).second.category = category;
+}
+
+bool Storage::wants_kind() const {
+  return source_ == Source::meta || (source_ == Source::recorded && recording && recording->named);
+}
+
+void Storage::set_kind(std::string kind) {
+  if (source_ == Source::meta) {
+    const std::lock_guard lock(account_mutex);
+    live_on_meta.at(index_).second.kind = std::move(kind);
+  } else {
+    recording->plan.labels[static_cast<size_t>(index_)].kind = std::move(kind);
+  }
+}
+
+void Storage::set_slot(std::string_view slot) {
+  if (source_ != Source::recorded || !recording || !recording->named) return;
+  std::string& own = recording->plan.labels[static_cast<size_t>(index_)].slot;
+  if (own.empty()) own = slot;
+}
+
+std::shared_ptr<Storage> Storage::wrap(void* data, int64_t bytes, std::shared_ptr<void> owner,
+                                       Device device) {
   auto storage = std::shared_ptr<Storage>(new Storage);
+  storage->device_ = device;
   storage->data_ = data;
   storage->bytes_ = bytes;
   storage->source_ = Source::external;
@@ -265,14 +428,17 @@ Storage::~Storage() {
       auto& state = *static_cast<Recording*>(owner_.get());
       if (index_ < static_cast<int64_t>(state.plan.blocks.size())) {  // not finished yet
         state.free.give(state.plan.blocks[index_].offset, bytes_);
+        if (state.named) state.plan.events.push_back(~static_cast<int32_t>(index_));
         charge(state.account, category_, -bytes_);
       }
-      charge(device_, category_, -bytes_);
       break;
     }
-    case Source::meta:
+    case Source::meta: {
       charge(device_, category_, -bytes_);
+      const std::lock_guard lock(account_mutex);
+      live_on_meta.erase(index_);
       break;
+    }
     case Source::step:
     case Source::external:
       break;

@@ -39,14 +39,53 @@ class MemoryTag {
   Category previous_;
 };
 
+/// Names what is allocated on meta in its scope, on this thread: "model.layers.3.mlp.up_proj".
+/// Scopes nest, their names joined by a blank. `name` must outlive the scope.
+class MemoryName {
+ public:
+  explicit MemoryName(std::string_view name, int64_t index = -1);
+  ~MemoryName();
+  MemoryName(const MemoryName&) = delete;
+  MemoryName& operator=(const MemoryName&) = delete;
+  /// Of the innermost scope, all around it included.
+  static std::string path();
+
+ private:
+  std::string_view name_;
+  int64_t index_;
+  const MemoryName* outer_;
+};
+/// path() while a named plan is being recorded, otherwise "".
+std::string planned_path();
+
+/// Bytes by category.
+using CategoryBytes = std::array<int64_t, category_count>;
+int64_t sum(const CategoryBytes& bytes);
+
 /// Bytes held, by category, now and at the moment of the highest total.
 struct MemoryAccount {
-  std::array<int64_t, category_count> current{}, at_peak{};
+  CategoryBytes current{}, at_peak{};
   int64_t total = 0, peak = 0;
 };
 /// The account of a device. Meta devices have their own, so that a dry run can be read off.
 const MemoryAccount& memory_account(Device device);
 void reset_peak(Device device);
+
+/// No more than `bytes` in all are handed out on the device from now on, as if it had no more.
+void limit_memory(Device device, int64_t bytes);
+/// What can still be allocated: free on the device and within its limit. A meta device has what
+/// its limit leaves.
+int64_t available_memory(Device device);
+
+/// A tensor on paper.
+struct LiveTensor {
+  std::string name;  // where it belongs: "lm_head", "backward model.layers.3 swiglu.gate_up"
+  std::string kind;  // "bfloat16 [512, 128256]"
+  Category category;
+  int64_t bytes;
+};
+/// What lives on a meta device outside of steps, in the order of allocation.
+std::vector<LiveTensor> live_tensors(Device meta);
 
 /// Offsets for the allocations of one step of one shape, from a dry run on the meta device.
 /// Allocation number i of the real step gets `offset[i]`; events come in the same order because the
@@ -58,14 +97,31 @@ struct StepPlan {
   };
   std::vector<Block> blocks;
   int64_t bytes = 0;  // size of the reservation
-  std::array<int64_t, category_count> at_peak{};
+  CategoryBytes at_peak{};
+
+  /// What a block is: where it is made, the tape's slot that keeps it or "", dtype and shape.
+  struct Label {
+    std::string place, slot, kind;
+  };
+  std::vector<Label> labels;    // of the blocks of a named plan
+  std::vector<int32_t> events;  // i where block i is taken, ~i where it is given back
+
+  /// The most that was live while one place was at work.
+  struct Moment {
+    std::string place;
+    CategoryBytes bytes;
+  };
+  // The following need a named plan.
+  std::vector<Moment> course() const;
+  std::vector<LiveTensor> live_at_peak() const;
+  std::string peak_place() const;
 };
 
 /// Records every meta allocation made in its scope, on this thread, and lays them out as they come
-/// (best fit); finish() ends the recording.
+/// (best fit); finish() ends the recording. `named` keeps names and events too.
 class PlanRecorder {
  public:
-  PlanRecorder();
+  explicit PlanRecorder(bool named = false);
   ~PlanRecorder();
   StepPlan finish();
 };
@@ -95,15 +151,17 @@ class StepMemory {
   Device device_;
   void* base_ = nullptr;
   int64_t bytes_ = 0;
-  std::array<int64_t, category_count> held_{};
+  CategoryBytes held_{};
 };
 
-/// A block of memory, freed when the last tensor that views it goes. `data` is null on meta.
+/// A block of memory, freed when the last tensor that views it goes. `data` is null on meta, where
+/// nothing is held but accounts are kept.
 class Storage {
  public:
   static std::shared_ptr<Storage> allocate(int64_t bytes, Device device);
   /// Memory that someone else owns, for example a mapped file; `owner` keeps it alive.
-  static std::shared_ptr<Storage> wrap(void* data, int64_t bytes, std::shared_ptr<void> owner);
+  static std::shared_ptr<Storage> wrap(void* data, int64_t bytes, std::shared_ptr<void> owner,
+                                       Device device = Device::cpu());
   ~Storage();
   Storage(const Storage&) = delete;
   Storage& operator=(const Storage&) = delete;
@@ -111,6 +169,13 @@ class Storage {
   void* data() const { return data_; }
   int64_t bytes() const { return bytes_; }
   Device device() const { return device_; }
+  /// What it is for from now on: a tensor that was read becomes a weight. Not in a step.
+  void set_category(Category category);
+  /// Whether the account on meta wants to know what this is.
+  bool wants_kind() const;
+  void set_kind(std::string kind);
+  /// Names the tape's slot that keeps a recorded block; the first name stays.
+  void set_slot(std::string_view slot);
 
  private:
   enum class Source : uint8_t { heap, step, recorded, meta, external };
@@ -120,7 +185,7 @@ class Storage {
   Device device_;
   Category category_ = Category::activations;
   Source source_ = Source::heap;
-  int64_t index_ = 0;  // in the plan, for recorded storage
+  int64_t index_ = 0;  // in the plan, for recorded storage; otherwise on meta the running number
   std::shared_ptr<void> owner_;
 };
 

@@ -12,6 +12,7 @@ Tensor Tensor::empty(const Shape& shape, DType dtype, Device device) {
   t.dtype_ = dtype;
   t.pitch_ = t.cols();
   t.storage_ = Storage::allocate(t.bytes(), device);
+  if (t.storage_->wants_kind()) t.storage_->set_kind(fmt::format("{} {}", name_of(dtype), shape));
   return t;
 }
 

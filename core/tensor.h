@@ -41,6 +41,7 @@ class Tensor {
   DType dtype() const { return dtype_; }
   Device device() const { return storage_->device(); }
   int64_t bytes() const { return numel() * static_cast<int64_t>(size_of(dtype_)); }
+  const std::shared_ptr<Storage>& storage() const { return storage_; }
   /// True when no other tensor shares this memory, so it may be written in place.
   bool unique() const { return storage_.use_count() == 1; }
 

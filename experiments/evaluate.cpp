@@ -1,27 +1,6 @@
 #include "experiments/evaluate.h"
 
-#include <algorithm>
-
 namespace qlab {
-
-BatchBuilder largest_evaluation(const Dataset& data, const Adapter* adapter, int64_t batch_tokens) {
-  std::vector<const Example*> longest;
-  for (const Example& e : data.examples) longest.push_back(&e);
-  std::sort(longest.begin(), longest.end(), [](const Example* a, const Example* b) {
-    return a->input_ids.size() > b->input_ids.size();
-  });
-  std::vector<Sequence> batch;
-  int64_t tokens = 0;
-  for (const Example* e : longest) {
-    const auto length = static_cast<int64_t>(e->input_ids.size());
-    if (!batch.empty() && tokens + length > batch_tokens) break;
-    batch.push_back({e->input_ids, e->input_ids, 0});
-    tokens += length;
-  }
-  BatchBuilder builder;
-  builder.add(batch, adapter, false, 0.0f);
-  return builder;
-}
 
 Evaluation evaluate(Stepper& stepper, const Dataset& data, const Adapter* adapter,
                     const std::function<bool(size_t)>& stop, int64_t batch_tokens) {

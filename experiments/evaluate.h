@@ -17,10 +17,9 @@ struct Evaluation {
 };
 
 /// A batch fills a GPU, and on a CPU ends soon enough for Ctrl-C to be seen.
-inline int64_t evaluation_tokens(Device device) { return device.is_cuda() ? 2048 : 256; }
-
-/// The longest examples of a set in a batch of evaluate(): no other needs much more memory.
-BatchBuilder largest_evaluation(const Dataset& data, const Adapter* adapter, int64_t batch_tokens);
+inline int64_t evaluation_tokens(Device device) {
+  return device.target == DeviceType::cuda ? 2048 : 256;
+}
 
 /// Examples go through the model in batches of about `batch_tokens` tokens; the result does not
 /// depend on it. Before each batch `stop` is told how many examples are done, and asked.

@@ -36,7 +36,7 @@ Stepper::Shape& Stepper::shape(const BatchBuilder& batch, bool train) {
     constexpr size_t remembered = 256;
     if (shapes_.size() >= remembered) forget_plans();
     const Batch shapes = batch.to(model_.device().meta());
-    PlanRecorder recorder;
+    PlanRecorder recorder(model_.device().is_meta());
     step(shapes, train);
     it = shapes_.try_emplace(std::move(key)).first;
     it->second.plan = recorder.finish();
@@ -44,8 +44,11 @@ Stepper::Shape& Stepper::shape(const BatchBuilder& batch, bool train) {
   return it->second;
 }
 
-void Stepper::reserve(const BatchBuilder& batch, bool train) {
-  memory_.reserve(shape(batch, train).plan);
+const StepPlan& Stepper::reserve(const BatchBuilder& batch, bool train) {
+  const StepPlan& plan = shape(batch, train).plan;
+  memory_.reserve(plan);
+  batch.reserve(buffer_);
+  return plan;
 }
 
 void Stepper::forget_plans() { shapes_.clear(), graph_count_ = 0; }

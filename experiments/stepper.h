@@ -17,7 +17,8 @@ class Stepper {
   Stepper(const Llama& model, Recompute recompute, bool graphs = true);
 
   /// Plans and reserves, so that the largest micro-batch of a run is refused or accepted at once.
-  void reserve(const BatchBuilder& batch, bool train);
+  /// For a model on meta only accounts are kept, and the plan has names.
+  const StepPlan& reserve(const BatchBuilder& batch, bool train);
   /// After a change of what the model holds, on which plans and graphs rest.
   void forget_plans();
   /// nll of every trained row, on the host. With `train` the gradients of the batch's adapters grow

@@ -3,10 +3,10 @@
 #include <algorithm>
 #include <chrono>
 #include <cmath>
-#include <limits>
 
 #include "core/ops/copy.h"
 #include "data/file.h"
+#include "experiments/reservation.h"
 #include "experiments/throughput.h"
 #include "nn/adapter_file.h"
 
@@ -214,51 +214,17 @@ std::vector<TrialRun*> Gang::running() const {
   return left;
 }
 
-// The largest micro-batch is not known without trying them all; the one made of each trial's
-// longest examples needs at least about as much, so that a gang that cannot fit is refused at once.
-// Where a later shape lays out a little larger, the reservation grows before that step.
 void Gang::reserve() {
-  BatchBuilder largest;
+  std::vector<Participant> gang;
   for (TrialRun* t : running()) {
-    std::vector<const Example*> longest;
-    for (const Example& e : t->train_.examples) longest.push_back(&e);
-    const auto count =
-        static_cast<size_t>(std::min(t->config_.train.batch_size, t->total_examples_));
-    const size_t different = std::min(count, longest.size());
-    std::partial_sort(longest.begin(), longest.begin() + static_cast<std::ptrdiff_t>(different),
-                      longest.end(), [](const Example* a, const Example* b) {
-                        return a->input_ids.size() > b->input_ids.size();
-                      });
-    // A micro-batch that spans several epochs holds examples more than once.
-    std::vector<Sequence> sequences;
-    for (size_t i = 0; i < count; ++i) {
-      const Example& e = *longest[i % different];
-      sequences.push_back({e.input_ids, e.input_ids, 0});
-    }
-    largest.add(sequences, t->adapter_.get(), true, 0.0f);
+    Participant p{t->adapter_.get(), {}, {}};
+    p.train_lengths =
+        longest_examples(t->train_, std::min(t->config_.train.batch_size, t->total_examples_));
+    if (t->eval_ != nullptr)
+      p.eval_lengths = largest_evaluation(*t->eval_, evaluation_tokens(model_.device()));
+    gang.push_back(std::move(p));
   }
-  if (largest.tokens() == 0) return;
-  stepper_.reserve(largest, true);
-  for (TrialRun* t : running())
-    if (t->eval_ != nullptr) {
-      const BatchBuilder batch =
-          largest_evaluation(*t->eval_, t->adapter_.get(), evaluation_tokens(model_.device()));
-      if (batch.tokens() > 0) stepper_.reserve(batch, false);
-    }
-  hold_weights(largest);
-}
-
-// What the largest steps and a reserve for other programs leave free may hold expanded weights.
-void Gang::hold_weights(const BatchBuilder& largest) {
-  const Device device = model_.device();
-  const std::string& wish = trials_.at(0)->config_.quant.resident.text;
-  constexpr int64_t spared = int64_t{1} << 30, unlimited = std::numeric_limits<int64_t>::max();
-  const int64_t left = device.is_cuda()
-                           ? static_cast<int64_t>(cuda::memory_info(device.index).free_bytes) +
-                                 model_.resident_bytes() - spared
-                           : unlimited;
-  const int64_t budget = std::min(left, wish == "auto" ? unlimited : parse_bytes(wish).value_or(0));
-  if (model_.hold_resident(budget, largest.to(device.meta()))) stepper_.forget_plans();
+  reserve_steps(model_, stepper_, gang, trials_.at(0)->config_.quant.resident);
 }
 
 void Gang::evaluate_due() {

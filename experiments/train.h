@@ -106,7 +106,6 @@ class Gang {
 
  private:
   void reserve();
-  void hold_weights(const BatchBuilder& largest);
   void evaluate_due();
   void train_step();
   void profile_step();

@@ -38,6 +38,27 @@ Json target_modules(const Adapter& adapter) {
 
 }  // namespace
 
+std::vector<std::pair<std::string, Tensor>> adapter_tensors(const Adapter& adapter) {
+  const LoraSpec& spec = adapter.spec();
+  const Tensor& parameters = adapter.parameters();
+  const MemoryTag tag(Category::workspace);
+  const Tensor host =
+      parameters.to(parameters.device().is_meta() ? Device::cpu().meta() : Device::cpu());
+  if (spec.dtype != DType::f32) synchronize(parameters.device());  // casts read it now
+  std::vector<std::pair<std::string, Tensor>> tensors;
+  int64_t offset = 0;
+  for (const Adapter::Shape& m : adapter.modules()) {
+    const auto take = [&](int64_t rows, int64_t cols) {
+      const Tensor t = host.slice_rows(offset, offset + rows * cols).view({rows, cols});
+      offset += rows * cols;
+      return cast(t, spec.dtype);
+    };
+    tensors.emplace_back(tensor_name(m.name, "lora_A"), take(spec.r, m.in));
+    tensors.emplace_back(tensor_name(m.name, "lora_B"), take(m.out, spec.r));
+  }
+  return tensors;
+}
+
 void save_adapter(const std::string& dir, const Adapter& adapter, const std::string& base) {
   std::filesystem::create_directories(dir);
   const LoraSpec& spec = adapter.spec();
@@ -63,19 +84,8 @@ void save_adapter(const std::string& dir, const Adapter& adapter, const std::str
   const auto whole = static_cast<int64_t>(spec.alpha);
   config["lora_alpha"] = static_cast<double>(whole) == spec.alpha ? Json(whole) : Json(spec.alpha);
 
-  const Tensor host = adapter.parameters().to(Device::cpu());
+  const auto tensors = adapter_tensors(adapter);
   synchronize(adapter.parameters().device());
-  std::vector<std::pair<std::string, Tensor>> tensors;
-  int64_t offset = 0;
-  for (const Adapter::Shape& m : adapter.modules()) {
-    const auto take = [&](int64_t rows, int64_t cols) {
-      const Tensor t = host.slice_rows(offset, offset + rows * cols).view({rows, cols});
-      offset += rows * cols;
-      return cast(t, spec.dtype);
-    };
-    tensors.emplace_back(tensor_name(m.name, "lora_A"), take(spec.r, m.in));
-    tensors.emplace_back(tensor_name(m.name, "lora_B"), take(m.out, spec.r));
-  }
   write_safetensors(weights_path(dir), tensors);
   write_file_atomically(config_path(dir), config.dump(2) + "\n");
 }

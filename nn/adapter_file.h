@@ -6,6 +6,10 @@
 
 namespace qlab {
 
+/// What an adapter's file holds, on the host (on its meta device for an adapter on meta); complete
+/// once the adapter's device is synchronized.
+std::vector<std::pair<std::string, Tensor>> adapter_tensors(const Adapter& adapter);
+
 /// Writes both files into `dir`, each replaced atomically. `base` is recorded as the base model.
 void save_adapter(const std::string& dir, const Adapter& adapter, const std::string& base);
 

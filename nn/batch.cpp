@@ -55,29 +55,45 @@ Batch BatchBuilder::placed(const Place& place, Device device) const {
 Batch BatchBuilder::to(Device device) const {
   return placed(
       [&]<class T>(const std::vector<T>& values) {
-        return Tensor::from_vector(values, {static_cast<int64_t>(values.size())}, device);
+        const Shape shape{static_cast<int64_t>(values.size())};
+        if (!device.is_meta()) return Tensor::from_vector(values, shape, device);
+        const auto bytes = static_cast<int64_t>(values.size() * sizeof(T));
+        return Tensor::from_storage(Storage::wrap(nullptr, bytes, {}, device), 0, shape,
+                                    dtype_of<T>());
       },
       device);
 }
 
-Batch BatchBuilder::to(BatchBuffer& buffer) const {
-  if (!buffer.device().is_cuda()) {
-    buffer.results_ = Tensor::empty({loss_tokens()}, DType::f32, buffer.device());
-    return to(buffer.device());
-  }
+namespace {
+
+int64_t aligned(int64_t bytes) {
   constexpr int64_t alignment = 256;
-  const auto aligned = [](int64_t bytes) {
-    return (bytes + alignment - 1) / alignment * alignment;
-  };
-  int64_t end = 0, rows = 0;
+  return (bytes + alignment - 1) / alignment * alignment;
+}
+
+}  // namespace
+
+BatchBuilder::Extent BatchBuilder::extent(Device device) const {
+  Extent extent{};
   placed(
       [&]<class T>(const std::vector<T>& values) {
-        end += aligned(static_cast<int64_t>(values.size() * sizeof(T)));
-        rows = static_cast<int64_t>(values.size());  // the last array is as long as nll
+        extent.batch += aligned(static_cast<int64_t>(values.size() * sizeof(T)));
+        extent.rows = static_cast<int64_t>(values.size());  // the last array is as long as nll
         return Tensor();
       },
-      buffer.device());
-  buffer.reserve(end + aligned(rows * static_cast<int64_t>(sizeof(float))));
+      device);
+  extent.total = extent.batch + aligned(extent.rows * static_cast<int64_t>(sizeof(float)));
+  return extent;
+}
+
+void BatchBuilder::reserve(BatchBuffer& buffer) const {
+  buffer.reserve(extent(buffer.device()).total);
+}
+
+Batch BatchBuilder::to(BatchBuffer& buffer) const {
+  const Extent own = extent(buffer.device());
+  // What was reserved for the largest batch seldom grows; where it does, not every time.
+  if (own.total > buffer.bytes_) buffer.reserve(own.total + own.total / 2);
   int64_t offset = 0;
   const auto take = [&](int64_t count, DType dtype) {
     const Tensor view = buffer.block_.bytes_at(offset, {count}, dtype);
@@ -87,12 +103,13 @@ Batch BatchBuilder::to(BatchBuffer& buffer) const {
   Batch batch = placed(
       [&]<class T>(const std::vector<T>& values) {
         if (!values.empty())
-          std::memcpy(buffer.host_ + offset, values.data(), values.size() * sizeof(T));
+          std::memcpy(buffer.host() + offset, values.data(), values.size() * sizeof(T));
         return take(static_cast<int64_t>(values.size()), dtype_of<T>());
       },
       buffer.device());
-  cuda::copy_async(buffer.block_.raw(), buffer.host_, static_cast<size_t>(end));
-  buffer.results_ = take(rows, DType::f32);
+  if (buffer.device().is_cuda())
+    cuda::copy_async(buffer.block_.raw(), buffer.host_, static_cast<size_t>(own.batch));
+  buffer.results_ = take(own.rows, DType::f32);
   return batch;
 }
 
@@ -101,17 +118,19 @@ BatchBuffer::~BatchBuffer() {
 }
 
 void BatchBuffer::reserve(int64_t bytes) {
-  if (bytes <= host_bytes_) return;
-  bytes += bytes / 2;
+  if (bytes <= bytes_) return;
   if (host_ != nullptr) cuda::release_pinned(host_);
-  host_ = nullptr, host_bytes_ = 0;
-  block_ = Tensor();
+  host_ = nullptr, bytes_ = 0;
+  block_ = results_ = Tensor();
   const MemoryTag tag(Category::workspace);
+  const MemoryName name("batch");
   block_ = Tensor::empty({bytes}, DType::u8, device_);
-  host_ = static_cast<char*>(cuda::allocate_pinned(static_cast<size_t>(bytes)));
-  if (host_ == nullptr)
-    fail("{} of page-locked host memory for a batch could not be had", format_bytes(bytes));
-  host_bytes_ = bytes;
+  if (device_.is_cuda()) {
+    host_ = static_cast<char*>(cuda::allocate_pinned(static_cast<size_t>(bytes)));
+    if (host_ == nullptr)
+      fail("{} of page-locked host memory for a batch could not be had", format_bytes(bytes));
+  }
+  bytes_ = bytes;
 }
 
 std::vector<float> BatchBuffer::read_results() const {

@@ -41,8 +41,8 @@ struct Batch {
   std::vector<Segment> segments;
 };
 
-/// Where one batch after another lies on a device, and its page-locked twin on the host: placing a
-/// batch is one copy. The previous batch must have been used up.
+/// Where one batch after another lies on a device, and for a GPU its page-locked twin on the host:
+/// placing a batch is one copy. The previous batch must have been used up.
 class BatchBuffer {
  public:
   explicit BatchBuffer(Device device) : device_(device) {}
@@ -61,11 +61,12 @@ class BatchBuffer {
  private:
   friend class BatchBuilder;
   void reserve(int64_t bytes);
+  char* host() const { return host_ != nullptr ? host_ : static_cast<char*>(block_.raw()); }
 
   Device device_;
   Tensor block_, results_;
   char* host_ = nullptr;
-  int64_t host_bytes_ = 0;
+  int64_t bytes_ = 0;
 };
 
 /// Builds a batch on the host, then places it on a device, or on meta to plan a step of its shape.
@@ -74,15 +75,22 @@ class BatchBuilder {
   /// The sequences of one trial. `scale` is the weight of each trained token's loss.
   void add(const std::vector<Sequence>& sequences, const Adapter* adapter, bool dropout,
            float scale);
-  Batch to(Device device) const;
+  Batch to(Device device) const;  // on meta: tensors that nobody owns
   /// The same in `buffer`: equal shapes get equal addresses.
   Batch to(BatchBuffer& buffer) const;
+  /// Makes room for a batch of this shape.
+  void reserve(BatchBuffer& buffer) const;
   int64_t tokens() const { return static_cast<int64_t>(ids_.size()); }
   int64_t loss_tokens() const { return static_cast<int64_t>(loss_rows_.size()); }
   /// Two batches with equal keys run the same operations on the same shapes.
   std::vector<int64_t> shape_key() const;
 
  private:
+  /// Of the index tensors one behind the other, and of the nll behind them.
+  struct Extent {
+    int64_t batch, rows, total;
+  };
+  Extent extent(Device device) const;
   template <class Place>
   Batch placed(const Place& place, Device device) const;
 

@@ -122,6 +122,7 @@ Tensor folded_block(const LinearGroup& group, const Layout& layout, bool expand,
                group.members.front().name, block.str(), width);
   } else {
     const MemoryTag tag(Category::workspace);
+    const MemoryName name("weights expanded");
     block = Tensor::with_tail(n + width, k, width, dtype, device).widened(k + width);
     int64_t row = 0;
     for (const Linear& member : group.members) {

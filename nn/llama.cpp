@@ -17,8 +17,9 @@ WeightSpec unquantized(DType compute) {
 
 Tensor to_dtype(const Tensor& t, DType dtype, Device device) {
   const MemoryTag tag(Category::weights);
-  if (t.device().is_meta()) return Tensor::empty(t.shape(), dtype, device);
-  return cast(t, dtype).to(device);
+  const Tensor weight = cast(t, dtype).to(device);
+  weight.storage()->set_category(Category::weights);  // it may be what was read
+  return weight;
 }
 
 }  // namespace
@@ -27,26 +28,31 @@ Llama::Llama(const LlamaConfig& config, const WeightSpec& spec, DType compute, D
              const TensorSource& source)
     : config_(config), spec_(spec), compute_(compute), device_(device) {
   const int64_t hidden = config.hidden_size, inter = config.intermediate_size;
-  embed_tokens_ =
-      to_dtype(source("model.embed_tokens.weight", {config.vocab_size, hidden}), compute, device);
+  const auto dense = [&](const std::string& name, const Shape& shape, DType dtype) {
+    const MemoryName scope(name);
+    return to_dtype(source(name, shape), dtype, device);
+  };
+  embed_tokens_ = dense("model.embed_tokens.weight", {config.vocab_size, hidden}, compute);
   int index = 0;
   for (int64_t l = 0; l < config.num_hidden_layers; ++l) {
     const std::string prefix = fmt::format("model.layers.{}.", l);
     DecoderLayer& layer = layers_.emplace_back();
     const auto norm = [&](const char* name) {
-      return to_dtype(source(prefix + name + ".weight", {hidden}), DType::f32, device);
+      return dense(prefix + name + ".weight", {hidden}, DType::f32);
     };
     const auto linear = [&](const char* name, int64_t out, int64_t in, bool bias) {
       Linear module;
       module.index = index++;
       module.name = prefix + name;
+      const MemoryName scope(module.name);
       Tensor w = source(module.name + ".weight", {out, in});
       {
         const MemoryTag tag(Category::workspace);
-        w = w.device().is_meta() ? Tensor::empty(w.shape(), w.dtype(), device) : w.to(device);
+        w = w.to(device);
       }
       module.weight = Weight::from_dense(w, spec);
-      if (bias) module.bias = to_dtype(source(module.name + ".bias", {out}), DType::f32, device);
+      w = Tensor();
+      if (bias) module.bias = dense(module.name + ".bias", {out}, DType::f32);
       synchronize(device);
       return module;
     };
@@ -63,13 +69,13 @@ Llama::Llama(const LlamaConfig& config, const WeightSpec& spec, DType compute, D
   }
   set_folded(device.target == DeviceType::cuda && compute == DType::bf16 &&
              spec.format == WeightFormat::nf4);
-  norm_ = to_dtype(source("model.norm.weight", {hidden}), DType::f32, device);
-  const Tensor head =
-      config.tie_word_embeddings
-          ? embed_tokens_
-          : to_dtype(source("lm_head.weight", {config.vocab_size, hidden}), compute, device);
+  norm_ = dense("model.norm.weight", {hidden}, DType::f32);
+  const Tensor head = config.tie_word_embeddings
+                          ? embed_tokens_
+                          : dense("lm_head.weight", {config.vocab_size, hidden}, compute);
   lm_head_ = Weight::share(head, unquantized(compute).format);
   const MemoryTag tag(Category::constants);
+  const MemoryName scope("rotary_emb");
   rope_ = rope_tables(config.max_position_embeddings, config.head_dim, config.rope_theta,
                       config.rope_scaling, config.rope_divisors, device);
   synchronize(device);
@@ -105,6 +111,7 @@ bool Llama::hold_resident(int64_t budget, const Batch& batch) {
       held = Tensor();
       if (!fits) continue;
       const MemoryTag tag(Category::weights);
+      const MemoryName name(group->members.front().name);
       held = Tensor::with_tail(n, k, width, compute_, device_).widened(k + width);
       int64_t row = 0;
       for (const Linear& member : group->members) {
@@ -187,6 +194,7 @@ Variable Llama::hidden(Tape& tape, const Batch& batch, Recompute recompute, KvCa
   for (size_t l = 0; l < layers_.size(); ++l) {
     const bool selective = recompute == Recompute::selective;
     const auto forward = [this, &tape, &batch, l, selective, cache](const Variable& in) {
+      const MemoryName name("layer ", static_cast<int64_t>(l));
       return layer(tape, layers_[l], static_cast<int64_t>(l), in, batch, selective, cache);
     };
     x = recompute == Recompute::full ? tape.recompute(forward, x) : forward(x);
@@ -196,6 +204,7 @@ Variable Llama::hidden(Tape& tape, const Batch& batch, Recompute recompute, KvCa
 }
 
 Variable Llama::loss(Tape& tape, const Batch& batch, const Variable& hidden) const {
+  const MemoryName name("lm_head and loss");
   const Variable rows = gather_rows(tape, hidden, batch.loss_rows);
   const Variable normed = rms_norm(tape, rows, norm_, static_cast<float>(config_.rms_norm_eps));
   const int64_t count = normed.value.dim(0);
@@ -207,6 +216,7 @@ Variable Llama::loss(Tape& tape, const Batch& batch, const Variable& hidden) con
   for (int64_t begin = 0; begin < count; begin += loss_chunk) {
     const int64_t end = std::min(begin + loss_chunk, count);
     const MemoryTag tag(Category::workspace);
+    const MemoryName logits("logits");
     const Tensor z = Tensor::empty({end - begin, head.dim(0)}, compute_, device);
     gemm(z, normed.value.slice_rows(begin, end), Op::none, head, Op::transpose, 1.0f, 0.0f, {},
          SplitK::allowed);

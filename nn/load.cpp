@@ -15,6 +15,7 @@ constexpr double synthetic_std = 0.02;
 // Norms are ones, biases zeros; everything else normal, element by element from its own counter.
 Tensor synthetic_tensor(const std::string& name, const Shape& shape) {
   const bool norm = name.ends_with("norm.weight"), bias = name.ends_with(".bias");
+  const MemoryTag tag(Category::workspace);
   Tensor t = Tensor::empty(shape, DType::bf16, Device::cpu());
   bf16* out = t.data<bf16>();
   const uint64_t key = stream_key(0, name);
@@ -39,13 +40,17 @@ bool on_4bit_grid(const std::string& dtype) {
   return dtype.starts_with("Q4_") || dtype.starts_with("Q5_");
 }
 
+Tensor tensor_on_paper(const Shape& shape, DType dtype) {
+  const MemoryTag tag(Category::workspace);
+  return Tensor::empty(shape, dtype, Device::cpu().meta());
+}
+
 // Every tensor of the model, by the headers alone: mistakes surface before anything is loaded.
 void check_tensors(const LlamaConfig& config, const Checkpoint& checkpoint) {
-  const Device meta = Device::cpu().meta();
-  Llama(config, {WeightFormat::bf16}, DType::bf16, meta,
+  Llama(config, {WeightFormat::bf16}, DType::bf16, Device::cpu().meta(),
         [&](const std::string& name, const Shape& shape) {
           checkpoint.check(name, shape);
-          return Tensor::empty(shape, DType::bf16, meta);
+          return tensor_on_paper(shape, DType::bf16);
         });
 }
 
@@ -60,6 +65,9 @@ ModelSource open_model(const std::string& path) {
     source.config = synthetic_config(path.substr(std::string(synthetic_prefix).size()));
     source.fingerprint = path;
     source.read = synthetic_tensor;
+    source.on_paper = [](const std::string&, const Shape& shape) {
+      return tensor_on_paper(shape, DType::bf16);
+    };
     return source;
   }
   std::shared_ptr<Checkpoint> checkpoint = Checkpoint::open(path);
@@ -70,21 +78,23 @@ ModelSource open_model(const std::string& path) {
   check_tensors(source.config, *checkpoint);
   source.config.source_dtype = checkpoint->source_dtype("model.layers.0.self_attn.q_proj.weight");
   source.fingerprint = checkpoint->fingerprint();
-  source.read = [checkpoint](const std::string& name, const Shape& shape) {
-    const bool narrow = checkpoint->source_dtype(name) == "BF16";
+  const auto dtype = [checkpoint](const std::string& name) {
+    return checkpoint->source_dtype(name) == "BF16" ? DType::bf16 : DType::f32;
+  };
+  source.read = [checkpoint, dtype](const std::string& name, const Shape& shape) {
     const MemoryTag tag(Category::workspace);
-    return checkpoint->read(name, shape, narrow ? DType::bf16 : DType::f32);
+    return checkpoint->read(name, shape, dtype(name));
+  };
+  source.on_paper = [dtype](const std::string& name, const Shape& shape) {
+    return tensor_on_paper(shape, dtype(name));
   };
   return source;
 }
 
 std::unique_ptr<Llama> load_llama(const ModelSource& source, const WeightSpec& spec, DType compute,
                                   Device device) {
-  const TensorSource shapes_only = [device](const std::string&, const Shape& shape) {
-    return Tensor::empty(shape, DType::bf16, device);
-  };
   return std::make_unique<Llama>(source.config, spec, compute, device,
-                                 device.is_meta() ? shapes_only : source.read);
+                                 device.is_meta() ? source.on_paper : source.read);
 }
 
 std::string requantization_warning(const ModelSource& source, const WeightSpec& spec) {

@@ -13,12 +13,13 @@ struct ModelSource {
   LlamaConfig config;
   std::string fingerprint;  // of configuration and tensors
   TensorSource read;        // f32, or bf16 where the checkpoint has it, on the CPU
+  TensorSource on_paper;    // the same on the CPU's meta device
 };
 
 /// DIR, FILE.gguf, a hub id, or synthetic:NAME (seeded normal weights of standard deviation 0.02).
 ModelSource open_model(const std::string& path);
 
-/// Reads the weights; on a meta device only their shapes.
+/// Reads the weights; for a meta device nothing is read, and accounts show what loading takes.
 std::unique_ptr<Llama> load_llama(const ModelSource& source, const WeightSpec& spec, DType compute,
                                   Device device);
 

@@ -75,6 +75,7 @@ std::vector<int> resolve_targets(const LoraSpec& spec, const std::vector<std::st
 Adapter::Adapter(const LoraSpec& spec, const std::vector<Shape>& modules, uint64_t init_seed,
                  uint64_t dropout_seed, DType compute, Device device)
     : spec_(spec), shapes_(modules) {
+  const MemoryName name("adapter");
   int64_t total = 0;
   for (const Shape& m : modules) total += spec.r * (m.in + m.out);
   {
@@ -86,7 +87,11 @@ Adapter::Adapter(const LoraSpec& spec, const std::vector<Shape>& modules, uint64
     const MemoryTag tag(Category::gradients);
     gradients_ = Tensor::zeros({total}, DType::f32, device);
   }
-  std::vector<float> host(device.is_meta() ? 0 : static_cast<size_t>(total));
+  const MemoryTag tag(Category::workspace);
+  const Tensor start =
+      Tensor::empty({total}, DType::f32, device.is_meta() ? Device::cpu().meta() : Device::cpu());
+  float* host = device.is_meta() ? nullptr : start.data<float>();
+  if (host != nullptr) fill_zero(start);
   int64_t offset = 0;
   for (const Shape& m : modules) {
     const int64_t a_end = offset + spec.r * m.in, b_end = a_end + m.out * spec.r;
@@ -100,7 +105,7 @@ Adapter::Adapter(const LoraSpec& spec, const std::vector<Shape>& modules, uint64
     std::tie(lora.a_compute, lora.b_compute) = views(compute_.defined() ? compute_ : parameters_);
     lora.scale = static_cast<float>(spec.scale());
     lora.dropout_key = stream_key(dropout_seed, m.name + ".lora_dropout");
-    if (!host.empty()) {
+    if (host != nullptr) {
       const uint64_t key = stream_key(init_seed, m.name + ".lora_A");
       const float bound = 1.0f / std::sqrt(static_cast<float>(m.in));
       for (int64_t row = 0; row < spec.r; ++row)
@@ -112,7 +117,7 @@ Adapter::Adapter(const LoraSpec& spec, const std::vector<Shape>& modules, uint64
     }
     offset = b_end;
   }
-  if (!host.empty()) copy(parameters_, Tensor::from_vector(host, {total}, Device::cpu()));
+  copy(parameters_, start);
   synchronize(device);
   refresh();
 }

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <bit>
 #include <cmath>
+#include <mutex>
 #include <utility>
 
 #include "core/parallel.h"
@@ -40,18 +41,26 @@ std::array<float, 256> make_dynamic_map() {
   return map;
 }
 
-/// One copy of the dynamic map per device.
+/// One copy of the dynamic map per device, while a tensor uses it.
 Tensor device_map(Device device) {
-  // Never destroyed: at exit the allocator and the driver may already be gone.
-  static auto& maps = *new std::vector<std::pair<Device, Tensor>>;
-  for (const auto& [owner, map] : maps)
-    if (owner == device) return map;
+  static std::vector<std::pair<Device, std::weak_ptr<Storage>>> maps;
+  static std::mutex mutex;
+  const std::lock_guard lock(mutex);
+  const auto own = std::find_if(maps.begin(), maps.end(),
+                                [&](const auto& entry) { return entry.first == device; });
+  if (own != maps.end())
+    if (const std::shared_ptr<Storage> held = own->second.lock())
+      return Tensor::from_storage(held, 0, {256}, DType::f32);
+  const MemoryName name("dynamic map");
   const std::array<float, 256>& values = dynamic_map();
   const Tensor map =
       device.is_meta()
           ? Tensor::empty({256}, DType::f32, device)
           : Tensor::from_vector(std::vector<float>(values.begin(), values.end()), {256}, device);
-  maps.emplace_back(device, map);
+  if (own != maps.end())
+    own->second = map.storage();
+  else
+    maps.emplace_back(device, map.storage());
   return map;
 }
 

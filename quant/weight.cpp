@@ -43,6 +43,7 @@ Weight Weight::share(const Tensor& w, WeightFormat format) {
 Tensor Weight::dense(DType dtype, Device device) const {
   if (format_ != WeightFormat::nf4 && dense_.dtype() == dtype) return dense_;
   const MemoryTag tag(Category::workspace);
+  const MemoryName name("weight expanded");
   Tensor scratch = Tensor::empty(shape_, dtype, device);
   expand(scratch);
   return scratch;

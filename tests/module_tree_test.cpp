@@ -148,6 +148,7 @@ TEST(Footprint, CountsParameters) {
 TEST(Footprint, IsWhatAModelOnMetaTakes) {
   const Device meta = Device::cpu().meta();
   const auto shapes = [&](const std::string&, const Shape& shape) {
+    const MemoryTag tag(Category::workspace);
     return Tensor::empty(shape, DType::bf16, meta);
   };
   const MemoryAccount before = memory_account(meta);

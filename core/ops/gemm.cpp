@@ -40,6 +40,7 @@ void gemm(const Tensor& c, const Tensor& a, Op op_a, const Tensor& b, Op op_b, f
   Tensor workspace;
   {
     const MemoryTag tag(Category::workspace);
+    const MemoryName name("workspace of a product");
     workspace = Tensor::empty({bytes}, DType::u8, device);
   }
   const double dm = static_cast<double>(m), dn = static_cast<double>(n),

@@ -1,0 +1,91 @@
+#include "experiments/reservation.h"
+
+#include <algorithm>
+#include <limits>
+
+namespace qlab {
+namespace {
+
+/// Batches of sequences whose tokens do not matter.
+class Filler {
+ public:
+  void add(BatchBuilder& batch, const std::vector<int64_t>& lengths, const Adapter* adapter,
+           bool train) {
+    const int64_t longest = lengths.empty() ? 0 : *std::max_element(lengths.begin(), lengths.end());
+    if (static_cast<int64_t>(tokens_.size()) < longest)
+      tokens_.resize(static_cast<size_t>(longest));
+    std::vector<Sequence> sequences;
+    for (const int64_t length : lengths) {
+      const std::span<const int32_t> tokens(tokens_.data(), static_cast<size_t>(length));
+      sequences.push_back({tokens, tokens, 0});
+    }
+    batch.add(sequences, adapter, train, 0.0f);
+  }
+
+ private:
+  std::vector<int32_t> tokens_;
+};
+
+std::vector<int64_t> sorted_lengths(const Dataset& data) {
+  std::vector<int64_t> lengths;
+  for (const Example& e : data.examples)
+    lengths.push_back(static_cast<int64_t>(e.input_ids.size()));
+  std::sort(lengths.begin(), lengths.end(), std::greater<>());
+  return lengths;
+}
+
+// What the largest steps and a reserve for other programs leave free may hold expanded weights.
+void hold_weights(Llama& model, Stepper& stepper, const BatchBuilder& largest,
+                  const MemoryBudget& resident) {
+  const Device device = model.device();
+  constexpr int64_t spared = int64_t{1} << 30, unlimited = std::numeric_limits<int64_t>::max();
+  int64_t left = unlimited;
+  if (device.target == DeviceType::cuda) {
+    left = available_memory(device);
+    if (left < unlimited) left += model.resident_bytes() - spared;
+  }
+  const int64_t wish = resident.text == "auto" ? unlimited : parse_bytes(resident.text).value_or(0);
+  if (model.hold_resident(std::min(left, wish), largest.to(device.meta()))) stepper.forget_plans();
+}
+
+}  // namespace
+
+std::vector<int64_t> longest_examples(const Dataset& data, int64_t count) {
+  const std::vector<int64_t> sorted = sorted_lengths(data);
+  std::vector<int64_t> lengths;
+  for (int64_t i = 0; i < count; ++i)
+    lengths.push_back(sorted[static_cast<size_t>(i) %
+                             std::min<size_t>(sorted.size(), static_cast<size_t>(count))]);
+  return lengths;
+}
+
+std::vector<int64_t> largest_evaluation(const Dataset& data, int64_t batch_tokens) {
+  std::vector<int64_t> lengths;
+  int64_t tokens = 0;
+  for (const int64_t length : sorted_lengths(data)) {
+    if (!lengths.empty() && tokens + length > batch_tokens) break;
+    lengths.push_back(length);
+    tokens += length;
+  }
+  return lengths;
+}
+
+LargestStep reserve_steps(Llama& model, Stepper& stepper, std::span<const Participant> gang,
+                          const MemoryBudget& resident) {
+  Filler filler;
+  BatchBuilder largest;
+  for (const Participant& p : gang) filler.add(largest, p.train_lengths, p.adapter, true);
+  if (largest.tokens() == 0) return {};
+  LargestStep step{stepper.reserve(largest, true), true};
+  for (const Participant& p : gang) {
+    BatchBuilder batch;
+    filler.add(batch, p.eval_lengths, p.adapter, false);
+    if (batch.tokens() == 0) continue;
+    const StepPlan& plan = stepper.reserve(batch, false);
+    if (plan.bytes > step.plan.bytes) step = {plan, false};
+  }
+  hold_weights(model, stepper, largest, resident);
+  return step;
+}
+
+}  // namespace qlab

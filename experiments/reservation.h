@@ -1,0 +1,40 @@
+// What the steps of a gang need, reserved before the first one. A run and the prediction of its
+// memory go through the same code, the prediction on a meta device.
+#pragma once
+#include <span>
+#include <vector>
+
+#include "data/dataset.h"
+#include "experiments/config.h"
+#include "experiments/stepper.h"
+
+namespace qlab {
+
+/// A trial as its reservation sees it.
+struct Participant {
+  const Adapter* adapter;
+  std::vector<int64_t> train_lengths;  // of the sequences of its largest micro-batch
+  std::vector<int64_t> eval_lengths;   // of its largest evaluation batch; empty without evaluation
+};
+
+/// Lengths of the `count` longest examples; a micro-batch that spans several epochs holds examples
+/// more than once.
+std::vector<int64_t> longest_examples(const Dataset& data, int64_t count);
+/// Lengths of the longest examples in a batch of evaluate(): no other needs much more memory.
+std::vector<int64_t> largest_evaluation(const Dataset& data, int64_t batch_tokens);
+
+/// The step that needs the most memory.
+struct LargestStep {
+  StepPlan plan;
+  bool train = true;  // or an evaluation
+};
+
+/// Reserves what the largest training and evaluation steps need, or throws OutOfMemory; then holds
+/// weights expanded (`resident`, quant.resident) within what that leaves free. The largest
+/// micro-batch is not known without trying them all; the one made of each trial's longest examples,
+/// everything trained, needs at least about as much. Where a later shape lays out a little larger,
+/// the reservation grows before that step.
+LargestStep reserve_steps(Llama& model, Stepper& stepper, std::span<const Participant> gang,
+                          const MemoryBudget& resident);
+
+}  // namespace qlab
