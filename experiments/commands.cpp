@@ -1,6 +1,5 @@
 #include "experiments/commands.h"
 
-#include <cerrno>
 #include <cmath>
 #include <cstdio>
 #include <fstream>
@@ -19,11 +18,6 @@ namespace qlab {
 namespace {
 
 using Json = nlohmann::json;
-
-void out(const std::string& text) {
-  if (std::fwrite(text.data(), 1, text.size(), stdout) != text.size() || std::fflush(stdout) != 0)
-    fail("the standard output cannot be written to{}", disk_remedy(errno));
-}
 
 int run(const Sweep& sweep, const SweepOptions& options, const CommonOptions& common) {
   Terminal terminal;
@@ -98,16 +92,16 @@ int run_train_command(const SweepOptions& options, const CommonOptions& common) 
 
 int run_report_command(const std::string& dir) {
   const ReportResult result = write_report(dir);
-  for (const std::string& file : result.files) out(file + "\n");
-  for (const std::string& note : result.notes) out(note + "\n");
+  for (const std::string& file : result.files) write_out(file + "\n");
+  for (const std::string& note : result.notes) write_out(note + "\n");
   return 0;
 }
 
 int run_config_command(const std::string& file, const CommonOptions& common) {
   if (file.empty() && common.sets.empty())
-    out(config_table());
+    write_out(config_table());
   else
-    out(to_yaml(load_config(file, common.sets)));
+    write_out(to_yaml(load_config(file, common.sets)));
   return 0;
 }
 
@@ -117,18 +111,18 @@ int run_inspect_command(const std::string& model, const CommonOptions& common) {
   const WeightSpec spec = weight_spec(config);
   const std::optional<LoraSpec> lora =
       config.lora.present ? std::optional(lora_spec(config)) : std::nullopt;
-  out(module_tree(llama, spec, lora));
-  out("\n" + trainable_line(count_parameters(llama, lora)) + "\n");
-  out(fmt::format("source dtype: {}\n",
-                  llama.source_dtype.empty() ? "unknown" : llama.source_dtype));
+  write_out(module_tree(llama, spec, lora));
+  write_out("\n" + trainable_line(count_parameters(llama, lora)) + "\n");
+  write_out(fmt::format("source dtype: {}\n",
+                        llama.source_dtype.empty() ? "unknown" : llama.source_dtype));
   const int64_t footprint = hf_footprint(llama, spec, lora);
   const int64_t resident = resident_bytes(llama, spec, lora);
-  out(
+  write_out(
       fmt::format("memory footprint: {:.2f} GB ({} bytes; Hugging Face's rule: parameters alone, "
                   "16 bits where not quantized)\n",
                   static_cast<double>(footprint) / 1e9, with_commas(footprint)));
-  out(fmt::format("resident: {:.3f} GB ({} bytes; with quantization constants and tables)\n",
-                  static_cast<double>(resident) / 1e9, with_commas(resident)));
+  write_out(fmt::format("resident: {:.3f} GB ({} bytes; with quantization constants and tables)\n",
+                        static_cast<double>(resident) / 1e9, with_commas(resident)));
   return 0;
 }
 
@@ -148,15 +142,15 @@ int run_generate_command(const GenerateOptions& options, const CommonOptions& co
                    : options.prompt;
   std::vector<int32_t> ids = tokenizer.encode(text);
   ids.insert(ids.begin(), tokenizer.prefix_ids().begin(), tokenizer.prefix_ids().end());
-  if (!options.chat) out(options.prompt);
+  if (!options.chat) write_out(options.prompt);
   catch_interrupts();
   generate(*loaded.model, loaded.adapter.get(), ids, tokenizer.stop_ids(), options.sampling,
            [&](int32_t id) {
-             if (!tokenizer.is_special(id)) out(tokenizer.token_bytes(id));
+             if (!tokenizer.is_special(id)) write_out(tokenizer.token_bytes(id));
              std::fflush(stdout);
              return !interrupted();
            });
-  out("\n");
+  write_out("\n");
   return interrupted() ? 130 : 0;
 }
 
@@ -175,17 +169,17 @@ int run_eval_command(const EvalOptions& options, const CommonOptions& common) {
   if (result.stopped) return 130;
   const double perplexity = std::exp(result.loss);
   if (options.json) {
-    out(Json{{"loss", result.loss},
-             {"perplexity", perplexity},
-             {"examples", data.examples.size()},
-             {"tokens", result.tokens},
-             {"trained_tokens", result.trained_tokens},
-             {"truncated", data.truncated},
-             {"dropped", data.dropped}}
-            .dump() +
-        "\n");
+    write_out(Json{{"loss", result.loss},
+                   {"perplexity", perplexity},
+                   {"examples", data.examples.size()},
+                   {"tokens", result.tokens},
+                   {"trained_tokens", result.trained_tokens},
+                   {"truncated", data.truncated},
+                   {"dropped", data.dropped}}
+                  .dump() +
+              "\n");
   } else {
-    out(fmt::format(
+    write_out(fmt::format(
         "loss {:.6f}  perplexity {:.4f}\n{} examples, {} tokens, {} of them trained; {} "
         "cut at {} tokens, {} dropped\n",
         result.loss, perplexity, data.examples.size(), result.tokens, result.trained_tokens,
@@ -209,7 +203,7 @@ int run_tokenize_command(const std::string& model, const std::string& file, bool
     std::string line;
     for (const int32_t id : tokenizer.encode(text)) line += std::to_string(id) + " ";
     if (!line.empty()) line.back() = '\n';
-    out(line);
+    write_out(line);
     return 0;
   }
   int64_t number = 0;
@@ -219,7 +213,7 @@ int run_tokenize_command(const std::string& model, const std::string& file, bool
     if (!json.is_string())
       fail("{}:{}: each line must be one JSON string", file == "-" ? "standard input" : file,
            number);
-    out(Json(tokenizer.encode(json.get<std::string>())).dump() + "\n");
+    write_out(Json(tokenizer.encode(json.get<std::string>())).dump() + "\n");
   }
   return 0;
 }

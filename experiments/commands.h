@@ -23,6 +23,14 @@ int run_config_command(const std::string& file, const CommonOptions& common);
 
 int run_inspect_command(const std::string& model, const CommonOptions& common);
 
+struct MemoryOptions {
+  std::string target;  // FILE.yaml or a model
+  std::string gpu;     // a name or bytes; "": the GPU here, or one without an end
+  bool json = false;
+};
+/// What a run would need, without running it.
+int run_memory_command(const MemoryOptions& options, const CommonOptions& common);
+
 struct GenerateOptions {
   std::string model, adapter, prompt;
   bool chat = false;

@@ -7,6 +7,7 @@
 #include <filesystem>
 
 #include "experiments/commands.h"
+#include "experiments/gpus.h"
 #include "generated/version.h"
 
 namespace {
@@ -67,6 +68,19 @@ int run(int argc, char** argv) {
       ->required();
   add_common(inspect_app, common, false);
   inspect_app->callback([&] { code = qlab::run_inspect_command(path, common); });
+
+  qlab::MemoryOptions memory;
+  auto* memory_app =
+      app.add_subcommand("memory", "what a run needs, predicted without running or loading it");
+  memory_app
+      ->add_option("target", memory.target,
+                   "YAML file, or a model: directory, FILE.gguf, hub id or synthetic:NAME")
+      ->required();
+  memory_app->add_option("--gpu", memory.gpu,
+                         "a GPU's name (" + qlab::known_gpus() + ") or its memory, as 24GiB");
+  memory_app->add_flag("--json", memory.json, "one JSON object, in bytes");
+  add_common(memory_app, common);
+  memory_app->callback([&] { code = qlab::run_memory_command(memory, common); });
 
   qlab::GenerateOptions generate;
   auto* generate_app = app.add_subcommand("generate", "continue a prompt");

@@ -3,8 +3,11 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <cerrno>
 #include <csignal>
 #include <cstdio>
+
+#include "data/file.h"
 
 namespace qlab {
 namespace {
@@ -23,6 +26,11 @@ std::string duration(double seconds) {
 }
 
 }  // namespace
+
+void write_out(const std::string& text) {
+  if (std::fwrite(text.data(), 1, text.size(), stdout) != text.size() || std::fflush(stdout) != 0)
+    fail("the standard output cannot be written to{}", disk_remedy(errno));
+}
 
 Terminal::Terminal() : live_(isatty(STDOUT_FILENO)) {}
 

@@ -33,6 +33,9 @@ class Terminal {
   size_t drawn_ = 0;  // live lines on the screen
 };
 
+/// To the standard output; Error when it cannot be written.
+void write_out(const std::string& text);
+
 /// From now on Ctrl-C and SIGTERM only set a flag; a second one ends the program at once.
 void catch_interrupts();
 bool interrupted();

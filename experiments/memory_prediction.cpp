@@ -1,0 +1,211 @@
+#include "experiments/memory_prediction.h"
+
+#include <algorithm>
+#include <limits>
+#include <memory>
+
+#include "core/ops/copy.h"
+#include "experiments/reservation.h"
+#include "experiments/setup.h"
+#include "nn/adapter_file.h"
+
+namespace qlab {
+namespace {
+
+/// Accounts of a meta device from now on, whatever it held before.
+class Accounts {
+ public:
+  explicit Accounts(Device meta) : meta_(meta), before_(memory_account(meta).current) {
+    reset_peak(meta);
+  }
+  MemoryPhase phase(const std::string& name) const {
+    const MemoryAccount account = memory_account(meta_);
+    MemoryPhase phase{name, account.current, account.at_peak, 0};
+    for (size_t i = 0; i < before_.size(); ++i) {
+      phase.held[i] -= before_[i];
+      phase.at_peak[i] -= before_[i];
+    }
+    phase.peak = sum(phase.at_peak);
+    reset_peak(meta_);
+    return phase;
+  }
+
+ private:
+  Device meta_;
+  CategoryBytes before_;
+};
+
+/// The limit of a meta device for as long as a prediction lasts.
+class Capacity {
+ public:
+  Capacity(Device meta, std::optional<int64_t> bytes) : meta_(meta) {
+    if (bytes) limit_memory(meta, *bytes);
+  }
+  ~Capacity() { limit_memory(meta_, std::numeric_limits<int64_t>::max()); }
+
+ private:
+  Device meta_;
+};
+
+ResidentBytes parts_of(const std::vector<LiveTensor>& tensors) {
+  ResidentBytes bytes;
+  for (const LiveTensor& t : tensors) {
+    int64_t& part = t.name == "rotary_emb"                             ? bytes.tables
+                    : t.category == Category::constants                ? bytes.constants
+                    : t.name.find("embed_tokens") != std::string::npos ? bytes.embeddings
+                    : t.name.find("lm_head") != std::string::npos      ? bytes.lm_head
+                    : t.name.find("norm.weight") != std::string::npos ||
+                            t.name.find("layernorm") != std::string::npos
+                        ? bytes.norms
+                        : bytes.linear;
+    part += t.bytes;
+  }
+  return bytes;
+}
+
+struct PaperRun {
+  std::unique_ptr<Adapter> adapter;
+  std::unique_ptr<AdamW> optimizer;
+};
+
+void set_all(std::vector<PaperTrial>& gang, const std::string& key, const std::string& value) {
+  for (PaperTrial& t : gang) set_key(t.config, key, YAML::Load(value), "");
+}
+
+/// Halves the micro-batch and doubles their number, so that the numbers stay.
+bool halve_batch(std::vector<PaperTrial>& gang, std::vector<std::string>& sets) {
+  TrainConfig& first = gang.front().config.train;
+  if (first.batch_size % 2 != 0) return false;
+  for (PaperTrial& t : gang) {
+    TrainConfig& train = t.config.train;
+    train.batch_size = std::max<int64_t>(train.batch_size / 2, 1);
+    train.grad_accum *= 2;
+    t.train_lengths.resize((t.train_lengths.size() + 1) / 2);
+  }
+  std::erase_if(sets, [](const std::string& s) {
+    return s.starts_with("train.batch_size") || s.starts_with("train.grad_accum");
+  });
+  sets.push_back("train.batch_size=" + std::to_string(first.batch_size));
+  sets.push_back("train.grad_accum=" + std::to_string(first.grad_accum));
+  return true;
+}
+
+}  // namespace
+
+PaperTrial assumed_trial(const Config& config, Device target) {
+  PaperTrial trial{config, {}, {}};
+  trial.train_lengths.assign(static_cast<size_t>(config.train.batch_size), config.data.seq_len);
+  if (!config.data.eval.empty()) {
+    const int64_t length = config.data.eval_seq_len;
+    trial.eval_lengths.assign(
+        static_cast<size_t>(std::max<int64_t>(evaluation_tokens(target) / length, 1)), length);
+  }
+  return trial;
+}
+
+const MemoryPhase& MemoryPrediction::highest() const {
+  return *std::max_element(phases.begin(), phases.end(),
+                           [](const auto& a, const auto& b) { return a.peak < b.peak; });
+}
+
+MemoryPrediction predict_memory(const ModelSource& model, std::span<const PaperTrial> gang,
+                                Device target, std::optional<int64_t> capacity) {
+  const Device meta = target.meta(), host = Device::cpu().meta();
+  const Config& first = gang.front().config;
+  const Capacity limit(meta, capacity);
+  MemoryPrediction out;
+  const Accounts host_accounts(host);  // on a CPU the same as the device's
+  const Accounts accounts(meta);
+  const std::unique_ptr<Llama> llama =
+      load_llama(model, weight_spec(first), compute_dtype(first, target), meta);
+  out.phases.push_back(accounts.phase("load"));
+  if (target.is_cuda()) out.host_peak = host_accounts.phase("load").peak;
+  out.resident = parts_of(live_tensors(meta));
+  LargestStep step;
+  std::vector<PaperRun> runs;
+  std::unique_ptr<Stepper> stepper;
+  if (first.lora.present) {
+    std::vector<Participant> participants;
+    for (const PaperTrial& t : gang) {
+      const LoraSpec spec = lora_spec(t.config);
+      PaperRun& run = runs.emplace_back();
+      run.adapter = std::make_unique<Adapter>(spec, llama->adapter_shapes(spec), 0, 0,
+                                              llama->compute_dtype(), meta);
+      const int64_t count = run.adapter->parameter_count();
+      run.optimizer = std::make_unique<AdamW>(adamw_config(t.config), count, meta);
+      out.trainable_params += count;
+      participants.push_back({run.adapter.get(), t.train_lengths, t.eval_lengths});
+    }
+    out.phases.push_back(accounts.phase("prepare"));
+    stepper = std::make_unique<Stepper>(*llama, recompute_of(first), false);
+    step = reserve_steps(*llama, *stepper, participants, first.quant.resident);
+    out.held_expanded = llama->resident_bytes();
+    out.phases.push_back(accounts.phase("reserve"));
+    for (const PaperRun& run : runs) {
+      fill_zero(run.adapter->gradients());
+      run.optimizer->step(run.adapter->parameters(), run.adapter->gradients(), 0.0f);
+      run.adapter->refresh();
+    }
+    out.phases.push_back(accounts.phase("train"));
+    for (const PaperRun& run : runs) adapter_tensors(*run.adapter);
+    out.phases.push_back(accounts.phase("save"));
+  }
+  out.step_bytes = step.plan.bytes;
+  out.step = step.plan.course();
+  out.at_peak = live_tensors(meta);
+  const bool loading = &out.highest() == &out.phases.front();
+  out.moment = loading ? "loading the base"
+                       : (step.train ? "training step: " : "evaluation: ") + step.plan.peak_place();
+  if (!loading)
+    for (LiveTensor& t : step.plan.live_at_peak()) out.at_peak.push_back(std::move(t));
+  std::stable_sort(out.at_peak.begin(), out.at_peak.end(),
+                   [](const LiveTensor& a, const LiveTensor& b) { return a.bytes > b.bytes; });
+  return out;
+}
+
+std::optional<Remedy> cheapest_fit(const ModelSource& model, std::span<const PaperTrial> gang,
+                                   Device target, int64_t capacity) {
+  // What costs speed alone comes first, the mildest first; then what changes the numbers.
+  std::vector<PaperTrial> tried(gang.begin(), gang.end());
+  std::vector<std::string> sets;
+  const auto fits = [&]() -> std::optional<Remedy> {
+    const int64_t peak = predict_memory(model, tried, target, capacity).peak();
+    return peak <= capacity ? std::optional(Remedy{sets, peak}) : std::nullopt;
+  };
+  const auto set = [&](const std::string& key, const std::string& value) {
+    set_all(tried, key, value);
+    std::erase_if(sets, [&](const std::string& s) { return s.starts_with(key + "="); });
+    sets.push_back(key + "=" + value);
+    return fits();
+  };
+  const Config& first = gang.front().config;
+  if (first.quant.resident.text != "0")
+    if (const auto remedy = set("quant.resident", "0")) return remedy;
+  if (first.lora.present) {
+    if (first.train.recompute == "none")
+      if (const auto remedy = set("train.recompute", "selective")) return remedy;
+    if (first.train.recompute != "full")
+      if (const auto remedy = set("train.recompute", "full")) return remedy;
+    while (halve_batch(tried, sets))
+      if (const auto remedy = fits()) return remedy;
+    while (tried.size() > 1) {
+      tried.resize((tried.size() + 1) / 2);
+      std::erase_if(sets, [](const std::string& s) { return s.starts_with("parallel."); });
+      sets.push_back("parallel.trials_per_gpu=" + std::to_string(tried.size()));
+      if (const auto remedy = fits()) return remedy;
+    }
+  }
+  if (first.quant.type != "nf4")
+    if (const auto remedy = set("quant.type", "nf4")) return remedy;
+  if (!first.quant.double_quant)
+    if (const auto remedy = set("quant.double_quant", "true")) return remedy;
+  while (first.lora.present && tried.front().config.data.seq_len > 256) {
+    const int64_t length = tried.front().config.data.seq_len / 2;
+    for (PaperTrial& t : tried)
+      for (int64_t& n : t.train_lengths) n = std::min(n, length);
+    if (const auto remedy = set("data.seq_len", std::to_string(length))) return remedy;
+  }
+  return {};
+}
+
+}  // namespace qlab

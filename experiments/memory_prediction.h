@@ -1,0 +1,69 @@
+// What a run will need: its own code, from loading to the optimizer, on a meta device, where
+// nothing is computed and the allocator keeps accounts. No formula beside the program.
+#pragma once
+#include <optional>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "experiments/config.h"
+#include "experiments/gpus.h"
+#include "nn/load.h"
+
+namespace qlab {
+
+/// A trial on paper: its configuration, and the lengths of its largest batches.
+struct PaperTrial {
+  Config config;
+  std::vector<int64_t> train_lengths, eval_lengths;
+};
+/// Full batches of data.seq_len, as synthetic data has them.
+PaperTrial assumed_trial(const Config& config, Device target);
+
+/// The bytes of one stage: load (the base), prepare (adapters and optimizers), reserve (steps and
+/// weights held expanded), train, save.
+struct MemoryPhase {
+  std::string name;
+  CategoryBytes held{};     // when it ends
+  CategoryBytes at_peak{};  // when it holds the most
+  int64_t peak = 0;
+};
+
+/// The base by its parts, quantization constants apart.
+struct ResidentBytes {
+  int64_t linear = 0, constants = 0, embeddings = 0, lm_head = 0, norms = 0, tables = 0;
+  int64_t total() const { return linear + constants + embeddings + lm_head + norms + tables; }
+};
+
+struct MemoryPrediction {
+  std::vector<MemoryPhase> phases;
+  ResidentBytes resident;
+  int64_t trainable_params = 0;
+  int64_t step_bytes = 0;              // the reservation of a step
+  std::vector<StepPlan::Moment> step;  // what is live inside of the largest step, in order
+  std::string moment;                  // of the peak
+  std::vector<LiveTensor> at_peak;     // what lives then, the largest first
+  int64_t held_expanded = 0;           // of the base, in the compute dtype (quant.resident)
+  int64_t host_peak = 0;               // of the host, for a GPU's run: what loading stages
+
+  const MemoryPhase& highest() const;
+  int64_t peak() const { return highest().peak; }
+};
+
+/// `gang`: trials that train together on one base. Without lora keys in the first the base alone.
+/// `target`: cpu or cuda; `capacity`: what the allocator can have there, which quant.resident: auto
+/// fills; without it there is no end.
+MemoryPrediction predict_memory(const ModelSource& model, std::span<const PaperTrial> gang,
+                                Device target, std::optional<int64_t> capacity = {});
+
+/// Settings under which a run fits, and what it then needs.
+struct Remedy {
+  std::vector<std::string> sets;  // "train.recompute=full"
+  int64_t peak;
+};
+/// The mildest change of the gang's configurations that fits into `capacity`; nothing when even all
+/// of them together do not.
+std::optional<Remedy> cheapest_fit(const ModelSource& model, std::span<const PaperTrial> gang,
+                                   Device target, int64_t capacity);
+
+}  // namespace qlab

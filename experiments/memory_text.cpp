@@ -1,0 +1,153 @@
+#include "experiments/memory_text.h"
+
+#include <algorithm>
+
+#include "nn/module_tree.h"
+
+namespace qlab {
+namespace {
+
+using Json = nlohmann::json;
+
+bool fits(const MemoryQuestion& question, const MemoryPrediction& prediction) {
+  return !question.gpu || prediction.peak() <= question.gpu->usable();
+}
+
+std::string row(const std::string& what, int64_t bytes, const std::string& note = "") {
+  return fmt::format("  {:<34}{:>10}{:>18}{}\n", what, format_bytes(bytes), with_commas(bytes),
+                     note.empty() ? "" : "  " + note);
+}
+
+int64_t at(const CategoryBytes& bytes, Category category) {
+  return bytes[static_cast<size_t>(category)];
+}
+
+std::string remedy_text(const std::optional<Remedy>& remedy) {
+  if (!remedy)
+    return "  nothing that qlab can change makes it fit; take a larger GPU or a smaller model\n";
+  std::string sets;
+  for (const std::string& s : remedy->sets) sets += " --set " + s;
+  return fmt::format("  would fit with{}: peak {}\n", sets, format_bytes(remedy->peak));
+}
+
+std::string setting(const Config& c, size_t trials) {
+  std::string text = c.quant.type;
+  if (c.quant.type == "nf4")
+    text += fmt::format(" in blocks of {}{}", c.quant.block_size,
+                        c.quant.double_quant ? ", scales in 8 bits" : "");
+  if (!c.lora.present) return text + "; no lora key: the base alone";
+  text += fmt::format("; LoRA r {} on {}; {} x {} tokens, recompute {}", c.lora.r,
+                      c.lora.targets.str(), c.train.batch_size, c.data.seq_len, c.train.recompute);
+  if (trials > 1) text += fmt::format("; {} trials together", trials);
+  return text;
+}
+
+}  // namespace
+
+Json category_json(const CategoryBytes& bytes) {
+  Json json = Json::object();
+  for (int i = 0; i < category_count; ++i)
+    json[name_of(static_cast<Category>(i))] = bytes[static_cast<size_t>(i)];
+  return json;
+}
+
+std::string memory_text(const MemoryQuestion& question, const Config& config,
+                        const MemoryPrediction& p, const std::optional<Remedy>& remedy) {
+  const size_t trials =
+      config.lora.present ? static_cast<size_t>(config.parallel.trials_per_gpu) : 1;
+  std::string text =
+      fmt::format("{} on {}\n{}\n", question.model, question.device, setting(config, trials));
+  if (!question.assumed.empty()) text += question.assumed + "\n";
+  text += "\nthe base\n";
+  const ResidentBytes& r = p.resident;
+  text += row("linear weights", r.linear);
+  if (r.constants > 0) text += row("quantization constants", r.constants);
+  text += row("embeddings", r.embeddings);
+  if (r.lm_head > 0) text += row("lm_head", r.lm_head);
+  text += row("norms", r.norms) + row("rotary tables", r.tables) + row("resident", r.total());
+  text += row("Hugging Face's footprint", question.footprint,
+              "its rule: parameters alone, 16 bits where not quantized");
+  const MemoryPhase& highest = p.highest();
+  text += "\nat the peak, " + p.moment + "\n";
+  const CategoryBytes& peak = highest.at_peak;
+  text += row("base", at(peak, Category::weights) + at(peak, Category::constants),
+              p.held_expanded > 0 ? format_bytes(p.held_expanded) + " of it held expanded" : "");
+  if (p.trainable_params > 0) {
+    text += row("adapters", at(peak, Category::adapters),
+                with_commas(p.trainable_params) + " trainable parameters");
+    text += row("gradients", at(peak, Category::gradients));
+    text += row("optimizer states", at(peak, Category::optimizer));
+    text += row("activations", at(peak, Category::activations));
+  }
+  text += row("workspace", at(peak, Category::workspace));
+  text += row("peak", p.peak());
+  if (p.host_peak > 0) text += row("the host, while loading", p.host_peak);
+  if (question.gpu) {
+    const GpuSpec& gpu = *question.gpu;
+    text += row("CUDA context and libraries", gpu.context_bytes,
+                gpu.measured ? "measured" : "assumed: not measured on this GPU");
+    const int64_t left = gpu.usable() - p.peak();
+    text += left >= 0
+                ? row("free of " + format_bytes(gpu.memory_bytes), left, "fits")
+                : row("too much for " + format_bytes(gpu.memory_bytes), -left, "does not fit");
+    if (left < 0) text += remedy_text(remedy);
+  }
+  text += "\nthe largest tensors then\n";
+  for (size_t i = 0; i < std::min<size_t>(5, p.at_peak.size()); ++i) {
+    const LiveTensor& t = p.at_peak[i];
+    text += fmt::format("  {:>10}  {}  {}  ({})\n", format_bytes(t.bytes), t.name, t.kind,
+                        name_of(t.category));
+  }
+  return text;
+}
+
+Json memory_json(const MemoryQuestion& question, const MemoryPrediction& p,
+                 const std::optional<Remedy>& remedy) {
+  const ResidentBytes& r = p.resident;
+  Json json = {{"model", question.model},
+               {"device", question.device},
+               {"footprint_bytes", question.footprint},
+               {"resident",
+                {{"linear", r.linear},
+                 {"constants", r.constants},
+                 {"embeddings", r.embeddings},
+                 {"lm_head", r.lm_head},
+                 {"norms", r.norms},
+                 {"rotary_tables", r.tables},
+                 {"total", r.total()}}},
+               {"held_expanded_bytes", p.held_expanded},
+               {"trainable_params", p.trainable_params},
+               {"categories", category_json(p.highest().at_peak)},
+               {"peak_bytes", p.peak()},
+               {"peak_moment", p.moment},
+               {"step_bytes", p.step_bytes},
+               {"host_peak_bytes", p.host_peak}};
+  if (!question.assumed.empty()) json["assumed"] = question.assumed;
+  if (question.gpu) {
+    json["memory_bytes"] = question.gpu->memory_bytes;
+    json["context_bytes"] = question.gpu->context_bytes;
+    json["context_measured"] = question.gpu->measured;
+    json["fits"] = fits(question, p);
+    if (remedy) json["fits_with"] = {{"set", remedy->sets}, {"peak_bytes", remedy->peak}};
+  }
+  json["largest"] = Json::array();
+  for (size_t i = 0; i < std::min<size_t>(5, p.at_peak.size()); ++i) {
+    const LiveTensor& t = p.at_peak[i];
+    json["largest"].push_back({{"name", t.name},
+                               {"kind", t.kind},
+                               {"category", name_of(t.category)},
+                               {"bytes", t.bytes}});
+  }
+  // Phases with what is held beside a step; inside the step, place by place, with the step alone.
+  json["timeline"] = Json::array();
+  for (const MemoryPhase& phase : p.phases)
+    json["timeline"].push_back(
+        {{"phase", phase.name}, {"held", category_json(phase.held)}, {"peak_bytes", phase.peak}});
+  json["step"] = Json::array();
+  for (const StepPlan::Moment& m : p.step)
+    json["step"].push_back(
+        {{"place", m.place}, {"bytes", sum(m.bytes)}, {"categories", category_json(m.bytes)}});
+  return json;
+}
+
+}  // namespace qlab

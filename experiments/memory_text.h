@@ -1,0 +1,27 @@
+// A prediction of memory as text and as JSON.
+#pragma once
+#include <nlohmann/json.hpp>
+#include <optional>
+#include <string>
+
+#include "experiments/memory_prediction.h"
+
+namespace qlab {
+
+/// What a prediction is for.
+struct MemoryQuestion {
+  std::string model;
+  std::string device;          // "h100-80gb", "cpu"
+  std::optional<GpuSpec> gpu;  // none: a CPU, or a GPU without a limit
+  int64_t footprint = 0;       // Hugging Face's get_memory_footprint
+  std::string assumed;         // what was assumed about the data, or ""
+};
+
+std::string memory_text(const MemoryQuestion& question, const Config& config,
+                        const MemoryPrediction& prediction, const std::optional<Remedy>& remedy);
+nlohmann::json memory_json(const MemoryQuestion& question, const MemoryPrediction& prediction,
+                           const std::optional<Remedy>& remedy);
+/// {"weights": 0, ...}
+nlohmann::json category_json(const CategoryBytes& bytes);
+
+}  // namespace qlab
