@@ -17,10 +17,28 @@ struct Recording {
   std::vector<size_t> open;
 };
 thread_local Recording* recording = nullptr;
+thread_local WorkCounter* counter = nullptr;
+
+void add_line(std::vector<ProfileLine>& lines, const char* name, double seconds, Work work) {
+  auto line = std::find_if(lines.begin(), lines.end(),
+                           [&](const ProfileLine& l) { return l.name == name; });
+  if (line == lines.end()) line = lines.insert(line, ProfileLine{name, 0, 0, {}});
+  ++line->calls;
+  line->seconds += seconds;
+  line->work.flops += work.flops;
+  line->work.bytes += work.bytes;
+}
 
 }  // namespace
 
+WorkCounter::WorkCounter() {
+  QLAB_CHECK(counter == nullptr, "work is already being counted");
+  counter = this;
+}
+WorkCounter::~WorkCounter() { counter = nullptr; }
+
 OpScope::OpScope(const char* name, Device device, Work work) : cuda_(device.is_cuda()) {
+  if (counter != nullptr && device.is_meta()) add_line(counter->lines_, name, 0, work);
   if (!cuda_) return;
   cuda::push_range(name);
   if (recording == nullptr) return;
@@ -58,16 +76,8 @@ Profile Profiler::finish() {
   const std::vector<Mark>& marks = recording->marks;
   if (marks.empty()) return profile;
   profile.seconds = cuda::seconds_between(marks.front().first, marks.back().second);
-  for (const Mark& mark : marks) {
-    auto line = std::find_if(profile.lines.begin(), profile.lines.end(),
-                             [&](const ProfileLine& l) { return l.name == mark.name; });
-    if (line == profile.lines.end())
-      line = profile.lines.insert(line, ProfileLine{mark.name, 0, 0, {}});
-    ++line->calls;
-    line->seconds += cuda::seconds_between(mark.first, mark.second);
-    line->work.flops += mark.work.flops;
-    line->work.bytes += mark.work.bytes;
-  }
+  for (const Mark& mark : marks)
+    add_line(profile.lines, mark.name, cuda::seconds_between(mark.first, mark.second), mark.work);
   std::sort(profile.lines.begin(), profile.lines.end(),
             [](const ProfileLine& a, const ProfileLine& b) { return a.seconds > b.seconds; });
   return profile;

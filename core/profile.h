@@ -47,6 +47,21 @@ class Profiler {
   Profile finish();
 };
 
+/// Adds up, by name, what operations that this thread issues on meta devices would have to do;
+/// seconds stay 0.
+class WorkCounter {
+ public:
+  WorkCounter();
+  ~WorkCounter();
+  WorkCounter(const WorkCounter&) = delete;
+  WorkCounter& operator=(const WorkCounter&) = delete;
+  const std::vector<ProfileLine>& lines() const { return lines_; }
+
+ private:
+  friend class OpScope;
+  std::vector<ProfileLine> lines_;
+};
+
 namespace cuda {
 /// Records a moment of the current device's stream; marks are numbered from 0 after clear_marks().
 int64_t mark();

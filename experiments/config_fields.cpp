@@ -143,10 +143,15 @@ std::vector<Field> make_fields() {
       {"train.recompute",
        QLAB_SLOT(train.recompute),
        "what the backward pass computes again: selective, the outputs of norms and SwiGLU; full, "
-       "all "
-       "but each layer's input",
+       "all but each layer's input; auto, for each layer what is fastest within "
+       "train.memory_budget",
        none,
-       {"none", "selective", "full"}},
+       {"none", "selective", "full", "auto"}},
+      {.key = "train.memory_budget",
+       .slot = QLAB_SLOT(train.memory_budget),
+       .meaning = "with recompute auto, what the run may take of the device in all, for example "
+                  "24GiB; auto: what is free, less 1 GiB on a GPU",
+       .effect = none},
       {.key = "train.graphs",
        .slot = QLAB_SLOT(train.graphs),
        .meaning = "record the steps of a shape that occurs again as a CUDA graph",

@@ -103,13 +103,25 @@ PaperTrial assumed_trial(const Config& config, Device target) {
   return trial;
 }
 
+RunPlan asked_plan(const Config& config, int64_t layers) {
+  RunPlan plan;
+  plan.layers.assign(static_cast<size_t>(layers), recompute_of(config));
+  const std::string& resident = config.quant.resident.text;
+  plan.resident =
+      resident == "auto" ? std::numeric_limits<int64_t>::max() : parse_bytes(resident).value_or(0);
+  return plan;
+}
+
 const MemoryPhase& MemoryPrediction::highest() const {
   return *std::max_element(phases.begin(), phases.end(),
                            [](const auto& a, const auto& b) { return a.peak < b.peak; });
 }
 
 MemoryPrediction predict_memory(const ModelSource& model, std::span<const PaperTrial> gang,
-                                Device target, std::optional<int64_t> capacity) {
+                                Device target, std::optional<int64_t> capacity,
+                                const std::optional<RunPlan>& given) {
+  const RunPlan plan =
+      given ? *given : asked_plan(gang.front().config, model.config.num_hidden_layers);
   const Device meta = target.meta(), host = Device::cpu().meta();
   const Config& first = gang.front().config;
   const Capacity limit(meta, capacity);
@@ -137,15 +149,18 @@ MemoryPrediction predict_memory(const ModelSource& model, std::span<const PaperT
       participants.push_back({run.adapter.get(), t.train_lengths, t.eval_lengths});
     }
     out.phases.push_back(accounts.phase("prepare"));
-    stepper = std::make_unique<Stepper>(*llama, recompute_of(first), false);
-    step = reserve_steps(*llama, *stepper, participants, first.quant.resident);
+    stepper = std::make_unique<Stepper>(*llama, RecomputePolicy(plan.layers), false);
+    step = reserve_steps(*llama, *stepper, participants, plan.resident);
     out.held_expanded = llama->resident_bytes();
     out.phases.push_back(accounts.phase("reserve"));
+    const WorkCounter counter;
+    count_largest_step(*stepper, participants);
     for (const PaperRun& run : runs) {
       fill_zero(run.adapter->gradients());
       run.optimizer->step(run.adapter->parameters(), run.adapter->gradients(), 0.0f);
       run.adapter->refresh();
     }
+    out.work = counter.lines();
     out.phases.push_back(accounts.phase("train"));
     for (const PaperRun& run : runs) adapter_tensors(*run.adapter);
     out.phases.push_back(accounts.phase("save"));

@@ -6,6 +6,7 @@
 #include <string>
 #include <vector>
 
+#include "core/profile.h"
 #include "experiments/config.h"
 #include "experiments/gpus.h"
 #include "nn/load.h"
@@ -35,6 +36,16 @@ struct ResidentBytes {
   int64_t total() const { return linear + constants + embeddings + lm_head + norms + tables; }
 };
 
+/// How a run uses memory; no result depends on it.
+struct RunPlan {
+  std::vector<Recompute> layers;  // what each of them computes again
+  int64_t resident = 0;           // bytes for weights held expanded
+  int64_t peak = 0;               // of the allocator, predicted
+  double step_seconds = 0;        // predicted by experiments/cost_model.h
+};
+/// What train.recompute (not auto) and quant.resident ask for.
+RunPlan asked_plan(const Config& config, int64_t layers);
+
 struct MemoryPrediction {
   std::vector<MemoryPhase> phases;
   ResidentBytes resident;
@@ -44,6 +55,7 @@ struct MemoryPrediction {
   std::string moment;                  // of the peak
   std::vector<LiveTensor> at_peak;     // what lives then, the largest first
   int64_t held_expanded = 0;           // of the base, in the compute dtype (quant.resident)
+  std::vector<ProfileLine> work;       // of the largest training micro-batch and an update
   int64_t host_peak = 0;               // of the host, for a GPU's run: what loading stages
 
   const MemoryPhase& highest() const;
@@ -52,9 +64,10 @@ struct MemoryPrediction {
 
 /// `gang`: trials that train together on one base. Without lora keys in the first the base alone.
 /// `target`: cpu or cuda; `capacity`: what the allocator can have there, which quant.resident: auto
-/// fills; without it there is no end.
+/// fills; without it there is no end. `plan`: what the first trial asks for unless given.
 MemoryPrediction predict_memory(const ModelSource& model, std::span<const PaperTrial> gang,
-                                Device target, std::optional<int64_t> capacity = {});
+                                Device target, std::optional<int64_t> capacity = {},
+                                const std::optional<RunPlan>& plan = {});
 
 /// Settings under which a run fits, and what it then needs.
 struct Remedy {

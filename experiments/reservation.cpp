@@ -35,8 +35,7 @@ std::vector<int64_t> sorted_lengths(const Dataset& data) {
 }
 
 // What the largest steps and a reserve for other programs leave free may hold expanded weights.
-void hold_weights(Llama& model, Stepper& stepper, const BatchBuilder& largest,
-                  const MemoryBudget& resident) {
+void hold_weights(Llama& model, Stepper& stepper, const BatchBuilder& largest, int64_t resident) {
   const Device device = model.device();
   constexpr int64_t spared = int64_t{1} << 30, unlimited = std::numeric_limits<int64_t>::max();
   int64_t left = unlimited;
@@ -44,8 +43,8 @@ void hold_weights(Llama& model, Stepper& stepper, const BatchBuilder& largest,
     left = available_memory(device);
     if (left < unlimited) left += model.resident_bytes() - spared;
   }
-  const int64_t wish = resident.text == "auto" ? unlimited : parse_bytes(resident.text).value_or(0);
-  if (model.hold_resident(std::min(left, wish), largest.to(device.meta()))) stepper.forget_plans();
+  if (model.hold_resident(std::min(left, resident), largest.to(device.meta())))
+    stepper.forget_plans();
 }
 
 }  // namespace
@@ -70,8 +69,16 @@ std::vector<int64_t> largest_evaluation(const Dataset& data, int64_t batch_token
   return lengths;
 }
 
+void count_largest_step(Stepper& stepper, std::span<const Participant> gang) {
+  Filler filler;
+  BatchBuilder largest;
+  for (const Participant& p : gang) filler.add(largest, p.train_lengths, p.adapter, true);
+  stepper.forget_plans();
+  stepper.reserve(largest, true);
+}
+
 LargestStep reserve_steps(Llama& model, Stepper& stepper, std::span<const Participant> gang,
-                          const MemoryBudget& resident) {
+                          int64_t resident) {
   Filler filler;
   BatchBuilder largest;
   for (const Participant& p : gang) filler.add(largest, p.train_lengths, p.adapter, true);

@@ -5,7 +5,6 @@
 #include <vector>
 
 #include "data/dataset.h"
-#include "experiments/config.h"
 #include "experiments/stepper.h"
 
 namespace qlab {
@@ -30,11 +29,13 @@ struct LargestStep {
 };
 
 /// Reserves what the largest training and evaluation steps need, or throws OutOfMemory; then holds
-/// weights expanded (`resident`, quant.resident) within what that leaves free. The largest
+/// weights expanded, at most `resident` bytes, within what that leaves free. The largest
 /// micro-batch is not known without trying them all; the one made of each trial's longest examples,
 /// everything trained, needs at least about as much. Where a later shape lays out a little larger,
 /// the reservation grows before that step.
 LargestStep reserve_steps(Llama& model, Stepper& stepper, std::span<const Participant> gang,
-                          const MemoryBudget& resident);
+                          int64_t resident);
+/// Plans the gang's largest training step once more, for a WorkCounter; on a meta device.
+void count_largest_step(Stepper& stepper, std::span<const Participant> gang);
 
 }  // namespace qlab

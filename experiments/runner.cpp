@@ -262,8 +262,8 @@ std::vector<std::vector<Planned>> gangs_of(const std::vector<Planned>& pending, 
   const auto key = [&](const Planned& p) {
     const Config& c = p.trial->config;
     return base_key(c, compute_dtype(c, device), device) + "|" + c.train.recompute + "|" +
-           c.quant.resident.text + (c.train.graphs ? "|graphs|" : "|") +
-           std::to_string(c.parallel.trials_per_gpu);
+           c.train.memory_budget.text + "|" + c.quant.resident.text +
+           (c.train.graphs ? "|graphs|" : "|") + std::to_string(c.parallel.trials_per_gpu);
   };
   for (size_t i = 0; i < pending.size(); ++i) {
     if (taken[i]) continue;

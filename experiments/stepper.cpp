@@ -13,16 +13,16 @@ constexpr bool recordable = true;
 
 }  // namespace
 
-Stepper::Stepper(const Llama& model, Recompute recompute, bool graphs)
+Stepper::Stepper(const Llama& model, const RecomputePolicy& policy, bool graphs)
     : model_(model),
-      recompute_(recompute),
+      policy_(policy),
       graphs_(recordable && graphs && model.device().is_cuda() && StepMemory::planned()),
       memory_(model.device()),
       buffer_(model.device()) {}
 
 Tensor Stepper::step(const Batch& batch, bool train) const {
   Tape tape(train);
-  const Variable hidden = model_.hidden(tape, batch, recompute_);
+  const Variable hidden = model_.hidden(tape, batch, policy_);
   const Variable nll = model_.loss(tape, batch, hidden);
   if (train) tape.backward(nll);
   return nll.value;

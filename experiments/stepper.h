@@ -14,7 +14,7 @@ namespace qlab {
 class Stepper {
  public:
   /// Without `graphs` every kernel is launched by itself; the bits are the same.
-  Stepper(const Llama& model, Recompute recompute, bool graphs = true);
+  Stepper(const Llama& model, const RecomputePolicy& policy, bool graphs = true);
 
   /// Plans and reserves, so that the largest micro-batch of a run is refused or accepted at once.
   /// For a model on meta only accounts are kept, and the plan has names.
@@ -37,7 +37,7 @@ class Stepper {
   Tensor step(const Batch& batch, bool train) const;
 
   const Llama& model_;
-  Recompute recompute_;
+  RecomputePolicy policy_;
   bool graphs_;
   StepMemory memory_;
   BatchBuffer buffer_;

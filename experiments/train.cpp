@@ -6,7 +6,6 @@
 
 #include "core/ops/copy.h"
 #include "data/file.h"
-#include "experiments/reservation.h"
 #include "experiments/throughput.h"
 #include "nn/adapter_file.h"
 
@@ -201,7 +200,8 @@ Gang::Gang(Library& library, Llama& model, std::vector<TrialRun*> trials, TrainC
       trials_(std::move(trials)),
       callbacks_(std::move(callbacks)),
       model_(model),
-      stepper_(model, recompute_of(trials_.at(0)->config_),
+      plan_(make_plan(library)),
+      stepper_(model, RecomputePolicy(plan_.layers),
                trials_.at(0)->config_.train.graphs && !callbacks_.profile),
       peak_flops_(model.device().is_cuda() ? peak_flops(device_description(model.device())) : 0) {
   for (TrialRun* t : trials_) t->gang_size_ = static_cast<int64_t>(trials_.size());
@@ -214,7 +214,7 @@ std::vector<TrialRun*> Gang::running() const {
   return left;
 }
 
-void Gang::reserve() {
+std::vector<Participant> Gang::participants() const {
   std::vector<Participant> gang;
   for (TrialRun* t : running()) {
     Participant p{t->adapter_.get(), {}, {}};
@@ -224,7 +224,24 @@ void Gang::reserve() {
       p.eval_lengths = largest_evaluation(*t->eval_, evaluation_tokens(model_.device()));
     gang.push_back(std::move(p));
   }
-  reserve_steps(model_, stepper_, gang, trials_.at(0)->config_.quant.resident);
+  return gang;
+}
+
+RunPlan Gang::make_plan(Library& library) const {
+  const Config& first = trials_.at(0)->config_;
+  if (first.train.recompute != "auto") return asked_plan(first, model_.config().num_hidden_layers);
+  std::vector<PaperTrial> gang;
+  const std::vector<TrialRun*> active = running();
+  const std::vector<Participant> all = participants();
+  for (size_t i = 0; i < active.size(); ++i)
+    gang.push_back({active[i]->config_, all[i].train_lengths, all[i].eval_lengths});
+  if (gang.empty()) return {};
+  const Device device = model_.device();
+  RunPlan plan = plan_run(library.model(first.model.path), gang, device,
+                          memory_budget(first, device), rates_of(device));
+  for (TrialRun* t : active)
+    t->files_.log(fmt::format("plan: {}; {} at the peak", describe(plan), format_bytes(plan.peak)));
+  return plan;
 }
 
 void Gang::evaluate_due() {
@@ -318,7 +335,7 @@ void Gang::profile_step() {
 }
 
 void Gang::run() {
-  reserve();
+  reserve_steps(model_, stepper_, participants(), plan_.resident);
   while (true) {
     evaluate_due();
     const bool stop = callbacks_.stop && callbacks_.stop();

@@ -10,6 +10,8 @@
 #include "core/profile.h"
 #include "data/order.h"
 #include "experiments/evaluate.h"
+#include "experiments/planner.h"
+#include "experiments/reservation.h"
 #include "experiments/setup.h"
 #include "experiments/trial_files.h"
 #include "optim/schedule.h"
@@ -98,14 +100,16 @@ struct TrainCallbacks {
 
 class Gang {
  public:
-  /// Trials of one base (equal base_key) and one recompute setting.
+  /// Trials of one base (equal base_key) and one plan. Throws OutOfMemory when no plan fits
+  /// train.memory_budget.
   Gang(Library& library, Llama& model, std::vector<TrialRun*> trials, TrainCallbacks callbacks);
   /// Until every trial has finished, failed or was interrupted. Throws OutOfMemory before the first
   /// step when the gang does not fit.
   void run();
 
  private:
-  void reserve();
+  std::vector<Participant> participants() const;
+  RunPlan make_plan(Library& library) const;
   void evaluate_due();
   void train_step();
   void profile_step();
@@ -115,6 +119,7 @@ class Gang {
   std::vector<TrialRun*> trials_;
   TrainCallbacks callbacks_;
   Llama& model_;
+  RunPlan plan_;
   Stepper stepper_;
   int64_t steps_taken_ = 0;
   double peak_flops_;  // of the device, 0 where unknown

@@ -186,12 +186,14 @@ Variable Llama::layer(Tape& tape, const DecoderLayer& layer, int64_t index, cons
   });
 }
 
-Variable Llama::hidden(Tape& tape, const Batch& batch, Recompute recompute, KvCache* cache) const {
+Variable Llama::hidden(Tape& tape, const Batch& batch, const RecomputePolicy& policy,
+                       KvCache* cache) const {
   Variable x = tape.input(gather_rows(embed_tokens_, batch.ids, compute_));
   // The residual stream's gradient is one buffer; folded adapters of o and down work in its tail.
   for (const DecoderLayer& l : layers_)
     x.tail = std::max({x.tail, l.o_proj.tail(batch), l.down_proj.tail(batch)});
   for (size_t l = 0; l < layers_.size(); ++l) {
+    const Recompute recompute = policy.of(static_cast<int64_t>(l));
     const bool selective = recompute == Recompute::selective;
     const auto forward = [this, &tape, &batch, l, selective, cache](const Variable& in) {
       const MemoryName name("layer ", static_cast<int64_t>(l));

@@ -17,6 +17,20 @@ namespace qlab {
 /// and of SwiGLU, elementwise work alone; or whole layers, of which only the input is kept.
 enum class Recompute : uint8_t { none, selective, full };
 
+/// The same for each layer, or one for all. Bits do not depend on it.
+class RecomputePolicy {
+ public:
+  RecomputePolicy(Recompute all = Recompute::none) : all_(all) {}
+  explicit RecomputePolicy(std::vector<Recompute> layers) : layers_(std::move(layers)) {}
+  Recompute of(int64_t layer) const {
+    return layers_.empty() ? all_ : layers_.at(static_cast<size_t>(layer));
+  }
+
+ private:
+  Recompute all_ = Recompute::none;
+  std::vector<Recompute> layers_;
+};
+
 struct DecoderLayer {
   Tensor input_layernorm, post_attention_layernorm;  // fp32 [hidden]
   LinearGroup qkv_proj, o_proj, gate_up_proj, down_proj;
@@ -55,7 +69,7 @@ class Llama {
   std::vector<Adapter::Shape> adapter_shapes(const LoraSpec& spec) const;
 
   /// Hidden states after the last layer, before the final norm: [T, hidden].
-  Variable hidden(Tape& tape, const Batch& batch, Recompute recompute = Recompute::none,
+  Variable hidden(Tape& tape, const Batch& batch, const RecomputePolicy& policy = {},
                   KvCache* cache = nullptr) const;
   /// nll fp32 [R] of the batch's trained rows; the gradient of sum_r scale_r nll_r goes back from
   /// it. Logits exist for `loss_chunk` rows at a time.

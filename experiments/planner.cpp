@@ -1,0 +1,150 @@
+#include "experiments/planner.h"
+
+#include <algorithm>
+#include <limits>
+
+#include "core/parallel.h"
+#include "experiments/setup.h"
+
+namespace qlab {
+namespace {
+
+constexpr int64_t unlimited = std::numeric_limits<int64_t>::max();
+
+const char* name_of_recompute(Recompute recompute) {
+  switch (recompute) {
+    case Recompute::none:
+      return "keeping everything";
+    case Recompute::selective:
+      return "norms and SwiGLU again";
+    case Recompute::full:
+      return "fully again";
+  }
+  return "?";
+}
+
+// Plans in a row, each slower and leaner than the one before: with L layers, plan i <= L computes
+// the cheap slots of its first i layers again, plan L + i also the whole of its first i. What is
+// recomputed comes first: backward, which begins at the last layer, has then given back what the
+// others kept before it fills a layer's slots again.
+std::vector<Recompute> policy_at(int64_t i, int64_t layers) {
+  std::vector<Recompute> policy(static_cast<size_t>(layers), Recompute::none);
+  const auto at = [&](int64_t n) { return policy.begin() + n; };
+  std::fill(at(0), at(std::min(i, layers)), Recompute::selective);
+  if (i > layers) std::fill(at(0), at(i - layers), Recompute::full);
+  return policy;
+}
+
+class Search {
+ public:
+  Search(const ModelSource& model, std::span<const PaperTrial> gang, Device target,
+         const Rates& rates)
+      : model_(model), gang_(gang), target_(target), rates_(rates) {}
+
+  RunPlan run(int64_t budget) const {
+    const int64_t layers = model_.config.num_hidden_layers;
+    const MemoryPrediction least = predict(2 * layers, 0);
+    if (least.peak() > budget) refuse(least, budget);
+    // The first of the row that fits: peaks fall along it.
+    int64_t fits = 2 * layers, too_large = -1;
+    while (fits - too_large > 1) {
+      const int64_t middle = (fits + too_large) / 2;
+      (predict(middle, 0).peak() <= budget ? fits : too_large) = middle;
+    }
+    // Time per byte is the same for all layers, so that the best plan either keeps as much as it
+    // can, or stops at a corner and holds expanded weights with what is left.
+    RunPlan best;
+    for (const int64_t i : {fits, layers, 2 * layers}) {
+      if (i < fits) continue;
+      RunPlan plan = filled(i, budget);
+      if (best.layers.empty() || plan.step_seconds < best.step_seconds) best = std::move(plan);
+    }
+    return best;
+  }
+
+ private:
+  MemoryPrediction predict(int64_t i, int64_t resident) const {
+    return predict_memory(model_, gang_, target_, {},
+                          RunPlan{policy_at(i, model_.config.num_hidden_layers), resident});
+  }
+
+  RunPlan filled(int64_t i, int64_t budget) const {
+    const MemoryBudget& wish = gang_.front().config.quant.resident;
+    RunPlan plan{policy_at(i, model_.config.num_hidden_layers), 0};
+    MemoryPrediction prediction = predict(i, 0);
+    if (wish.text != "0" && target_.is_cuda()) {
+      const int64_t most = wish.text == "auto" ? unlimited : parse_bytes(wish.text).value_or(0);
+      const int64_t left = std::min(most, budget - prediction.peak());
+      MemoryPrediction held = predict(i, left);
+      if (held.peak() <= budget) plan.resident = left, prediction = std::move(held);
+    }
+    plan.peak = prediction.peak();
+    plan.step_seconds = predicted_seconds(prediction.work, rates_);
+    return plan;
+  }
+
+  [[noreturn]] void refuse(const MemoryPrediction& least, int64_t budget) const {
+    std::string parts;
+    const CategoryBytes& bytes = least.highest().at_peak;
+    for (int i = 0; i < category_count; ++i)
+      if (bytes[static_cast<size_t>(i)] > 0)
+        parts +=
+            fmt::format("{}{} {}", parts.empty() ? "" : ", ", name_of(static_cast<Category>(i)),
+                        format_bytes(bytes[static_cast<size_t>(i)]));
+    throw OutOfMemory(fmt::format(
+        "train.memory_budget: {} is too little: with every layer computed again this run needs {} "
+        "({}); give that much, or set a smaller train.batch_size (with more train.grad_accum), "
+        "data.seq_len or parallel.trials_per_gpu",
+        format_bytes(budget), format_bytes(least.peak()), parts));
+  }
+
+  const ModelSource& model_;
+  std::span<const PaperTrial> gang_;
+  Device target_;
+  const Rates& rates_;
+};
+
+}  // namespace
+
+RunPlan plan_run(const ModelSource& model, std::span<const PaperTrial> gang, Device target,
+                 int64_t budget, const Rates& rates) {
+  const Config& first = gang.front().config;
+  if (first.train.recompute == "auto") return Search(model, gang, target, rates).run(budget);
+  RunPlan plan = asked_plan(first, model.config.num_hidden_layers);
+  const MemoryPrediction prediction = predict_memory(model, gang, target, budget, plan);
+  plan.peak = prediction.peak();
+  plan.step_seconds = predicted_seconds(prediction.work, rates);
+  return plan;
+}
+
+int64_t memory_budget(const Config& config, Device device) {
+  const int64_t free = available_memory(device), held = memory_account(device).total;
+  const int64_t all = free > unlimited - held ? unlimited : free + held;
+  const std::string& wish = config.train.memory_budget.text;
+  // Without a wish other programs are left a little.
+  constexpr int64_t spared = int64_t{1} << 30;
+  if (wish == "auto") return device.is_cuda() ? all - spared : all;
+  return std::min(all, parse_bytes(wish).value_or(unlimited));
+}
+
+Rates rates_of(Device device) {
+  return device.target == DeviceType::cuda ? gpu_rates(device_description(device))
+                                           : cpu_rates(thread_count());
+}
+
+std::string describe(const RunPlan& plan) {
+  std::string text;
+  for (size_t first = 0; first < plan.layers.size();) {
+    size_t last = first;
+    while (last + 1 < plan.layers.size() && plan.layers[last + 1] == plan.layers[first]) ++last;
+    text += fmt::format("{}layer{} {}", text.empty() ? "" : ", ", first == last ? "" : "s", first);
+    if (last > first) text += fmt::format("-{}", last);
+    text += fmt::format(" {}", name_of_recompute(plan.layers[first]));
+    first = last + 1;
+  }
+  if (plan.resident > 0)
+    text += fmt::format("; at most {} of weights held expanded", format_bytes(plan.resident));
+  return text;
+}
+
+}  // namespace qlab

@@ -1,0 +1,30 @@
+// Which plan of a run is the fastest that fits a memory budget: what each layer keeps or computes
+// again, and how much of the base is held expanded. Candidates are run on meta; the budget is met
+// to the byte, the time is that of experiments/cost_model.h.
+#pragma once
+#include <span>
+#include <string>
+#include <vector>
+
+#include "experiments/cost_model.h"
+#include "experiments/memory_prediction.h"
+
+namespace qlab {
+
+/// The plan that `train.recompute` and `quant.resident` of the gang's first trial ask for; with
+/// recompute: auto the fastest whose peak stays within `budget`. Throws OutOfMemory with the least
+/// that is needed, and what makes it up, when none does.
+RunPlan plan_run(const ModelSource& model, std::span<const PaperTrial> gang, Device target,
+                 int64_t budget, const Rates& rates);
+
+/// What the allocator of a device may take in all: what it has and what is free, or
+/// train.memory_budget where that is less.
+int64_t memory_budget(const Config& config, Device device);
+
+/// Rates of a device that is here.
+Rates rates_of(Device device);
+
+/// "layers 1-20 fully again, 21-32 norms and SwiGLU again; 4.30 GB of weights held expanded"
+std::string describe(const RunPlan& plan);
+
+}  // namespace qlab
