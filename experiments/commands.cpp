@@ -19,11 +19,22 @@ namespace {
 
 using Json = nlohmann::json;
 
+// With --device-memory the allocator behaves as if the device had no more.
+Device open_device(const CommonOptions& common) {
+  const Device device = parse_device(common.device);
+  if (device.is_cuda()) cuda::set_device(device.index);
+  if (common.device_memory.empty()) return device;
+  const auto bytes = parse_bytes(common.device_memory);
+  if (!bytes || *bytes == 0)
+    fail("--device-memory {}: give bytes, for example 24GiB or 9.2GB", common.device_memory);
+  limit_memory(device, *bytes);
+  return device;
+}
+
 int run(const Sweep& sweep, const SweepOptions& options, const CommonOptions& common) {
   Terminal terminal;
   catch_interrupts();
-  const Device device = parse_device(common.device);
-  if (device.is_cuda()) cuda::set_device(device.index);
+  const Device device = open_device(common);
   TrainCallbacks callbacks = terminal.callbacks();
   if (options.profile) {
     if (!device.is_cuda())
@@ -37,7 +48,7 @@ int run(const Sweep& sweep, const SweepOptions& options, const CommonOptions& co
   RunnerResult result;
   try {
     result = run_sweep(
-        sweep, {options.out, device, options.shard, options.dry_run},
+        sweep, {options.out, device, options.shard, options.dry_run, options.force},
         [&](const std::string& line) { terminal.print(line); }, callbacks);
   } catch (const Interrupted&) {  // nothing has been written yet
     terminal.print(again);
@@ -68,8 +79,7 @@ struct Loaded {
 };
 
 void load(Loaded& loaded, const std::string& adapter_dir, const CommonOptions& common) {
-  const Device device = parse_device(common.device);
-  if (device.is_cuda()) cuda::set_device(device.index);
+  const Device device = open_device(common);
   LoraSpec spec;
   if (!adapter_dir.empty()) spec = read_adapter_spec(adapter_dir);
   loaded.model = &loaded.library.base(loaded.config, compute_dtype(loaded.config, device), device);

@@ -10,11 +10,12 @@ namespace qlab {
 struct CommonOptions {
   std::string device = "auto";
   std::vector<std::string> sets;  // key=value
+  std::string device_memory;      // bytes, "" for all that the device has
 };
 
 struct SweepOptions {
   std::string file, out, shard;
-  bool dry_run = false, profile = false;
+  bool dry_run = false, profile = false, force = false;
 };
 int run_sweep_command(const SweepOptions& options, const CommonOptions& common);
 int run_train_command(const SweepOptions& options, const CommonOptions& common);

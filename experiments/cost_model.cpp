@@ -1,8 +1,10 @@
 #include "experiments/cost_model.h"
 
 #include <algorithm>
-#include <array>
 #include <cctype>
+#include <iterator>
+
+#include "core/parallel.h"
 
 namespace qlab {
 namespace {
@@ -63,6 +65,11 @@ Rates gpu_rates(const std::string& name) {
 
 // 65 GFLOP/s a core in the training step of SmolLM2 on an AMD EPYC (bench/results/cpu_step.json).
 Rates cpu_rates(int threads) { return {65e9 * threads, 10e9, 2e-6, false}; }
+
+Rates rates_of(Device device) {
+  return device.target == DeviceType::cuda ? gpu_rates(device_description(device))
+                                           : cpu_rates(thread_count());
+}
 
 double predicted_seconds(const std::vector<ProfileLine>& work, const Rates& rates) {
   double seconds = 0;

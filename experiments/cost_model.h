@@ -18,6 +18,7 @@ struct Rates {
 /// By the name of --gpu or of the driver; an unknown GPU is taken for an H100.
 Rates gpu_rates(const std::string& name);
 Rates cpu_rates(int threads);
+Rates rates_of(Device device);  // here
 
 /// Seconds for operations counted by a WorkCounter.
 double predicted_seconds(const std::vector<ProfileLine>& work, const Rates& rates);

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cctype>
 #include <iterator>
+#include <limits>
 
 #include "core/error.h"
 #include "core/memory.h"
@@ -43,6 +44,31 @@ GpuSpec find_gpu(const std::string& text) {
     fail("--gpu {}: unknown; known are {}, or give its memory, for example 24GiB", text,
          known_gpus());
   return {text, *bytes, false, assumed_context};
+}
+
+MemoryTarget target_here(Device device) {
+  MemoryTarget target{device, device_description(device), {}, {}, rates_of(device)};
+  const int64_t free = available_memory(device), held = memory_account(device).total;
+  constexpr int64_t unlimited = std::numeric_limits<int64_t>::max();
+  if (free < unlimited - held) target.capacity = free + held;
+  if (device.is_cuda()) {
+    const auto total = static_cast<int64_t>(cuda::memory_info(device.index).total_bytes);
+    target.gpu = GpuSpec{target.name, total, true, total - target.capacity.value_or(total)};
+  }
+  return target;
+}
+
+MemoryTarget memory_target(const std::string& gpu, const std::string& device) {
+  if (!gpu.empty() && device != "auto")
+    fail("--gpu {} and --device {}: give one of them", gpu, device);
+  if (gpu.empty() && (device != "auto" || cuda::device_count() > 0))
+    return target_here(parse_device(device));
+  MemoryTarget target{Device::cuda(), "a GPU (--gpu names one)", {}, {}, gpu_rates(gpu)};
+  if (gpu.empty()) return target;
+  target.gpu = find_gpu(gpu);
+  target.name = target.gpu->name;
+  target.capacity = target.gpu->usable();
+  return target;
 }
 
 }  // namespace qlab

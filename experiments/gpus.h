@@ -4,6 +4,9 @@
 #include <optional>
 #include <string>
 
+#include "core/device.h"
+#include "experiments/cost_model.h"
+
 namespace qlab {
 
 struct GpuSpec {
@@ -13,6 +16,20 @@ struct GpuSpec {
   int64_t context_bytes = 0;  // taken by driver and libraries before and beside the allocator
   int64_t usable() const { return memory_bytes - context_bytes; }
 };
+
+/// What a prediction is made for.
+struct MemoryTarget {
+  Device device = Device::cuda();
+  std::string name;                 // "h100-80gb", "AMD EPYC (2 threads)"
+  std::optional<GpuSpec> gpu;       // none: a CPU, or a GPU without an end
+  std::optional<int64_t> capacity;  // of the allocator; none: no end
+  Rates rates;
+};
+/// A GPU by name or bytes (`gpu`), or else a device here (`device`, as --device has it); without
+/// either a GPU without an end.
+MemoryTarget memory_target(const std::string& gpu, const std::string& device);
+/// A device here, with what its allocator holds and what is free.
+MemoryTarget target_here(Device device);
 
 /// One of the known names, or bytes ("24GiB"). Error with the list for anything else.
 GpuSpec find_gpu(const std::string& text);

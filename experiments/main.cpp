@@ -13,8 +13,11 @@
 namespace {
 
 void add_common(CLI::App* app, qlab::CommonOptions& common, bool computes = true) {
-  if (computes)
+  if (computes) {
     app->add_option("--device", common.device, "auto, cpu, cuda or cuda:N")->capture_default_str();
+    app->add_option("--device-memory", common.device_memory,
+                    "take no more of the device than this, for example 24GiB");
+  }
   app->add_option("--set", common.sets, "key=value, overrides the file; may be repeated")
       ->allow_extra_args(false);
 }
@@ -25,8 +28,10 @@ void add_run(CLI::App* app, qlab::SweepOptions& options, qlab::CommonOptions& co
       ->check([](const std::string& text) {
         return text.empty() ? std::string("give a directory, not an empty text") : "";
       });
-  app->add_flag("--dry-run", options.dry_run, "print the trials and stop");
+  app->add_flag("--dry-run", options.dry_run,
+                "print the trials, what they need and whether it fits, and stop");
   app->add_option("--shard", options.shard, "I/N: every N-th trial, starting with the I-th");
+  app->add_flag("--force", options.force, "run although the predicted memory does not fit");
   add_common(app, common);
 }
 
@@ -79,7 +84,9 @@ int run(int argc, char** argv) {
   memory_app->add_option("--gpu", memory.gpu,
                          "a GPU's name (" + qlab::known_gpus() + ") or its memory, as 24GiB");
   memory_app->add_flag("--json", memory.json, "one JSON object, in bytes");
-  add_common(memory_app, common);
+  memory_app->add_option("--device", common.device, "auto, cpu, cuda or cuda:N, as it is now")
+      ->capture_default_str();
+  add_common(memory_app, common, false);
   memory_app->callback([&] { code = qlab::run_memory_command(memory, common); });
 
   qlab::GenerateOptions generate;

@@ -1,11 +1,7 @@
 // qlab memory.
-#include <filesystem>
-
 #include "experiments/commands.h"
+#include "experiments/forecast.h"
 #include "experiments/memory_text.h"
-#include "experiments/reservation.h"
-#include "experiments/setup.h"
-#include "experiments/sweep.h"
 #include "experiments/terminal.h"
 #include "nn/module_tree.h"
 
@@ -16,64 +12,51 @@ bool is_yaml(const std::string& target) {
   return target.ends_with(".yaml") || target.ends_with(".yml");
 }
 
-/// The device that is predicted for. A GPU here has the memory it has; --gpu names another.
-struct Target {
-  Device device = Device::cuda();
-  std::optional<GpuSpec> gpu;
-  std::string name;
-};
-
-Target target_of(const std::string& gpu, const std::string& device) {
-  Target target;
-  if (!gpu.empty()) {
-    if (device != "auto") fail("--gpu {} and --device {}: give one of them", gpu, device);
-    target.gpu = find_gpu(gpu);
-    target.name = target.gpu->name;
-    return target;
-  }
-  if (device == "auto" && cuda::device_count() == 0) {
-    target.name = "a GPU (--gpu names one)";
-    return target;
-  }
-  target.device = parse_device(device);
-  target.name = device_description(target.device);
-  if (target.device.is_cuda()) {
-    const auto total = static_cast<int64_t>(cuda::memory_info(target.device.index).total_bytes);
-    target.gpu = find_gpu(std::to_string(total));
-    target.gpu->name = target.name;
-  }
-  return target;
+int print_one(const Config& config, Library& library, const MemoryOptions& options,
+              const MemoryTarget& target) {
+  const ModelSource& model = library.model(config.model.path);
+  MemoryQuestion question{config.model.path, target, 0, {}, 0, ""};
+  question.footprint =
+      hf_footprint(model.config, weight_spec(config),
+                   config.lora.present ? std::optional(lora_spec(config)) : std::nullopt);
+  const std::vector<PaperTrial> gang(
+      static_cast<size_t>(config.lora.present ? config.parallel.trials_per_gpu : 1),
+      trial_on_paper(config, library, target.device));
+  for (const PaperTrial& t : gang)
+    for (const int64_t length : t.train_lengths) question.tokens += length;
+  if (config.data.train.empty() && config.lora.present)
+    question.assumed = "no data.train: full batches of data.seq_len";
+  const int64_t capacity = target.capacity.value_or(std::numeric_limits<int64_t>::max());
+  const int64_t wish = parse_bytes(config.train.memory_budget.text).value_or(capacity);
+  question.plan = plan_run(model, gang, target.device, std::min(capacity, wish), target.rates);
+  const MemoryPrediction prediction =
+      predict_memory(model, gang, target.device, target.capacity, question.plan);
+  std::optional<Remedy> remedy;
+  if (prediction.peak() > capacity) remedy = cheapest_fit(model, gang, target.device, capacity);
+  if (options.json)
+    write_out(memory_json(question, prediction, remedy).dump() + "\n");
+  else
+    write_out(memory_text(question, config, prediction, remedy));
+  return 0;
 }
 
 }  // namespace
 
 int run_memory_command(const MemoryOptions& options, const CommonOptions& common) {
-  const Target target = target_of(options.gpu, common.device);
-  Config config;
-  if (is_yaml(options.target)) {
-    config = load_config(options.target, common.sets);
-  } else {
-    config = load_config("", common.sets);
+  const MemoryTarget target = memory_target(options.gpu, common.device);
+  Library library;
+  if (!is_yaml(options.target)) {
+    Config config = load_config("", common.sets);
     config.model.path = options.target;
+    return print_one(config, library, options, target);
   }
-  const ModelSource model = open_model(config.model.path);
-  const LoraSpec lora = lora_spec(config);
-  MemoryQuestion question{config.model.path, target.name, target.gpu, 0, ""};
-  question.footprint = hf_footprint(model.config, weight_spec(config),
-                                    config.lora.present ? std::optional(lora) : std::nullopt);
-  const std::vector<PaperTrial> gang(
-      static_cast<size_t>(config.lora.present ? config.parallel.trials_per_gpu : 1),
-      assumed_trial(config, target.device));
-  const std::optional<int64_t> capacity =
-      target.gpu ? std::optional(target.gpu->usable()) : std::nullopt;
-  const MemoryPrediction prediction = predict_memory(model, gang, target.device, capacity);
-  std::optional<Remedy> remedy;
-  if (capacity && prediction.peak() > *capacity)
-    remedy = cheapest_fit(model, gang, target.device, *capacity);
+  const Sweep sweep = load_sweep(options.target, common.sets);
+  if (sweep.trials.size() == 1)
+    return print_one(sweep.trials.front().config, library, options, target);
   if (options.json)
-    write_out(memory_json(question, prediction, remedy).dump() + "\n");
-  else
-    write_out(memory_text(question, config, prediction, remedy));
+    fail("{}: --json describes one run, and this file has {} trials; fix what it sweeps with --set",
+         options.target, sweep.trials.size());
+  write_out(forecast_table(sweep, forecast(sweep, library, target), target) + "\n");
   return 0;
 }
 

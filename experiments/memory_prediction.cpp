@@ -112,6 +112,16 @@ RunPlan asked_plan(const Config& config, int64_t layers) {
   return plan;
 }
 
+PaperTrial paper_trial(const Config& config, Library& library, Device target) {
+  const Dataset& train = library.train_set(config);
+  const int64_t examples = examples_to_train(config.train, train);
+  PaperTrial trial{
+      config, longest_examples(train, std::min(config.train.batch_size, examples)), {}};
+  if (!config.data.eval.empty())
+    trial.eval_lengths = largest_evaluation(library.eval_set(config), evaluation_tokens(target));
+  return trial;
+}
+
 const MemoryPhase& MemoryPrediction::highest() const {
   return *std::max_element(phases.begin(), phases.end(),
                            [](const auto& a, const auto& b) { return a.peak < b.peak; });

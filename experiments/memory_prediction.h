@@ -13,6 +13,8 @@
 
 namespace qlab {
 
+class Library;
+
 /// A trial on paper: its configuration, and the lengths of its largest batches.
 struct PaperTrial {
   Config config;
@@ -20,6 +22,8 @@ struct PaperTrial {
 };
 /// Full batches of data.seq_len, as synthetic data has them.
 PaperTrial assumed_trial(const Config& config, Device target);
+/// The longest examples of its own data, which is read.
+PaperTrial paper_trial(const Config& config, Library& library, Device target);
 
 /// The bytes of one stage: load (the base), prepare (adapters and optimizers), reserve (steps and
 /// weights held expanded), train, save.

@@ -10,7 +10,8 @@ namespace {
 using Json = nlohmann::json;
 
 bool fits(const MemoryQuestion& question, const MemoryPrediction& prediction) {
-  return !question.gpu || prediction.peak() <= question.gpu->usable();
+  const std::optional<int64_t>& capacity = question.target.capacity;
+  return !capacity || prediction.peak() <= *capacity;
 }
 
 std::string row(const std::string& what, int64_t bytes, const std::string& note = "") {
@@ -56,7 +57,7 @@ std::string memory_text(const MemoryQuestion& question, const Config& config,
   const size_t trials =
       config.lora.present ? static_cast<size_t>(config.parallel.trials_per_gpu) : 1;
   std::string text =
-      fmt::format("{} on {}\n{}\n", question.model, question.device, setting(config, trials));
+      fmt::format("{} on {}\n{}\n", question.model, question.target.name, setting(config, trials));
   if (!question.assumed.empty()) text += question.assumed + "\n";
   text += "\nthe base\n";
   const ResidentBytes& r = p.resident;
@@ -82,15 +83,22 @@ std::string memory_text(const MemoryQuestion& question, const Config& config,
   text += row("workspace", at(peak, Category::workspace));
   text += row("peak", p.peak());
   if (p.host_peak > 0) text += row("the host, while loading", p.host_peak);
-  if (question.gpu) {
-    const GpuSpec& gpu = *question.gpu;
+  if (question.target.gpu) {
+    const GpuSpec& gpu = *question.target.gpu;
     text += row("CUDA context and libraries", gpu.context_bytes,
-                gpu.measured ? "measured" : "assumed: not measured on this GPU");
+                gpu.measured ? "and other programs, now" : "assumed: not measured on this GPU");
     const int64_t left = gpu.usable() - p.peak();
     text += left >= 0
                 ? row("free of " + format_bytes(gpu.memory_bytes), left, "fits")
                 : row("too much for " + format_bytes(gpu.memory_bytes), -left, "does not fit");
     if (left < 0) text += remedy_text(remedy);
+  }
+  if (p.trainable_params > 0) {
+    if (config.train.recompute == "auto") text += "\nplan: " + describe(question.plan) + "\n";
+    text += fmt::format("\na micro-batch of {} tokens in about {:.3g} s ({})\n",
+                        with_commas(question.tokens), question.plan.step_seconds,
+                        question.target.rates.measured ? "from rates measured on this GPU"
+                                                       : "from rates of other hardware");
   }
   text += "\nthe largest tensors then\n";
   for (size_t i = 0; i < std::min<size_t>(5, p.at_peak.size()); ++i) {
@@ -105,7 +113,7 @@ Json memory_json(const MemoryQuestion& question, const MemoryPrediction& p,
                  const std::optional<Remedy>& remedy) {
   const ResidentBytes& r = p.resident;
   Json json = {{"model", question.model},
-               {"device", question.device},
+               {"device", question.target.name},
                {"footprint_bytes", question.footprint},
                {"resident",
                 {{"linear", r.linear},
@@ -120,13 +128,17 @@ Json memory_json(const MemoryQuestion& question, const MemoryPrediction& p,
                {"categories", category_json(p.highest().at_peak)},
                {"peak_bytes", p.peak()},
                {"peak_moment", p.moment},
+               {"plan", describe(question.plan)},
+               {"step_seconds", question.plan.step_seconds},
+               {"step_tokens", question.tokens},
                {"step_bytes", p.step_bytes},
                {"host_peak_bytes", p.host_peak}};
   if (!question.assumed.empty()) json["assumed"] = question.assumed;
-  if (question.gpu) {
-    json["memory_bytes"] = question.gpu->memory_bytes;
-    json["context_bytes"] = question.gpu->context_bytes;
-    json["context_measured"] = question.gpu->measured;
+  if (question.target.gpu) {
+    const GpuSpec& gpu = *question.target.gpu;
+    json["memory_bytes"] = gpu.memory_bytes;
+    json["context_bytes"] = gpu.context_bytes;
+    json["context_measured"] = gpu.measured;
     json["fits"] = fits(question, p);
     if (remedy) json["fits_with"] = {{"set", remedy->sets}, {"peak_bytes", remedy->peak}};
   }

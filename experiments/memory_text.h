@@ -4,17 +4,18 @@
 #include <optional>
 #include <string>
 
-#include "experiments/memory_prediction.h"
+#include "experiments/planner.h"
 
 namespace qlab {
 
-/// What a prediction is for.
+/// What a prediction is about.
 struct MemoryQuestion {
   std::string model;
-  std::string device;          // "h100-80gb", "cpu"
-  std::optional<GpuSpec> gpu;  // none: a CPU, or a GPU without a limit
-  int64_t footprint = 0;       // Hugging Face's get_memory_footprint
-  std::string assumed;         // what was assumed about the data, or ""
+  MemoryTarget target;
+  int64_t footprint = 0;  // Hugging Face's get_memory_footprint
+  RunPlan plan;
+  int64_t tokens = 0;   // of the largest micro-batch
+  std::string assumed;  // what was assumed about the data, or ""
 };
 
 std::string memory_text(const MemoryQuestion& question, const Config& config,

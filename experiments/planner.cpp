@@ -3,7 +3,6 @@
 #include <algorithm>
 #include <limits>
 
-#include "core/parallel.h"
 #include "experiments/setup.h"
 
 namespace qlab {
@@ -125,11 +124,6 @@ int64_t memory_budget(const Config& config, Device device) {
   constexpr int64_t spared = int64_t{1} << 30;
   if (wish == "auto") return device.is_cuda() ? all - spared : all;
   return std::min(all, parse_bytes(wish).value_or(unlimited));
-}
-
-Rates rates_of(Device device) {
-  return device.target == DeviceType::cuda ? gpu_rates(device_description(device))
-                                           : cpu_rates(thread_count());
 }
 
 std::string describe(const RunPlan& plan) {

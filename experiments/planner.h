@@ -21,9 +21,6 @@ RunPlan plan_run(const ModelSource& model, std::span<const PaperTrial> gang, Dev
 /// train.memory_budget where that is less.
 int64_t memory_budget(const Config& config, Device device);
 
-/// Rates of a device that is here.
-Rates rates_of(Device device);
-
 /// "layers 1-20 fully again, 21-32 norms and SwiGLU again; 4.30 GB of weights held expanded"
 std::string describe(const RunPlan& plan);
 

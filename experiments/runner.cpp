@@ -12,6 +12,9 @@
 
 #include "data/checkpoint.h"
 #include "data/file.h"
+#include "experiments/forecast.h"
+#include "experiments/gangs.h"
+#include "experiments/planner.h"
 #include "experiments/report.h"
 #include "generated/version.h"
 #include "nn/adapter_file.h"
@@ -163,10 +166,12 @@ void note_missing(const Sweep& sweep, const std::function<void(const std::string
 
 class Runner {
  public:
-  Runner(Library& library, Device device, const std::function<void(const std::string&)>& print,
-         TrainCallbacks callbacks, RunnerResult& result)
+  Runner(Library& library, Device device, bool force,
+         const std::function<void(const std::string&)>& print, TrainCallbacks callbacks,
+         RunnerResult& result)
       : library_(library),
         device_(device),
+        force_(force),
         print_(print),
         callbacks_(std::move(callbacks)),
         result_(result) {}
@@ -184,9 +189,34 @@ class Runner {
     }
   }
 
+  /// Throws OutOfMemory before anything is loaded where minutes later the allocator would.
+  void check_fits(const std::vector<Planned>& gang) {
+    if (force_) return;
+    const MemoryTarget target = target_here(device_);
+    if (!target.capacity) return;
+    std::vector<PaperTrial> papers;
+    for (const Planned& p : gang) papers.push_back(paper_trial(p.trial->config, library_, device_));
+    const Config& first = papers.front().config;
+    const ModelSource& model = library_.model(first.model.path);
+    const RunPlan plan =
+        plan_run(model, papers, device_, std::min(*target.capacity, memory_budget(first, device_)),
+                 target.rates);
+    if (plan.peak <= *target.capacity) return;
+    const auto remedy = cheapest_fit(model, papers, device_, *target.capacity);
+    std::string sets;
+    if (remedy)
+      for (const std::string& set : remedy->sets) sets += " --set " + set;
+    throw OutOfMemory(fmt::format(
+        "does not fit: the run would take {} and {} has {}. {}; --force tries all the same",
+        format_bytes(plan.peak), target.name, format_bytes(*target.capacity),
+        remedy ? fmt::format("It fits in {} with{}", format_bytes(remedy->peak), sets)
+               : "Nothing that can be set makes it fit"));
+  }
+
  private:
   void train(const std::vector<Planned>& gang) {
     const Config& first = gang.front().trial->config;
+    check_fits(gang);
     Llama& model = load(first, compute_dtype(first, device_));
     model.hold_resident(0, Batch());  // each gang holds what its own steps leave room for
     reset_peak(device_);
@@ -249,35 +279,12 @@ class Runner {
 
   Library& library_;
   Device device_;
+  bool force_;
   const std::function<void(const std::string&)>& print_;
   TrainCallbacks callbacks_;
   RunnerResult& result_;
   std::string loaded_;
 };
-
-// Neighbours in the plan that can share a base, at most trials_per_gpu of them.
-std::vector<std::vector<Planned>> gangs_of(const std::vector<Planned>& pending, Device device) {
-  std::vector<std::vector<Planned>> gangs;
-  std::vector<bool> taken(pending.size());
-  const auto key = [&](const Planned& p) {
-    const Config& c = p.trial->config;
-    return base_key(c, compute_dtype(c, device), device) + "|" + c.train.recompute + "|" +
-           c.train.memory_budget.text + "|" + c.quant.resident.text +
-           (c.train.graphs ? "|graphs|" : "|") + std::to_string(c.parallel.trials_per_gpu);
-  };
-  for (size_t i = 0; i < pending.size(); ++i) {
-    if (taken[i]) continue;
-    std::vector<Planned> gang;
-    const auto size = static_cast<size_t>(pending[i].trial->config.parallel.trials_per_gpu);
-    for (size_t j = i; j < pending.size() && gang.size() < size; ++j) {
-      if (taken[j] || key(pending[j]) != key(pending[i])) continue;
-      taken[j] = true;
-      gang.push_back(pending[j]);
-    }
-    gangs.push_back(std::move(gang));
-  }
-  return gangs;
-}
 
 }  // namespace
 
@@ -296,7 +303,9 @@ RunnerResult run_sweep(const Sweep& sweep, const RunnerOptions& options,
       shown.trials.clear();
       for (const int i : mine) shown.trials.push_back(sweep.trials[static_cast<size_t>(i)]);
     }
-    print(trial_table(shown));
+    Library library(callbacks.stop);
+    const MemoryTarget target = target_here(options.device);
+    print(forecast_table(shown, forecast(shown, library, target), target));
     note_missing(shown, print);
     return result;
   }
@@ -321,6 +330,9 @@ RunnerResult run_sweep(const Sweep& sweep, const RunnerOptions& options,
       warnings.push_back(text);
   }
   for (const std::string& w : warnings) print("warning: " + w);
+
+  Runner runner(library, options.device, options.force, print, callbacks, result);
+  if (sweep.single && !planned.front().finished) runner.check_fits(planned);
 
   std::vector<std::string> directories;
   for (const Planned& p : planned)
@@ -351,9 +363,12 @@ RunnerResult run_sweep(const Sweep& sweep, const RunnerOptions& options,
     print(fmt::format("{} finished already", result.finished == 1
                                                  ? "1 trial is"
                                                  : fmt::format("{} trials are", result.finished)));
-  Runner runner(library, options.device, print, callbacks, result);
-  for (const std::vector<Planned>& gang : gangs_of(pending, options.device)) {
+  std::vector<const Config*> configs;
+  for (const Planned& p : pending) configs.push_back(&p.trial->config);
+  for (const std::vector<size_t>& indices : gangs_of(configs, options.device)) {
     if (result.interrupted) break;
+    std::vector<Planned> gang;
+    for (const size_t i : indices) gang.push_back(pending[i]);
     runner.run(gang);
   }
   for (const std::string& note : write_report(result.dir).notes) print(note);

@@ -14,6 +14,7 @@ struct RunnerOptions {
   Device device;
   std::string shard;  // "I/N" or ""
   bool dry_run = false;
+  bool force = false;  // although the prediction does not fit
 };
 
 struct RunnerResult {

@@ -1,5 +1,7 @@
 #include "experiments/setup.h"
 
+#include <cmath>
+
 namespace qlab {
 namespace {
 
@@ -56,6 +58,15 @@ DType compute_dtype(const Config& config, Device device) {
   if (config.quant.compute_dtype == "auto")
     return device.target == DeviceType::cuda ? DType::bf16 : DType::f32;
   return dtype_from_name(config.quant.compute_dtype);
+}
+
+int64_t examples_to_train(const TrainConfig& config, const Dataset& data) {
+  if (config.steps) return *config.steps * config.batch_size * config.grad_accum;
+  const double epochs = config.epochs.value_or(1);
+  const auto examples = static_cast<double>(data.examples.size());
+  const int64_t count = std::llround(epochs * examples);
+  if (count == 0) fail("train.epochs: {} of {} examples is not even one", epochs, examples);
+  return count;
 }
 
 const ModelSource& Library::model(const std::string& path) {

@@ -22,6 +22,9 @@ Recompute recompute_of(const Config& config);
 /// What quant.compute_dtype means on the device: bf16 on cuda and fp32 on the CPU unless said.
 DType compute_dtype(const Config& config, Device device);
 
+/// How many examples of the set a trial trains on, those of later epochs counted again.
+int64_t examples_to_train(const TrainConfig& config, const Dataset& data);
+
 /// How many random examples, and from which seed.
 struct SyntheticSet {
   int64_t examples;

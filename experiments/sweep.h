@@ -52,7 +52,8 @@ std::string trial_directory(const std::string& trials_dir, const std::string& ha
 /// Indices of the trials of shard "I/N", 1-based: those with index % N == I - 1.
 std::vector<int> shard(const std::string& text, int trials);
 
-/// The list of --dry-run: one line per trial with its swept values.
-std::string trial_table(const Sweep& sweep);
+/// One line per trial with its swept values, and further columns that begin with their heads.
+std::string trial_table(const Sweep& sweep,
+                        const std::vector<std::vector<std::string>>& columns = {});
 
 }  // namespace qlab

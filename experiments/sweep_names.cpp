@@ -157,7 +157,7 @@ std::vector<int> shard(const std::string& text, int trials) {
   return indices;
 }
 
-std::string trial_table(const Sweep& sweep) {
+std::string trial_table(const Sweep& sweep, const std::vector<std::vector<std::string>>& columns) {
   std::vector<std::vector<std::string>> rows{{"trial"}};
   for (const std::string& key : sweep.swept_keys) rows[0].push_back(key);
   rows[0].push_back("seed");
@@ -167,6 +167,8 @@ std::string trial_table(const Sweep& sweep) {
     row.push_back(std::to_string(trial.seed));
     rows.push_back(std::move(row));
   }
+  for (const std::vector<std::string>& column : columns)
+    for (size_t i = 0; i < rows.size(); ++i) rows[i].push_back(column.at(i));
   return fmt::format("{}: {} trial{} ({})\n", sweep.name, sweep.trials.size(),
                      sweep.trials.size() == 1 ? "" : "s", sweep.method) +
          aligned_table(rows);

@@ -6,6 +6,7 @@
 
 #include "core/ops/copy.h"
 #include "data/file.h"
+#include "experiments/reservation.h"
 #include "experiments/throughput.h"
 #include "nn/adapter_file.h"
 
@@ -42,11 +43,7 @@ TrialRun::TrialRun(const Config& config, std::string name, const std::string& di
   const TrainConfig& t = config_.train;
   if (!config_.data.eval.empty()) eval_ = &library.eval_set(config_);
   const int64_t window = t.batch_size * t.grad_accum;
-  const auto examples = static_cast<double>(train_.examples.size());
-  total_examples_ = t.steps ? *t.steps * window
-                            : static_cast<int64_t>(std::llround(t.epochs.value_or(1) * examples));
-  if (total_examples_ == 0)
-    fail("train.epochs: {} of {} examples is not even one", t.epochs.value_or(1), examples);
+  total_examples_ = examples_to_train(t, train_);
   total_steps_ = (total_examples_ + window - 1) / window;
   warmup_steps_ = config_.optim.warmup_steps.value_or(static_cast<int64_t>(
       std::ceil(config_.optim.warmup_ratio.value_or(0) * static_cast<double>(total_steps_))));
@@ -196,11 +193,11 @@ void TrialRun::save_adapter_files() {
 }
 
 Gang::Gang(Library& library, Llama& model, std::vector<TrialRun*> trials, TrainCallbacks callbacks)
-    : base_evaluations_(library.base_evaluations()),
+    : library_(library),
       trials_(std::move(trials)),
       callbacks_(std::move(callbacks)),
       model_(model),
-      plan_(make_plan(library)),
+      plan_(make_plan()),
       stepper_(model, RecomputePolicy(plan_.layers),
                trials_.at(0)->config_.train.graphs && !callbacks_.profile),
       peak_flops_(model.device().is_cuda() ? peak_flops(device_description(model.device())) : 0) {
@@ -214,41 +211,40 @@ std::vector<TrialRun*> Gang::running() const {
   return left;
 }
 
-std::vector<Participant> Gang::participants() const {
-  std::vector<Participant> gang;
-  for (TrialRun* t : running()) {
-    Participant p{t->adapter_.get(), {}, {}};
-    p.train_lengths =
-        longest_examples(t->train_, std::min(t->config_.train.batch_size, t->total_examples_));
-    if (t->eval_ != nullptr)
-      p.eval_lengths = largest_evaluation(*t->eval_, evaluation_tokens(model_.device()));
-    gang.push_back(std::move(p));
-  }
+std::vector<PaperTrial> Gang::on_paper() const {
+  std::vector<PaperTrial> gang;
+  for (const TrialRun* t : running())
+    gang.push_back(paper_trial(t->config_, library_, model_.device()));
   return gang;
 }
 
-RunPlan Gang::make_plan(Library& library) const {
+RunPlan Gang::make_plan() const {
   const Config& first = trials_.at(0)->config_;
-  if (first.train.recompute != "auto") return asked_plan(first, model_.config().num_hidden_layers);
-  std::vector<PaperTrial> gang;
-  const std::vector<TrialRun*> active = running();
-  const std::vector<Participant> all = participants();
-  for (size_t i = 0; i < active.size(); ++i)
-    gang.push_back({active[i]->config_, all[i].train_lengths, all[i].eval_lengths});
-  if (gang.empty()) return {};
+  if (first.train.recompute != "auto" || running().empty())
+    return asked_plan(first, model_.config().num_hidden_layers);
   const Device device = model_.device();
-  RunPlan plan = plan_run(library.model(first.model.path), gang, device,
+  RunPlan plan = plan_run(library_.model(first.model.path), on_paper(), device,
                           memory_budget(first, device), rates_of(device));
-  for (TrialRun* t : active)
+  for (TrialRun* t : running())
     t->files_.log(fmt::format("plan: {}; {} at the peak", describe(plan), format_bytes(plan.peak)));
   return plan;
+}
+
+void Gang::reserve() {
+  const std::vector<TrialRun*> trials = running();
+  const std::vector<PaperTrial> papers = on_paper();
+  std::vector<Participant> gang;
+  for (size_t i = 0; i < trials.size(); ++i)
+    gang.push_back({trials[i]->adapter_.get(), papers[i].train_lengths, papers[i].eval_lengths});
+  reserve_steps(model_, stepper_, gang, plan_.resident);
 }
 
 void Gang::evaluate_due() {
   for (TrialRun* t : running()) {
     if (!t->evaluation_due()) continue;
-    const auto known = base_evaluations_.find(t->eval_);
-    if (t->fresh_ && known != base_evaluations_.end()) {
+    std::map<const Dataset*, Evaluation>& of_base = library_.base_evaluations();
+    const auto known = of_base.find(t->eval_);
+    if (t->fresh_ && known != of_base.end()) {
       t->record_evaluation(known->second);
       continue;
     }
@@ -261,7 +257,7 @@ void Gang::evaluate_due() {
         evaluate(stepper_, *t->eval_, t->adapter_.get(), stop, evaluation_tokens(model_.device()));
     if (result.stopped) return;
     tell(t->eval_->examples.size());
-    if (t->fresh_) base_evaluations_[t->eval_] = result;
+    if (t->fresh_) of_base[t->eval_] = result;
     t->record_evaluation(result);
   }
 }
@@ -335,7 +331,7 @@ void Gang::profile_step() {
 }
 
 void Gang::run() {
-  reserve_steps(model_, stepper_, participants(), plan_.resident);
+  reserve();
   while (true) {
     evaluate_due();
     const bool stop = callbacks_.stop && callbacks_.stop();

@@ -11,7 +11,6 @@
 #include "data/order.h"
 #include "experiments/evaluate.h"
 #include "experiments/planner.h"
-#include "experiments/reservation.h"
 #include "experiments/setup.h"
 #include "experiments/trial_files.h"
 #include "optim/schedule.h"
@@ -108,14 +107,15 @@ class Gang {
   void run();
 
  private:
-  std::vector<Participant> participants() const;
-  RunPlan make_plan(Library& library) const;
+  std::vector<PaperTrial> on_paper() const;
+  RunPlan make_plan() const;
+  void reserve();
   void evaluate_due();
   void train_step();
   void profile_step();
   std::vector<TrialRun*> running() const;
 
-  std::map<const Dataset*, Evaluation>& base_evaluations_;
+  Library& library_;
   std::vector<TrialRun*> trials_;
   TrainCallbacks callbacks_;
   Llama& model_;

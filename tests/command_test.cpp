@@ -277,10 +277,50 @@ TEST_F(CommandTest, DryRunWritesNothing) {
   EXPECT_EQ(ended.code, 0);
   EXPECT_THAT(ended.out, HasSubstr("run-s0"));
   EXPECT_EQ(ended.out.find("not here"), std::string::npos);
+  EXPECT_THAT(ended.out, AllOf(HasSubstr("peak"), HasSubstr("predicted for"), HasSubstr("yes")));
   const Ended elsewhere = run({"train", run_file(), "--dry-run", "--set", "data.eval=gone.jsonl"});
   EXPECT_EQ(elsewhere.code, 0);
   EXPECT_THAT(elsewhere.out, HasSubstr("data.eval: there is no file gone.jsonl"));
   EXPECT_TRUE(fs::is_empty(work_));
+}
+
+TEST_F(CommandTest, WhatCannotFitIsRefusedBeforeAnythingIsWritten) {
+  const Arguments train = {"train", run_file(), "--device", "cpu", "--device-memory", "1MB"};
+  const Ended refused = run(train);
+  EXPECT_EQ(refused.code, 2);
+  EXPECT_THAT(refused.err,
+              AllOf(HasSubstr("does not fit"), HasSubstr("has 1.00 MB"), HasSubstr("--force")));
+  EXPECT_TRUE(fs::is_empty(work_));
+  const Ended wrong = run({"train", run_file(), "--device-memory", "much"});
+  EXPECT_EQ(wrong.code, 2);
+  EXPECT_THAT(wrong.err, HasSubstr("--device-memory much: give bytes"));
+}
+
+TEST_F(CommandTest, MemoryNeedsNoGpu) {
+  const Ended text = run({"memory", "synthetic:llama-3.1-8b", "--gpu", "rtx3090", "--set",
+                          "lora.r=16", "--set", "data.seq_len=2048"});
+  ASSERT_EQ(text.code, 0) << text.err;
+  EXPECT_THAT(text.out, AllOf(HasSubstr("does not fit"), HasSubstr("would fit with --set"),
+                              HasSubstr("the largest tensors then"), HasSubstr("lm_head")));
+  const Ended json = run({"memory", "synthetic:llama-3.1-8b", "--set", "quant.type=nf4", "--json"});
+  ASSERT_EQ(json.code, 0) << json.err;
+  const auto said = nlohmann::json::parse(json.out);
+  EXPECT_EQ(said["footprint_bytes"], 5591539712);
+  EXPECT_EQ(said["trainable_params"], 0);
+  EXPECT_EQ(said["peak_bytes"], said["timeline"][0]["peak_bytes"]);
+  const Ended table = run({"memory",
+                           folder_.write("sweep.yaml",
+                                         "base: {model: {path: \"synthetic:tiny\"}, lora: {r: 4}, "
+                                         "data: {train: synthetic}}\nseeds: [0, 1]\n"),
+                           "--device", "cpu"});
+  EXPECT_THAT(table.out, AllOf(HasSubstr("2 trials"), HasSubstr("predicted for"))) << table.err;
+  for (const Arguments& bad : {Arguments{"memory", "synthetic:nothing"},
+                               {"memory", "synthetic:tiny", "--gpu", "abacus"},
+                               {"memory", "nothing.yaml"}}) {
+    const Ended ended = run(bad);
+    EXPECT_EQ(ended.code, 2) << bad.back();
+    EXPECT_FALSE(ended.err.empty());
+  }
 }
 
 TEST_F(CommandTest, EvalReadsWhatTrainWrote) {

@@ -26,9 +26,10 @@ class RunnerTest : public TrainingTest {
             rest);
     printed_.clear();
     return run_sweep(
-        load_sweep(file, sets), {folder_ / "out", device(), shard, false},
+        load_sweep(file, sets), {folder_ / "out", device(), shard, false, force_},
         [&](const std::string& line) { printed_ += line + "\n"; }, callbacks);
   }
+  bool force_ = false;  // --force
   std::vector<std::string> directories() const {
     std::vector<std::string> names;
     for (const auto& entry : fs::directory_iterator(folder_ / "out/trials"))
@@ -103,11 +104,15 @@ TEST_P(RunnerTest, ATrialThatDoesNotFitFailsAlone) {
   EXPECT_EQ(result.finished, 2);
   EXPECT_EQ(result.failed, 1);
   ASSERT_EQ(with_status("failed").size(), 1u);
-  const nlohmann::json failed = with_status("failed")[0];
-  EXPECT_THAT(failed["error"].get<std::string>(),
+  EXPECT_THAT(with_status("failed")[0]["error"].get<std::string>(),
+              AllOf(HasSubstr("does not fit: the run would take"), HasSubstr("--force")));
+  EXPECT_THAT(printed_, HasSubstr("a gang of 3 does not fit; trying halves"));
+  force_ = true;
+  sweep("parameters: {lora.r: {values: [2, 2000000000, 4]}}\n");
+  ASSERT_EQ(with_status("failed").size(), 1u);
+  EXPECT_THAT(with_status("failed")[0]["error"].get<std::string>(),
               AllOf(HasSubstr("out of memory"), HasSubstr("adapters asked for 17.92 TB"),
                     HasSubstr("held: weights"), HasSubstr("train.batch_size")));
-  EXPECT_THAT(printed_, HasSubstr("a gang of 3 does not fit; trying halves"));
   EXPECT_EQ(memory_account(device()).total, held) << "something was not given back";
 }
 

@@ -1,0 +1,35 @@
+// What the trials of a sweep will need: memory and time, without running them.
+#pragma once
+#include <string>
+#include <vector>
+
+#include "experiments/gpus.h"
+#include "experiments/memory_prediction.h"
+#include "experiments/setup.h"
+#include "experiments/sweep.h"
+
+namespace qlab {
+
+struct TrialForecast {
+  int64_t peak = 0;  // of its gang
+  bool fits = true;
+  size_t gang_size = 1;
+  double hours = 0;    // its share of the gang's time; 0 where the number of steps is unknown
+  std::string remedy;  // settings with which it would fit, or why it cannot be said
+};
+
+/// As the trials would run on the target, in gangs. Data that is not here is taken for full batches
+/// of data.seq_len; a model that is not here leaves its trials without a forecast (`remedy` says
+/// why).
+std::vector<TrialForecast> forecast(const Sweep& sweep, Library& library,
+                                    const MemoryTarget& target);
+
+/// The list of --dry-run: one line per trial with its swept values, what it needs, and whether that
+/// fits; the sum of the hours below.
+std::string forecast_table(const Sweep& sweep, const std::vector<TrialForecast>& forecasts,
+                           const MemoryTarget& target);
+
+/// The lengths of a trial's batches: of its data where that is here, otherwise assumed.
+PaperTrial trial_on_paper(const Config& config, Library& library, Device target);
+
+}  // namespace qlab

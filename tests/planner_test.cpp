@@ -1,0 +1,109 @@
+// Plans within a memory budget: kept to the byte, the same bits, faster with more.
+#include "experiments/planner.h"
+
+#include "experiments/gpus.h"
+#include "tests/support/error_of.h"
+#include "tests/support/training.h"
+
+namespace qlab::test {
+namespace {
+
+class PlannerTest : public TrainingTest {
+ protected:
+  Config with(const std::vector<std::string>& sets) const {
+    std::vector<std::string> all = {"data.train=synthetic", "data.eval=\"\"", "train.steps=3",
+                                    "train.eval_every=0", "data.seq_len=200"};
+    all.insert(all.end(), sets.begin(), sets.end());
+    return config(all);
+  }
+  RunPlan plan(const Config& c, int64_t budget) const {
+    const std::vector<PaperTrial> gang = {assumed_trial(c, device())};
+    return plan_run(open_model(c.model.path), gang, device(), budget, rates_of(device()));
+  }
+};
+INSTANTIATE_TEST_SUITE_P(Runs, PlannerTest, cpu_and_cuda, device_name);
+
+TEST_P(PlannerTest, KeepsTheBudgetAndTheBits) {
+  constexpr int64_t plenty = int64_t{1} << 40;
+  const int64_t most = plan(with({}), plenty).peak;
+  const int64_t least = plan(with({"train.recompute=full"}), plenty).peak;
+  ASSERT_LT(least, most);
+  const Outcome kept = train("none", with({}));
+  double slower = std::numeric_limits<double>::infinity();
+  std::set<std::string> plans;
+  for (int i = 0; i <= 6; ++i) {
+    const int64_t budget = least + (most - least) * i / 6;
+    SCOPED_TRACE(budget);
+    const Config c = with({"train.recompute=auto", fmt::format("train.memory_budget={}", budget)});
+    const RunPlan chosen = plan(c, budget);
+    EXPECT_LE(chosen.peak, budget);
+    EXPECT_LE(chosen.step_seconds, slower);
+    slower = chosen.step_seconds;
+    plans.insert(describe(chosen));
+    const int64_t before = memory_account(device()).total;
+    reset_peak(device());
+    const Outcome planned = train("auto" + std::to_string(i), c);
+    EXPECT_EQ(memory_account(device()).peak - before, chosen.peak);
+    expect_same(planned, kept);
+  }
+  EXPECT_GE(plans.size(), 4u);  // it mixes
+}
+
+TEST_P(PlannerTest, SaysWhatIsNeededAtLeast) {
+  const Config c = with({"train.recompute=auto", "train.memory_budget=100kB"});
+  const std::string error = error_of([&] { plan(c, 100000); });
+  EXPECT_THAT(error, testing::HasSubstr("100.00 kB is too little"));
+  EXPECT_THAT(error, testing::HasSubstr("activations"));
+  EXPECT_THAT(error_of([&] { train("small", c); }), testing::HasSubstr("too little"));
+}
+
+// The allocator's own limit, where nobody planned ahead.
+TEST_P(PlannerTest, ALimitIsTheEndOfTheDevice) {
+  const Config c = with({});
+  const int64_t before = memory_account(device()).total, need = plan(c, int64_t{1} << 40).peak;
+  limit_memory(device(), before + need - 1);
+  const std::string error = error_of([&] { train("limited", c); });
+  limit_memory(device(), std::numeric_limits<int64_t>::max());
+  EXPECT_THAT(error, testing::HasSubstr("out of memory"));
+  EXPECT_EQ(memory_account(device()).total, before);
+  limit_memory(device(), before + need);
+  EXPECT_EQ(train("enough", c).state, TrialRun::State::finished);
+  limit_memory(device(), std::numeric_limits<int64_t>::max());
+}
+
+// Steps of Llama-3.1-8B, NF4 with double quantization, r 16 on all linear modules, on an H100 80GB
+// HBM3 at commit 97a2459 (4 x 2048) and c0a6dea (1 x 512).
+TEST(CostModel, IsNearWhatWasMeasured) {
+  struct Measured {
+    int64_t batch, tokens;
+    const char *recompute, *resident;
+    double seconds, gigabytes;
+  };
+  const ModelSource model = open_model("synthetic:llama-3.1-8b");
+  for (const Measured& m : {Measured{4, 2048, "none", "auto", 0.4727, 58.0},
+                            Measured{4, 2048, "selective", "0", 0.5014, 32.5},
+                            Measured{1, 512, "none", "auto", 0.0331, 23.3},
+                            Measured{1, 512, "none", "0", 0.0511, 9.10}}) {
+    const Config c = load_config(
+        "", {"model.path=synthetic:llama-3.1-8b", "lora.r=16", "data.train=synthetic",
+             fmt::format("train.batch_size={}", m.batch), fmt::format("data.seq_len={}", m.tokens),
+             fmt::format("train.recompute={}", m.recompute),
+             fmt::format("quant.resident={}", m.resident)});
+    const std::vector<PaperTrial> gang = {assumed_trial(c, Device::cuda())};
+    const GpuSpec gpu = find_gpu("h100-80gb");
+    const RunPlan plan = plan_run(model, gang, Device::cuda(), gpu.usable(), gpu_rates(gpu.name));
+    EXPECT_NEAR(plan.step_seconds / m.seconds, 1, 0.10) << m.batch << " " << m.recompute;
+    EXPECT_NEAR(static_cast<double>(plan.peak) / 1e9 / m.gigabytes, 1, 0.01);
+  }
+}
+
+TEST(Gpus, AreKnownByNameOrBytes) {
+  EXPECT_EQ(find_gpu("T4").memory_bytes, int64_t{15360} << 20);
+  EXPECT_EQ(find_gpu("24GiB").memory_bytes, int64_t{24} << 30);
+  EXPECT_ERROR(find_gpu("gtx"), "h100-80gb, h200, a100-40gb");
+  EXPECT_ERROR(find_gpu("0"), "unknown");
+  EXPECT_ERROR(memory_target("t4", "cpu"), "give one of them");
+}
+
+}  // namespace
+}  // namespace qlab::test
