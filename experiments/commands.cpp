@@ -84,8 +84,9 @@ void load(Loaded& loaded, const std::string& adapter_dir, const CommonOptions& c
   if (!adapter_dir.empty()) spec = read_adapter_spec(adapter_dir);
   loaded.model = &loaded.library.base(loaded.config, compute_dtype(loaded.config, device), device);
   if (adapter_dir.empty()) return;
-  loaded.adapter = std::make_unique<Adapter>(spec, loaded.model->adapter_shapes(spec), 0, 0,
-                                             loaded.model->compute_dtype(), loaded.model->device());
+  loaded.adapter =
+      std::make_unique<Adapter>(spec, loaded.model->adapter_shapes(spec), 0, 0,
+                                loaded.model->adapter_dtype(spec), loaded.model->device());
   load_adapter(adapter_dir, *loaded.adapter);
 }
 

@@ -14,7 +14,8 @@
 namespace qlab {
 
 struct ModelConfig {
-  std::string path;  // directory, FILE.gguf, hub id, or synthetic:NAME
+  std::string path;                 // directory, FILE.gguf, hub id, or synthetic:NAME
+  std::string embeddings = "auto";  // auto | device | host
 };
 
 /// "14.3GB", "24GiB", a number of bytes, or "auto".

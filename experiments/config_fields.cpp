@@ -25,6 +25,13 @@ std::vector<Field> make_fields() {
        .meaning = "the base: a directory in Hugging Face layout, a FILE.gguf, a hub id that is in "
                   "the local cache, or synthetic:NAME",
        .is_path = true},
+      {"model.embeddings",
+       QLAB_SLOT(model.embeddings),
+       "where the input embeddings lie; host: a micro-batch brings its rows along, which saves the "
+       "GPU the whole table where lm_head is not tied to it; auto: device, or host where "
+       "recompute auto needs it",
+       none,
+       {"auto", "device", "host"}},
       {.key = "quant.type",
        .slot = QLAB_SLOT(quant.type),
        .meaning = "how the frozen linear layers are stored",

@@ -50,6 +50,8 @@ class Capacity {
 ResidentBytes parts_of(const std::vector<LiveTensor>& tensors) {
   ResidentBytes bytes;
   for (const LiveTensor& t : tensors) {
+    const bool base = t.category == Category::weights || t.category == Category::constants;
+    if (!base || t.name == "held expanded") continue;
     int64_t& part = t.name == "rotary_emb"                             ? bytes.tables
                     : t.category == Category::constants                ? bytes.constants
                     : t.name.find("embed_tokens") != std::string::npos ? bytes.embeddings
@@ -105,6 +107,7 @@ PaperTrial assumed_trial(const Config& config, Device target) {
 
 RunPlan asked_plan(const Config& config, int64_t layers) {
   RunPlan plan;
+  plan.host_embeddings = config.model.embeddings == "host";
   plan.layers.assign(static_cast<size_t>(layers), recompute_of(config));
   const std::string& resident = config.quant.resident.text;
   plan.resident =
@@ -138,11 +141,10 @@ MemoryPrediction predict_memory(const ModelSource& model, std::span<const PaperT
   MemoryPrediction out;
   const Accounts host_accounts(host);  // on a CPU the same as the device's
   const Accounts accounts(meta);
-  const std::unique_ptr<Llama> llama =
-      load_llama(model, weight_spec(first), compute_dtype(first, target), meta);
+  const std::unique_ptr<Llama> llama = load_llama(
+      model, weight_spec(first), compute_dtype(first, target), meta, plan.host_embeddings);
   out.phases.push_back(accounts.phase("load"));
   if (target.is_cuda()) out.host_peak = host_accounts.phase("load").peak;
-  out.resident = parts_of(live_tensors(meta));
   LargestStep step;
   std::vector<PaperRun> runs;
   std::unique_ptr<Stepper> stepper;
@@ -152,7 +154,7 @@ MemoryPrediction predict_memory(const ModelSource& model, std::span<const PaperT
       const LoraSpec spec = lora_spec(t.config);
       PaperRun& run = runs.emplace_back();
       run.adapter = std::make_unique<Adapter>(spec, llama->adapter_shapes(spec), 0, 0,
-                                              llama->compute_dtype(), meta);
+                                              llama->adapter_dtype(spec), meta);
       const int64_t count = run.adapter->parameter_count();
       run.optimizer = std::make_unique<AdamW>(adamw_config(t.config), count, meta);
       out.trainable_params += count;
@@ -178,6 +180,7 @@ MemoryPrediction predict_memory(const ModelSource& model, std::span<const PaperT
   out.step_bytes = step.plan.bytes;
   out.step = step.plan.course();
   out.at_peak = live_tensors(meta);
+  out.resident = parts_of(out.at_peak);
   const bool loading = &out.highest() == &out.phases.front();
   out.moment = loading ? "loading the base"
                        : (step.train ? "training step: " : "evaluation: ") + step.plan.peak_place();
@@ -206,6 +209,8 @@ std::optional<Remedy> cheapest_fit(const ModelSource& model, std::span<const Pap
   const Config& first = gang.front().config;
   if (first.quant.resident.text != "0")
     if (const auto remedy = set("quant.resident", "0")) return remedy;
+  if (target.is_cuda() && !model.config.tie_word_embeddings && first.model.embeddings != "host")
+    if (const auto remedy = set("model.embeddings", "host")) return remedy;
   if (first.lora.present) {
     if (first.train.recompute == "none")
       if (const auto remedy = set("train.recompute", "selective")) return remedy;

@@ -44,6 +44,7 @@ struct ResidentBytes {
 struct RunPlan {
   std::vector<Recompute> layers;  // what each of them computes again
   int64_t resident = 0;           // bytes for weights held expanded
+  bool host_embeddings = false;   // model.embeddings
   int64_t peak = 0;               // of the allocator, predicted
   double step_seconds = 0;        // predicted by experiments/cost_model.h
 };

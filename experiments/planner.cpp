@@ -40,9 +40,16 @@ class Search {
          const Rates& rates)
       : model_(model), gang_(gang), target_(target), rates_(rates) {}
 
-  RunPlan run(int64_t budget) const {
+  RunPlan run(int64_t budget) {
     const int64_t layers = model_.config.num_hidden_layers;
-    const MemoryPrediction least = predict(2 * layers, 0);
+    const std::string& embeddings = gang_.front().config.model.embeddings;
+    host_embeddings_ = embeddings == "host";
+    MemoryPrediction least = predict(2 * layers, 0);
+    if (least.peak() > budget && embeddings == "auto" && target_.is_cuda() &&
+        !model_.config.tie_word_embeddings) {
+      host_embeddings_ = true;
+      least = predict(2 * layers, 0);
+    }
     if (least.peak() > budget) refuse(least, budget);
     // The first of the row that fits: peaks fall along it.
     int64_t fits = 2 * layers, too_large = -1;
@@ -63,13 +70,20 @@ class Search {
 
  private:
   MemoryPrediction predict(int64_t i, int64_t resident) const {
-    return predict_memory(model_, gang_, target_, {},
-                          RunPlan{policy_at(i, model_.config.num_hidden_layers), resident});
+    return predict_memory(model_, gang_, target_, {}, plan_at(i, resident));
+  }
+
+  RunPlan plan_at(int64_t i, int64_t resident) const {
+    RunPlan plan;
+    plan.layers = policy_at(i, model_.config.num_hidden_layers);
+    plan.resident = resident;
+    plan.host_embeddings = host_embeddings_;
+    return plan;
   }
 
   RunPlan filled(int64_t i, int64_t budget) const {
     const MemoryBudget& wish = gang_.front().config.quant.resident;
-    RunPlan plan{policy_at(i, model_.config.num_hidden_layers), 0};
+    RunPlan plan = plan_at(i, 0);
     MemoryPrediction prediction = predict(i, 0);
     if (wish.text != "0" && target_.is_cuda()) {
       const int64_t most = wish.text == "auto" ? unlimited : parse_bytes(wish.text).value_or(0);
@@ -101,6 +115,7 @@ class Search {
   std::span<const PaperTrial> gang_;
   Device target_;
   const Rates& rates_;
+  bool host_embeddings_ = false;
 };
 
 }  // namespace
@@ -136,6 +151,7 @@ std::string describe(const RunPlan& plan) {
     text += fmt::format(" {}", name_of_recompute(plan.layers[first]));
     first = last + 1;
   }
+  if (plan.host_embeddings) text += "; embeddings in host memory";
   if (plan.resident > 0)
     text += fmt::format("; at most {} of weights held expanded", format_bytes(plan.resident));
   return text;

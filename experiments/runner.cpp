@@ -7,6 +7,7 @@
 #include <chrono>
 #include <cstring>
 #include <filesystem>
+#include <limits>
 #include <nlohmann/json.hpp>
 #include <set>
 
@@ -189,34 +190,34 @@ class Runner {
     }
   }
 
-  /// Throws OutOfMemory before anything is loaded where minutes later the allocator would.
-  void check_fits(const std::vector<Planned>& gang) {
-    if (force_) return;
+  /// Throws OutOfMemory before anything is loaded where minutes later the allocator would. Returns
+  /// the plan.
+  RunPlan check_fits(const std::vector<Planned>& gang) {
     const MemoryTarget target = target_here(device_);
-    if (!target.capacity) return;
+    const int64_t capacity = force_ ? std::numeric_limits<int64_t>::max()
+                                    : target.capacity.value_or(std::numeric_limits<int64_t>::max());
     std::vector<PaperTrial> papers;
     for (const Planned& p : gang) papers.push_back(paper_trial(p.trial->config, library_, device_));
     const Config& first = papers.front().config;
     const ModelSource& model = library_.model(first.model.path);
     const RunPlan plan =
-        plan_run(model, papers, device_, std::min(*target.capacity, memory_budget(first, device_)),
-                 target.rates);
-    if (plan.peak <= *target.capacity) return;
-    const auto remedy = cheapest_fit(model, papers, device_, *target.capacity);
+        plan_run(model, papers, device_, memory_budget(first, device_), target.rates);
+    if (plan.peak <= capacity) return plan;
+    const auto remedy = cheapest_fit(model, papers, device_, capacity);
     std::string sets;
     if (remedy)
       for (const std::string& set : remedy->sets) sets += " --set " + set;
     throw OutOfMemory(fmt::format(
         "does not fit: the run would take {} and {} has {}. {}; --force tries all the same",
-        format_bytes(plan.peak), target.name, format_bytes(*target.capacity),
+        format_bytes(plan.peak), target.name, format_bytes(capacity),
         remedy ? fmt::format("It fits in {} with{}", format_bytes(remedy->peak), sets)
                : "Nothing that can be set makes it fit"));
   }
 
  private:
   void train(const std::vector<Planned>& gang) {
-    const Config& first = gang.front().trial->config;
-    check_fits(gang);
+    Config first = gang.front().trial->config;
+    first.model.embeddings = check_fits(gang).host_embeddings ? "host" : "device";
     Llama& model = load(first, compute_dtype(first, device_));
     model.hold_resident(0, Batch());  // each gang holds what its own steps leave room for
     reset_peak(device_);

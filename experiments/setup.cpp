@@ -119,9 +119,9 @@ const Dataset& Library::dataset(const Config& config, const std::string& path, i
 }
 
 std::string base_key(const Config& config, DType compute, Device device) {
-  return fmt::format("{}|{}|{}|{}|{}|{}", config.model.path, config.quant.type,
-                     config.quant.block_size, config.quant.double_quant, name_of(compute),
-                     device.str());
+  return fmt::format("{}|{}|{}|{}|{}|{}|{}", config.model.path, config.model.embeddings,
+                     config.quant.type, config.quant.block_size, config.quant.double_quant,
+                     name_of(compute), device.str());
 }
 
 void Library::drop_base() {
@@ -138,7 +138,8 @@ Llama& Library::base(const Config& config, DType compute, Device device) {
       check_stop();
       return read(name, shape);
     };
-    base_ = load_llama(source, weight_spec(config), compute, device);
+    base_ =
+        load_llama(source, weight_spec(config), compute, device, config.model.embeddings == "host");
     base_key_ = key;
   }
   return *base_;

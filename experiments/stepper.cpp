@@ -29,13 +29,14 @@ Tensor Stepper::step(const Batch& batch, bool train) const {
 }
 
 Stepper::Shape& Stepper::shape(const BatchBuilder& batch, bool train) {
+  model_.cover_positions(batch.max_length());
   std::vector<int64_t> key = batch.shape_key();
   key.push_back(train);
   auto it = shapes_.find(key);
   if (it == shapes_.end()) {
     constexpr size_t remembered = 256;
     if (shapes_.size() >= remembered) forget_plans();
-    const Batch shapes = batch.to(model_.device().meta());
+    const Batch shapes = batch.to(model_.device().meta(), model_.host_embeddings());
     PlanRecorder recorder(model_.device().is_meta());
     step(shapes, train);
     it = shapes_.try_emplace(std::move(key)).first;
@@ -47,7 +48,7 @@ Stepper::Shape& Stepper::shape(const BatchBuilder& batch, bool train) {
 const StepPlan& Stepper::reserve(const BatchBuilder& batch, bool train) {
   const StepPlan& plan = shape(batch, train).plan;
   memory_.reserve(plan);
-  batch.reserve(buffer_);
+  batch.reserve(buffer_, model_.host_embeddings());
   return plan;
 }
 
@@ -57,18 +58,20 @@ std::vector<float> Stepper::run(const BatchBuilder& builder, bool train) {
   Shape& own = shape(builder, train);
   memory_.reserve(own.plan);
   const MemoryTag workspace(Category::workspace);
-  const Batch batch = builder.to(buffer_);
+  const Batch batch = builder.to(buffer_, model_.host_embeddings());
   const auto issue = [&] {
     const MemoryTag activations(Category::activations);
     const StepMemory::Scope scope(memory_, own.plan);
     copy(buffer_.results(), step(batch, train));
   };
-  const bool moved = own.memory != memory_.base() || own.batch != buffer_.base();
+  const bool moved = own.memory != memory_.base() || own.batch != buffer_.base() ||
+                     own.positions != model_.position_tables();
   constexpr int most_graphs = 64;  // each holds some megabytes
   if (graphs_ && own.seen && (own.graph == nullptr ? graph_count_ < most_graphs : moved)) {
     graph_count_ += own.graph == nullptr;
     own.graph = std::make_unique<cuda::Graph>(issue);
     own.memory = memory_.base(), own.batch = buffer_.base();
+    own.positions = model_.position_tables();
   }
   if (own.graph != nullptr)
     own.graph->launch();

@@ -32,6 +32,7 @@ class Stepper {
     std::unique_ptr<cuda::Graph> graph;
     const void* memory = nullptr;  // what the graph's addresses rest on
     const void* batch = nullptr;
+    const void* positions = nullptr;
   };
   Shape& shape(const BatchBuilder& batch, bool train);
   Tensor step(const Batch& batch, bool train) const;

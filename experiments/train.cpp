@@ -52,7 +52,7 @@ TrialRun::TrialRun(const Config& config, std::string name, const std::string& di
   adapter_ = std::make_unique<Adapter>(spec, model.adapter_shapes(spec),
                                        static_cast<uint64_t>(t.init_seed.value_or(t.seed)),
                                        static_cast<uint64_t>(t.dropout_seed.value_or(t.seed)),
-                                       model.compute_dtype(), model.device());
+                                       model.adapter_dtype(spec), model.device());
   if (!config_.lora.adapter.empty()) load_adapter(config_.lora.adapter, *adapter_);
   optimizer_ =
       std::make_unique<AdamW>(adamw_config(config_), adapter_->parameter_count(), model.device());
@@ -223,7 +223,10 @@ RunPlan Gang::make_plan() const {
   if (first.train.recompute != "auto" || running().empty())
     return asked_plan(first, model_.config().num_hidden_layers);
   const Device device = model_.device();
-  RunPlan plan = plan_run(library_.model(first.model.path), on_paper(), device,
+  std::vector<PaperTrial> gang = on_paper();
+  for (PaperTrial& t : gang)  // where they lie was decided before the base was loaded
+    t.config.model.embeddings = model_.host_embeddings() != nullptr ? "host" : "device";
+  RunPlan plan = plan_run(library_.model(first.model.path), gang, device,
                           memory_budget(first, device), rates_of(device));
   for (TrialRun* t : running())
     t->files_.log(fmt::format("plan: {}; {} at the peak", describe(plan), format_bytes(plan.peak)));

@@ -4,6 +4,7 @@
 #include <cstring>
 
 #include "core/ops/cross_entropy.h"
+#include "core/ops/rows.h"
 
 namespace qlab {
 
@@ -52,18 +53,6 @@ Batch BatchBuilder::placed(const Place& place, Device device) const {
   return batch;
 }
 
-Batch BatchBuilder::to(Device device) const {
-  return placed(
-      [&]<class T>(const std::vector<T>& values) {
-        const Shape shape{static_cast<int64_t>(values.size())};
-        if (!device.is_meta()) return Tensor::from_vector(values, shape, device);
-        const auto bytes = static_cast<int64_t>(values.size() * sizeof(T));
-        return Tensor::from_storage(Storage::wrap(nullptr, bytes, {}, device), 0, shape,
-                                    dtype_of<T>());
-      },
-      device);
-}
-
 namespace {
 
 int64_t aligned(int64_t bytes) {
@@ -71,32 +60,69 @@ int64_t aligned(int64_t bytes) {
   return (bytes + alignment - 1) / alignment * alignment;
 }
 
+/// A tensor of memory that someone else owns, none on meta.
+Tensor view_of(const void* data, const Shape& shape, DType dtype, Device device) {
+  const int64_t bytes = shape.numel() * static_cast<int64_t>(size_of(dtype));
+  return Tensor::from_storage(Storage::wrap(const_cast<void*>(data), bytes, {}, device), 0, shape,
+                              dtype);
+}
+
 }  // namespace
 
-BatchBuilder::Extent BatchBuilder::extent(Device device) const {
+/// rows [T, hidden] on the host.
+void BatchBuilder::embed(const Tensor& rows, const Tensor& embeddings) const {
+  const Tensor ids = view_of(ids_.data(), {tokens()}, DType::i32, Device::cpu());
+  if (tokens() > 0) cpu::gather_rows(rows, embeddings, ids);
+}
+
+Batch BatchBuilder::to(Device device, const Tensor* embeddings) const {
+  Batch batch = placed(
+      [&]<class T>(const std::vector<T>& values) {
+        const Shape shape{static_cast<int64_t>(values.size())};
+        if (!device.is_meta()) return Tensor::from_vector(values, shape, device);
+        return view_of(nullptr, shape, dtype_of<T>(), device);
+      },
+      device);
+  if (embeddings == nullptr) return batch;
+  const Shape shape = embedded_shape(*embeddings);
+  if (device.is_meta()) {
+    batch.embedded = view_of(nullptr, shape, embeddings->dtype(), device);
+  } else {
+    const Tensor rows = Tensor::empty(shape, embeddings->dtype(), Device::cpu());
+    embed(rows, *embeddings);
+    batch.embedded = rows.to(device);
+    synchronize(device);
+  }
+  return batch;
+}
+
+BatchBuilder::Extent BatchBuilder::extent(Device device, const Tensor* embeddings) const {
   Extent extent{};
   placed(
       [&]<class T>(const std::vector<T>& values) {
-        extent.batch += aligned(static_cast<int64_t>(values.size() * sizeof(T)));
+        extent.sent += aligned(static_cast<int64_t>(values.size() * sizeof(T)));
         extent.rows = static_cast<int64_t>(values.size());  // the last array is as long as nll
         return Tensor();
       },
       device);
-  extent.total = extent.batch + aligned(extent.rows * static_cast<int64_t>(sizeof(float)));
+  if (embeddings != nullptr)
+    extent.sent += aligned(embedded_shape(*embeddings).numel() *
+                           static_cast<int64_t>(size_of(embeddings->dtype())));
+  extent.total = extent.sent + aligned(extent.rows * static_cast<int64_t>(sizeof(float)));
   return extent;
 }
 
-void BatchBuilder::reserve(BatchBuffer& buffer) const {
-  buffer.reserve(extent(buffer.device()).total);
+void BatchBuilder::reserve(BatchBuffer& buffer, const Tensor* embeddings) const {
+  buffer.reserve(extent(buffer.device(), embeddings).total);
 }
 
-Batch BatchBuilder::to(BatchBuffer& buffer) const {
-  const Extent own = extent(buffer.device());
+Batch BatchBuilder::to(BatchBuffer& buffer, const Tensor* embeddings) const {
+  const Extent own = extent(buffer.device(), embeddings);
   // What was reserved for the largest batch seldom grows; where it does, not every time.
   if (own.total > buffer.bytes_) buffer.reserve(own.total + own.total / 2);
   int64_t offset = 0;
-  const auto take = [&](int64_t count, DType dtype) {
-    const Tensor view = buffer.block_.bytes_at(offset, {count}, dtype);
+  const auto take = [&](const Shape& shape, DType dtype) {
+    const Tensor view = buffer.block_.bytes_at(offset, shape, dtype);
     offset += aligned(view.bytes());
     return view;
   };
@@ -104,12 +130,17 @@ Batch BatchBuilder::to(BatchBuffer& buffer) const {
       [&]<class T>(const std::vector<T>& values) {
         if (!values.empty())
           std::memcpy(buffer.host() + offset, values.data(), values.size() * sizeof(T));
-        return take(static_cast<int64_t>(values.size()), dtype_of<T>());
+        return take({static_cast<int64_t>(values.size())}, dtype_of<T>());
       },
       buffer.device());
+  if (embeddings != nullptr) {
+    const Shape shape = embedded_shape(*embeddings);
+    embed(view_of(buffer.host() + offset, shape, embeddings->dtype(), Device::cpu()), *embeddings);
+    batch.embedded = take(shape, embeddings->dtype());
+  }
   if (buffer.device().is_cuda())
-    cuda::copy_async(buffer.block_.raw(), buffer.host_, static_cast<size_t>(own.batch));
-  buffer.results_ = take(own.rows, DType::f32);
+    cuda::copy_async(buffer.block_.raw(), buffer.host_, static_cast<size_t>(own.sent));
+  buffer.results_ = take({own.rows}, DType::f32);
   return batch;
 }
 

@@ -30,6 +30,7 @@ struct Segment {
 
 struct Batch {
   Tensor ids;         // i32 [T]
+  Tensor embedded;    // [T, hidden], where the embeddings lie on the host; otherwise undefined
   Tensor positions;   // i32 [T], from 0 in every sequence
   Tensor examples;    // i64 [T]
   Tensor cu_seqlens;  // i32 [sequences + 1]
@@ -75,22 +76,27 @@ class BatchBuilder {
   /// The sequences of one trial. `scale` is the weight of each trained token's loss.
   void add(const std::vector<Sequence>& sequences, const Adapter* adapter, bool dropout,
            float scale);
-  Batch to(Device device) const;  // on meta: tensors that nobody owns
+  /// `embeddings`: the table whose rows come along (Batch::embedded), nullptr for none. On meta:
+  /// tensors that nobody owns.
+  Batch to(Device device, const Tensor* embeddings = nullptr) const;
   /// The same in `buffer`: equal shapes get equal addresses.
-  Batch to(BatchBuffer& buffer) const;
+  Batch to(BatchBuffer& buffer, const Tensor* embeddings = nullptr) const;
   /// Makes room for a batch of this shape.
-  void reserve(BatchBuffer& buffer) const;
+  void reserve(BatchBuffer& buffer, const Tensor* embeddings = nullptr) const;
+  int64_t max_length() const { return max_length_; }
   int64_t tokens() const { return static_cast<int64_t>(ids_.size()); }
   int64_t loss_tokens() const { return static_cast<int64_t>(loss_rows_.size()); }
   /// Two batches with equal keys run the same operations on the same shapes.
   std::vector<int64_t> shape_key() const;
 
  private:
-  /// Of the index tensors one behind the other, and of the nll behind them.
+  /// Bytes of what is sent, one array behind the other, and with the nll behind them.
   struct Extent {
-    int64_t batch, rows, total;
+    int64_t sent, rows, total;
   };
-  Extent extent(Device device) const;
+  Extent extent(Device device, const Tensor* embeddings) const;
+  Shape embedded_shape(const Tensor& embeddings) const { return {tokens(), embeddings.dim(1)}; }
+  void embed(const Tensor& rows, const Tensor& embeddings) const;
   template <class Place>
   Batch placed(const Place& place, Device device) const;
 

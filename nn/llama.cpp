@@ -25,14 +25,27 @@ Tensor to_dtype(const Tensor& t, DType dtype, Device device) {
 }  // namespace
 
 Llama::Llama(const LlamaConfig& config, const WeightSpec& spec, DType compute, Device device,
-             const TensorSource& source)
-    : config_(config), spec_(spec), compute_(compute), device_(device) {
+             const TensorSource& source, bool host_embeddings)
+    : config_(config),
+      spec_(spec),
+      compute_(compute),
+      device_(device),
+      host_embeddings_(host_embeddings) {
+  if (host_embeddings && config.tie_word_embeddings)
+    fail(
+        "model.embeddings: host: lm_head of this model is the same matrix and stays on the device");
   const int64_t hidden = config.hidden_size, inter = config.intermediate_size;
-  const auto dense = [&](const std::string& name, const Shape& shape, DType dtype) {
+  const auto dense_on = [&](Device where, const std::string& name, const Shape& shape,
+                            DType dtype) {
     const MemoryName scope(name);
-    return to_dtype(source(name, shape), dtype, device);
+    return to_dtype(source(name, shape), dtype, where);
   };
-  embed_tokens_ = dense("model.embed_tokens.weight", {config.vocab_size, hidden}, compute);
+  const auto dense = [&](const std::string& name, const Shape& shape, DType dtype) {
+    return dense_on(device, name, shape, dtype);
+  };
+  const Device host = device.is_meta() ? Device::cpu().meta() : Device::cpu();
+  embed_tokens_ = dense_on(host_embeddings ? host : device, "model.embed_tokens.weight",
+                           {config.vocab_size, hidden}, compute);
   int index = 0;
   for (int64_t l = 0; l < config.num_hidden_layers; ++l) {
     const std::string prefix = fmt::format("model.layers.{}.", l);
@@ -74,10 +87,6 @@ Llama::Llama(const LlamaConfig& config, const WeightSpec& spec, DType compute, D
                           ? embed_tokens_
                           : dense("lm_head.weight", {config.vocab_size, hidden}, compute);
   lm_head_ = Weight::share(head, unquantized(compute).format);
-  const MemoryTag tag(Category::constants);
-  const MemoryName scope("rotary_emb");
-  rope_ = rope_tables(config.max_position_embeddings, config.head_dim, config.rope_theta,
-                      config.rope_scaling, config.rope_divisors, device);
   synchronize(device);
 }
 
@@ -89,7 +98,26 @@ const std::vector<const Linear*> Llama::linears() const {
   return all;
 }
 
+void Llama::cover_positions(int64_t positions) const {
+  if (rope_.cos.defined() && rope_.cos.dim(0) >= positions) return;
+  rope_ = {};
+  const MemoryTag tag(Category::constants);
+  const MemoryName scope("rotary_emb");
+  rope_ = rope_tables(positions, config_.head_dim, config_.rope_theta, config_.rope_scaling,
+                      config_.rope_divisors, device_);
+  synchronize(device_);
+}
+
+const void* Llama::position_tables() const {
+  return rope_.cos.defined() ? rope_.cos.raw() : nullptr;
+}
+
+DType Llama::adapter_dtype(const LoraSpec& spec) const {
+  return folded_ && spec.dropout == 0 ? DType::f32 : compute_;
+}
+
 void Llama::set_folded(bool folded) {
+  folded_ = folded;
   for (DecoderLayer& l : layers_)
     for (LinearGroup* group : {&l.qkv_proj, &l.o_proj, &l.gate_up_proj, &l.down_proj})
       group->folded = folded;
@@ -111,7 +139,7 @@ bool Llama::hold_resident(int64_t budget, const Batch& batch) {
       held = Tensor();
       if (!fits) continue;
       const MemoryTag tag(Category::weights);
-      const MemoryName name(group->members.front().name);
+      const MemoryName name("held expanded");
       held = Tensor::with_tail(n, k, width, compute_, device_).widened(k + width);
       int64_t row = 0;
       for (const Linear& member : group->members) {
@@ -186,9 +214,18 @@ Variable Llama::layer(Tape& tape, const DecoderLayer& layer, int64_t index, cons
   });
 }
 
+Tensor Llama::embedded(const Batch& batch) const {
+  if (!host_embeddings_) return gather_rows(embed_tokens_, batch.ids, compute_);
+  if (batch.embedded.defined()) return batch.embedded;
+  const Tensor ids = batch.ids.to(embed_tokens_.device());  // outside of planned steps
+  synchronize(device_);
+  return gather_rows(embed_tokens_, ids, compute_).to(device_);
+}
+
 Variable Llama::hidden(Tape& tape, const Batch& batch, const RecomputePolicy& policy,
                        KvCache* cache) const {
-  Variable x = tape.input(gather_rows(embed_tokens_, batch.ids, compute_));
+  if (cache == nullptr) cover_positions(batch.max_length);
+  Variable x = tape.input(embedded(batch));
   // The residual stream's gradient is one buffer; folded adapters of o and down work in its tail.
   for (const DecoderLayer& l : layers_)
     x.tail = std::max({x.tail, l.o_proj.tail(batch), l.down_proj.tail(batch)});
@@ -239,6 +276,7 @@ Tensor Llama::logits(const Tensor& hidden) const {
 }
 
 KvCache Llama::make_cache(int64_t capacity) const {
+  cover_positions(capacity);
   KvCache cache;
   cache.capacity = capacity;
   for (size_t l = 0; l < layers_.size(); ++l) {

@@ -48,9 +48,11 @@ using TensorSource = std::function<Tensor(const std::string& name, const Shape& 
 
 class Llama {
  public:
-  /// Layer by layer: a tensor is read, moved, quantized and dropped before the next is read.
+  /// Layer by layer: a tensor is read, moved, quantized and dropped before the next is read. With
+  /// `host_embeddings` the input embeddings stay in host memory, and a micro-batch brings its rows
+  /// along (Batch::embedded); lm_head must not be tied to them.
   Llama(const LlamaConfig& config, const WeightSpec& spec, DType compute, Device device,
-        const TensorSource& source);
+        const TensorSource& source, bool host_embeddings = false);
 
   const LlamaConfig& config() const { return config_; }
   const WeightSpec& spec() const { return spec_; }
@@ -65,6 +67,15 @@ class Llama {
   /// when anything changed. Needs folded adapters; the values are the same either way.
   bool hold_resident(int64_t budget, const Batch& batch);
   int64_t resident_bytes() const;  // held now
+  /// The input embeddings where they lie in host memory, otherwise nullptr.
+  const Tensor* host_embeddings() const { return host_embeddings_ ? &embed_tokens_ : nullptr; }
+  /// Makes the rotary tables long enough; to be called before a step that needs it is planned.
+  void cover_positions(int64_t positions) const;
+  /// Where the tables lie: changes when they grow.
+  const void* position_tables() const;
+  /// Of the copies of an adapter that products read: fp32 (none) where adapters are folded from
+  /// their fp32 values and nothing is dropped, otherwise the compute dtype.
+  DType adapter_dtype(const LoraSpec& spec) const;
   std::vector<std::string> linear_names() const;
   std::vector<Adapter::Shape> adapter_shapes(const LoraSpec& spec) const;
 
@@ -81,6 +92,7 @@ class Llama {
 
  private:
   const std::vector<const Linear*> linears() const;
+  Tensor embedded(const Batch& batch) const;
   Variable layer(Tape& tape, const DecoderLayer& layer, int64_t index, const Variable& x,
                  const Batch& batch, bool selective, KvCache* cache) const;
 
@@ -90,7 +102,8 @@ class Llama {
   Device device_;
   Tensor embed_tokens_, norm_;
   Weight lm_head_;
-  RopeTables rope_;
+  bool host_embeddings_ = false, folded_ = false;
+  mutable RopeTables rope_;  // of the positions that occur
   std::vector<DecoderLayer> layers_;
 };
 

@@ -92,9 +92,9 @@ ModelSource open_model(const std::string& path) {
 }
 
 std::unique_ptr<Llama> load_llama(const ModelSource& source, const WeightSpec& spec, DType compute,
-                                  Device device) {
+                                  Device device, bool host_embeddings) {
   return std::make_unique<Llama>(source.config, spec, compute, device,
-                                 device.is_meta() ? source.on_paper : source.read);
+                                 device.is_meta() ? source.on_paper : source.read, host_embeddings);
 }
 
 std::string requantization_warning(const ModelSource& source, const WeightSpec& spec) {

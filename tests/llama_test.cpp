@@ -155,6 +155,31 @@ TEST_P(LlamaTest, RecomputeChangesNoBit) {
     }
 }
 
+// Rows that come with the batch are the rows of the table.
+TEST_P(LlamaTest, EmbeddingsMayLieOnTheHost) {
+  LlamaConfig untied = synthetic_config("tiny");
+  untied.tie_word_embeddings = false;
+  const auto load = [&](bool host) {
+    return std::make_unique<Llama>(untied, WeightSpec{WeightFormat::nf4}, dtype(), device(),
+                                   tiny_tensor, host);
+  };
+  const auto there = load(false), here = load(true);
+  const auto a = trained_adapter(*there, {}), b = trained_adapter(*here, {});
+  Stepper one(*there, Recompute::full), other(*here, Recompute::full);
+  for (int i = 0; i < 3; ++i) {  // eager, recorded, replayed
+    const std::vector<Tokens> tokens = {random_tokens(33, 5 + i, 11), random_tokens(64, 6, 12)};
+    EXPECT_EQ(nll(one, tokens, a.get(), true), nll(other, tokens, b.get(), true));
+  }
+  expect_same_bits(a->gradients(), b->gradients());
+  SamplingOptions options;
+  options.max_new_tokens = 8;
+  const std::vector<int32_t> prompt = random_tokens(9, 7).ids;
+  EXPECT_EQ(generate(*there, a.get(), prompt, {}, options),
+            generate(*here, b.get(), prompt, {}, options));
+  EXPECT_THROW(Llama(synthetic_config("tiny"), WeightSpec{}, dtype(), device(), tiny_tensor, true),
+               Error);
+}
+
 // Token by token over the cache, against one pass over the finished text.
 TEST_P(LlamaTest, GenerationIsTheFullForward) {
   const auto llama = model(WeightFormat::nf4);
