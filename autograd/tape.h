@@ -5,6 +5,7 @@
 #include <functional>
 #include <string>
 #include <string_view>
+#include <utility>
 #include <vector>
 
 #include "core/tensor.h"
@@ -83,7 +84,12 @@ class Tape {
 
   /// False for the last operation of a region that is run once more: nobody reads its result, which
   /// may then stay unwritten. To be asked by an operation that will be recorded.
-  bool result_wanted() const { return mode_ != Mode::refill || cursor_ + 1 < refill_end_; }
+  bool result_wanted() {
+    if (std::exchange(next_unwanted_, false)) return false;
+    return mode_ != Mode::refill || cursor_ + 1 < refill_end_;
+  }
+  /// The next operation that asks is told that nobody reads its result.
+  void leave_next_result() { next_unwanted_ = true; }
 
   /// Walks back from `output`, whose gradient is `g` (undefined for a loss that carries its own).
   /// Frees each node as it goes.
@@ -111,6 +117,7 @@ class Tape {
   std::vector<Tensor> gradients_;  // by variable id
   int variables_ = 0;
   Mode mode_ = Mode::normal;
+  bool next_unwanted_ = false;
   size_t cursor_ = 0, refill_end_ = 0;  // next node to refill, and the end of its region
 };
 

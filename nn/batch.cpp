@@ -31,6 +31,31 @@ void BatchBuilder::add(const std::vector<Sequence>& sequences, const Adapter* ad
   segments_.push_back(segment);
 }
 
+std::vector<RowChunk> row_chunks(const Batch& batch) {
+  std::vector<RowChunk> chunks;
+  for (const Segment& s : batch.segments)
+    for (int64_t begin = s.begin; begin < s.end; begin += row_unit) {
+      const int64_t end = std::min(begin + row_unit, s.end);
+      if (!chunks.empty() && end - chunks.back().begin <= row_unit)
+        chunks.back().end = end;
+      else
+        chunks.push_back({begin, end});
+    }
+  return chunks;
+}
+
+Batch rows_of(const Batch& batch, const RowChunk& chunk) {
+  Batch rows;
+  rows.positions = batch.positions.slice_rows(chunk.begin, chunk.end);
+  if (batch.examples.defined()) rows.examples = batch.examples.slice_rows(chunk.begin, chunk.end);
+  for (const Segment& s : batch.segments) {
+    const int64_t begin = std::max(s.begin, chunk.begin), end = std::min(s.end, chunk.end);
+    if (begin < end)
+      rows.segments.push_back({begin - chunk.begin, end - chunk.begin, 0, 0, s.adapter, s.dropout});
+  }
+  return rows;
+}
+
 template <class Place>
 Batch BatchBuilder::placed(const Place& place, Device device) const {
   // A GPU's products through lm_head always have full chunks, so that a row's bits do not depend on

@@ -42,6 +42,18 @@ struct Batch {
   std::vector<Segment> segments;
 };
 
+/// Rows that an adapter's products take at a time, from its segment's first: sums over tokens have
+/// this partition, however a step is planned.
+inline constexpr int64_t row_unit = 8192;
+
+/// Pieces of a batch of at most row_unit rows, made of whole units of its segments.
+struct RowChunk {
+  int64_t begin, end;
+};
+std::vector<RowChunk> row_chunks(const Batch& batch);
+/// What row-wise modules need of these rows: positions, examples, segments.
+Batch rows_of(const Batch& batch, const RowChunk& chunk);
+
 /// Where one batch after another lies on a device, and for a GPU its page-locked twin on the host:
 /// placing a batch is one copy. The previous batch must have been used up.
 class BatchBuffer {

@@ -22,7 +22,8 @@ struct Part {
   int64_t out() const { return lora->b.dim(0); }
 };
 
-/// The adapters of one segment. Column 0 is that of the first segment.
+/// The adapters of one segment, for at most row_unit of its rows. Column 0 is that of the first
+/// segment.
 struct SegmentParts {
   int64_t begin, end;  // token rows
   int64_t column, width;
@@ -32,7 +33,7 @@ struct SegmentParts {
 };
 
 struct Layout {
-  std::vector<SegmentParts> segments;  // those with an adapter on the group
+  std::vector<SegmentParts> segments;  // those with an adapter on the group, in units of rows
   int64_t width = 0;                   // columns in all
   int64_t widest = 0;                  // of one segment
 };
@@ -54,7 +55,10 @@ Layout layout_of(const LinearGroup& group, const Batch& batch) {
     if (own.parts.empty()) continue;
     layout.width += own.width;
     layout.widest = std::max(layout.widest, own.width);
-    layout.segments.push_back(std::move(own));
+    for (own.begin = s.begin; own.begin < s.end; own.begin = own.end) {
+      own.end = std::min(own.begin + row_unit, s.end);
+      layout.segments.push_back(own);
+    }
   }
   return layout;
 }
@@ -136,7 +140,8 @@ Tensor folded_block(const LinearGroup& group, const Layout& layout, bool expand,
   std::vector<FoldPart> parts;
   for (const SegmentParts& segment : layout.segments)
     for (const Part& part : segment.parts)
-      parts.push_back({part.lora->a, part.lora->b, part.lora->scale, part.row, part.column});
+      if (parts.empty() || parts.back().column < part.column)  // once for all units of rows
+        parts.push_back({part.lora->a, part.lora->b, part.lora->scale, part.row, part.column});
   QLAB_CHECK(static_cast<int64_t>(parts.size()) <= max_fold_parts,
              "[linear] {} adapters of trials that train together on {}, at most {} fit: set a "
              "smaller parallel.trials_per_gpu",
@@ -153,9 +158,11 @@ Tensor cleared_tail(const Tensor& x, int64_t k, const Layout& layout, bool all_w
   return tail;
 }
 
-bool one_segment(const Layout& layout, int64_t rows) {
-  return layout.segments.size() == 1 && layout.segments[0].begin == 0 &&
-         layout.segments[0].end == rows;
+/// Whether one adapter without dropout covers all rows.
+bool one_adapter(const Layout& layout, int64_t rows) {
+  const SegmentParts &first = layout.segments.front(), &last = layout.segments.back();
+  return first.begin == 0 && last.end == rows && first.column == last.column && !first.dropout() &&
+         first.width == layout.width;
 }
 
 /// s = A dropout(x) into the tail of x [T, K + R].
@@ -164,7 +171,7 @@ void fill_s(const Tensor& x, const Tensor& block, const Layout& layout, const Li
   const int64_t k = group.in_features(), n = group.out_features();
   const Tensor input = x.slice_cols(0, k);
   // Rows of A between the parts are zero, so that a product over all of them clears the columns.
-  const bool written = one_segment(layout, x.dim(0)) && !layout.segments[0].dropout();
+  const bool written = one_adapter(layout, x.dim(0));
   const Tensor tail = cleared_tail(x, k, layout, written);
   for (const SegmentParts& segment : layout.segments) {
     const Tensor rows = tail.slice_rows(segment.begin, segment.end);
@@ -193,7 +200,7 @@ Tensor folded_backward(const Tensor& incoming, const Node& node, const LinearGro
   if (width > 0) {
     wide = g.widened(n + width);
     const Tensor& x = node.saved("linear.x");
-    const bool written = one_segment(layout, g.dim(0)) && !layout.segments[0].dropout();
+    const bool written = one_adapter(layout, g.dim(0));
     const Tensor tail = cleared_tail(wide, n, layout, written);
     for (const SegmentParts& segment : layout.segments) {
       const int64_t rows = segment.end - segment.begin, last = segment.column + segment.width;
@@ -292,6 +299,8 @@ int64_t LinearGroup::out_features() const {
 int64_t LinearGroup::tail(const Batch& batch) const {
   return folded ? layout_of(*this, batch).width : 0;
 }
+
+bool LinearGroup::trains(const Batch& batch) const { return layout_of(*this, batch).width > 0; }
 
 Variable linear(Tape& tape, const Variable& x, const LinearGroup& group, const Batch& batch,
                 const Variable& residual) {

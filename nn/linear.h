@@ -33,6 +33,8 @@ struct LinearGroup {
   int64_t out_features() const;
   /// Columns that the input needs behind its own for the adapters of a batch.
   int64_t tail(const Batch& batch) const;
+  /// Whether an adapter of the batch is on one of the modules.
+  bool trains(const Batch& batch) const;
 };
 
 /// x [T, K], best allocated with group.tail(batch), to [T, N], plus `residual` where defined.

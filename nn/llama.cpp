@@ -176,18 +176,16 @@ std::vector<Adapter::Shape> Llama::adapter_shapes(const LoraSpec& spec) const {
 }
 
 Variable Llama::layer(Tape& tape, const DecoderLayer& layer, int64_t index, const Variable& x,
-                      const Batch& batch, bool selective, KvCache* cache) const {
+                      const Batch& batch, Recompute recompute, KvCache* cache) const {
   const float eps = static_cast<float>(config_.rms_norm_eps);
   const int64_t q_size = config_.q_size(), kv_size = config_.kv_size();
-  const auto again = [&](const Variable& in, const std::function<Variable(const Variable&)>& part) {
-    return selective ? tape.recompute(part, in) : part(in);
+  const bool selective = recompute == Recompute::selective;
+  // By value what ends with this call: a region runs it again later.
+  const auto projected = [&tape, &batch, &layer, eps](const Variable& in) {
+    return linear(tape, rms_norm(tape, in, layer.input_layernorm, eps, layer.qkv_proj.tail(batch)),
+                  layer.qkv_proj, batch);
   };
-  const auto projected = [&tape, &batch, eps](const Tensor& norm, const LinearGroup& group) {
-    return [&, eps](const Variable& in) {
-      return linear(tape, rms_norm(tape, in, norm, eps, group.tail(batch)), group, batch);
-    };
-  };
-  const Variable qkv = rope(tape, again(x, projected(layer.input_layernorm, layer.qkv_proj)),
+  const Variable qkv = rope(tape, selective ? tape.recompute(projected, x) : projected(x),
                             q_size + kv_size, batch.positions, rope_, config_.head_dim);
   AttentionShape shape{config_.num_attention_heads, config_.num_key_value_heads, config_.head_dim,
                        batch.max_length, batch.max_length};
@@ -208,10 +206,68 @@ Variable Llama::layer(Tape& tape, const DecoderLayer& layer, int64_t index, cons
                       .o;
   }
   const Variable h = linear(tape, mixed, layer.o_proj, batch, x);
-  const Variable gate_up = again(h, projected(layer.post_attention_layernorm, layer.gate_up_proj));
-  return again(gate_up, [&tape, &batch, &layer, h](const Variable& in) {
-    return linear(tape, swiglu(tape, in, layer.down_proj.tail(batch)), layer.down_proj, batch, h);
+  if (recompute == Recompute::full && x.value.dim(0) > row_unit)
+    return mlp_in_chunks(tape, layer, h, batch);
+  return mlp(tape, layer, h, batch, selective, true);
+}
+
+// `wanted`: whether somebody reads the result, or its gradients alone are of interest.
+Variable Llama::mlp(Tape& tape, const DecoderLayer& layer, const Variable& h, const Batch& batch,
+                    bool selective, bool wanted) const {
+  const float eps = static_cast<float>(config_.rms_norm_eps);
+  const auto again = [&](const Variable& in, const std::function<Variable(const Variable&)>& part) {
+    return selective ? tape.recompute(part, in) : part(in);
+  };
+  const Variable gate_up = again(h, [&tape, &batch, &layer, eps](const Variable& in) {
+    const int64_t tail = layer.gate_up_proj.tail(batch);
+    return linear(tape, rms_norm(tape, in, layer.post_attention_layernorm, eps, tail),
+                  layer.gate_up_proj, batch);
   });
+  return again(gate_up, [&tape, &batch, &layer, h, wanted](const Variable& in) {
+    const Variable activated = swiglu(tape, in, layer.down_proj.tail(batch));
+    if (!wanted) tape.leave_next_result();
+    return linear(tape, activated, layer.down_proj, batch, h);
+  });
+}
+
+// Each chunk runs on a tape of its own, forward without a record; backward computes it again. What
+// an MLP holds, 10 times as wide as the residual stream in Llama-3.1-8B, exists for a chunk alone.
+Variable Llama::mlp_in_chunks(Tape& tape, const DecoderLayer& layer, const Variable& h,
+                              const Batch& batch) const {
+  const std::vector<RowChunk> chunks = row_chunks(batch);
+  const Tensor y = Tensor::empty(h.value.shape(), h.value.dtype(), h.value.device());
+  const bool trains = layer.gate_up_proj.trains(batch) || layer.down_proj.trains(batch);
+  if (!(h.requires_grad() || trains) || tape.result_wanted())
+    for (const RowChunk& chunk : chunks) {
+      Tape own(false);
+      const Variable in{h.value.slice_rows(chunk.begin, chunk.end), -1, h.tail};
+      copy(y.slice_rows(chunk.begin, chunk.end),
+           mlp(own, layer, in, rows_of(batch, chunk), false, true).value);
+    }
+  const auto backward = [this, &layer, &batch, chunks, tail = h.tail](const Tensor& g,
+                                                                      const Node& node) {
+    const Tensor& input = node.saved("mlp.h");
+    const bool wanted = node.needs(0);
+    Tensor dx;
+    if (wanted) {
+      const bool room = g.unique() && g.pitch() >= g.dim(1) + tail;
+      dx = room ? g : Tensor::with_tail(g.dim(0), g.dim(1), tail, g.dtype(), g.device());
+    }
+    for (const RowChunk& chunk : chunks) {
+      Tape own;
+      Variable in = own.input(input.slice_rows(chunk.begin, chunk.end), wanted);
+      in.tail = tail;
+      const Batch rows = rows_of(batch, chunk);
+      const Variable out = mlp(own, layer, in, rows, false, false);
+      if (!out.requires_grad()) continue;
+      own.backward(out, g.slice_rows(chunk.begin, chunk.end));
+      if (wanted) copy(dx.slice_rows(chunk.begin, chunk.end), own.gradient(in));
+    }
+    return std::vector<Tensor>{dx};
+  };
+  Variable result = tape.record("mlp", y, {h}, {{"mlp.h", h.value}}, backward, trains);
+  result.tail = std::max(layer.down_proj.tail(batch), h.tail);
+  return result;
 }
 
 Tensor Llama::embedded(const Batch& batch) const {
@@ -231,10 +287,9 @@ Variable Llama::hidden(Tape& tape, const Batch& batch, const RecomputePolicy& po
     x.tail = std::max({x.tail, l.o_proj.tail(batch), l.down_proj.tail(batch)});
   for (size_t l = 0; l < layers_.size(); ++l) {
     const Recompute recompute = policy.of(static_cast<int64_t>(l));
-    const bool selective = recompute == Recompute::selective;
-    const auto forward = [this, &tape, &batch, l, selective, cache](const Variable& in) {
+    const auto forward = [this, &tape, &batch, l, recompute, cache](const Variable& in) {
       const MemoryName name("layer ", static_cast<int64_t>(l));
-      return layer(tape, layers_[l], static_cast<int64_t>(l), in, batch, selective, cache);
+      return layer(tape, layers_[l], static_cast<int64_t>(l), in, batch, recompute, cache);
     };
     x = recompute == Recompute::full ? tape.recompute(forward, x) : forward(x);
   }

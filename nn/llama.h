@@ -94,7 +94,11 @@ class Llama {
   const std::vector<const Linear*> linears() const;
   Tensor embedded(const Batch& batch) const;
   Variable layer(Tape& tape, const DecoderLayer& layer, int64_t index, const Variable& x,
-                 const Batch& batch, bool selective, KvCache* cache) const;
+                 const Batch& batch, Recompute recompute, KvCache* cache) const;
+  Variable mlp(Tape& tape, const DecoderLayer& layer, const Variable& h, const Batch& batch,
+               bool selective, bool wanted) const;
+  Variable mlp_in_chunks(Tape& tape, const DecoderLayer& layer, const Variable& h,
+                         const Batch& batch) const;
 
   LlamaConfig config_;
   WeightSpec spec_;
