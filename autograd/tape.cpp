@@ -52,14 +52,22 @@ Variable Tape::record(const char* op, Tensor result, const std::vector<Variable>
 }
 
 Variable Tape::recompute(const std::function<Variable(const Variable&)>& forward,
-                         const Variable& input) {
+                         const Variable& input, HostSlots* host) {
   QLAB_CHECK(mode_ == Mode::normal, "recompute regions do not nest");
   if (!recording_) return forward(input);
   const size_t first = nodes_.size();
   mode_ = Mode::drop;
   Variable output = forward(input);
   mode_ = Mode::normal;
-  if (nodes_.size() > first) regions_.push_back({first, nodes_.size(), input, forward});
+  if (nodes_.size() > first) {
+    const Tensor& x = input.value;
+    regions_.push_back({first, nodes_.size(), input, forward, host, regions_.size(), x.shape(),
+                        x.dtype(), x.device()});
+    if (host != nullptr) {
+      host->put(regions_.back().slot, x);
+      regions_.back().input.value = Tensor();
+    }
+  }
   return output;
 }
 
@@ -68,7 +76,12 @@ void Tape::refill(const Region& region) {
   cursor_ = region.first;
   refill_end_ = region.last;
   const MemoryName name("again");
-  region.forward(region.input);
+  Variable input = region.input;
+  if (region.host != nullptr) {
+    input.value = Tensor::empty(region.shape, region.dtype, region.device);
+    region.host->get(region.slot, input.value);
+  }
+  region.forward(input);
   QLAB_CHECK(cursor_ == region.last, "recompute ran {} of {} operations", cursor_ - region.first,
              region.last - region.first);
   mode_ = Mode::normal;

@@ -8,6 +8,7 @@
 #include <utility>
 #include <vector>
 
+#include "core/host_slots.h"
 #include "core/tensor.h"
 
 namespace qlab {
@@ -79,8 +80,9 @@ class Tape {
 
   /// Runs `forward` and keeps only its input; its slots are filled again, by running it once more,
   /// when backward needs them. Bits do not change: the same operations run on the same values.
-  Variable recompute(const std::function<Variable(const Variable&)>& forward,
-                     const Variable& input);
+  /// With `host` the input itself waits there, in the block of the region's number.
+  Variable recompute(const std::function<Variable(const Variable&)>& forward, const Variable& input,
+                     HostSlots* host = nullptr);
 
   /// False for the last operation of a region that is run once more: nobody reads its result, which
   /// may then stay unwritten. To be asked by an operation that will be recorded.
@@ -104,6 +106,11 @@ class Tape {
     size_t first, last;  // nodes
     Variable input;
     std::function<Variable(const Variable&)> forward;
+    HostSlots* host;
+    size_t slot;
+    Shape shape;  // of the input, where it waits on the host
+    DType dtype;
+    Device device;
   };
   enum class Mode : uint8_t { normal, drop, refill };
 

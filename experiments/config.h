@@ -69,8 +69,8 @@ struct TrainConfig {
   int64_t grad_accum = 1;        // micro-batches per optimizer step
   int64_t seed = 0;
   std::optional<int64_t> init_seed, data_seed, dropout_seed;  // resolve() fills in seed
-  std::string recompute = "none";                             // none | selective | full | auto
-  MemoryBudget memory_budget{"auto"};                         // bytes | auto
+  std::string recompute = "none";      // none | selective | full | offload | auto
+  MemoryBudget memory_budget{"auto"};  // bytes | auto
   bool graphs = true;
   std::string loss_norm = "tokens";  // tokens | microbatch
   int64_t eval_every = 0;            // steps; 0: only before the first step and at the end

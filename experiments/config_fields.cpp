@@ -150,10 +150,10 @@ std::vector<Field> make_fields() {
       {"train.recompute",
        QLAB_SLOT(train.recompute),
        "what the backward pass computes again: selective, the outputs of norms and SwiGLU; full, "
-       "all but each layer's input; auto, for each layer what is fastest within "
-       "train.memory_budget",
+       "all but each layer's input; offload, the same with those inputs in host memory; auto, for "
+       "each layer what is fastest within train.memory_budget",
        none,
-       {"none", "selective", "full", "auto"}},
+       {"none", "selective", "full", "offload", "auto"}},
       {.key = "train.memory_budget",
        .slot = QLAB_SLOT(train.memory_budget),
        .meaning = "with recompute auto, what the run may take of the device in all, for example "

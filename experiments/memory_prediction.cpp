@@ -176,6 +176,7 @@ MemoryPrediction predict_memory(const ModelSource& model, std::span<const PaperT
     out.phases.push_back(accounts.phase("train"));
     for (const PaperRun& run : runs) adapter_tensors(*run.adapter);
     out.phases.push_back(accounts.phase("save"));
+    if (target.is_cuda()) out.host_peak = std::max(out.host_peak, host_accounts.phase("run").peak);
   }
   out.step_bytes = step.plan.bytes;
   out.step = step.plan.course();
@@ -214,8 +215,10 @@ std::optional<Remedy> cheapest_fit(const ModelSource& model, std::span<const Pap
   if (first.lora.present) {
     if (first.train.recompute == "none")
       if (const auto remedy = set("train.recompute", "selective")) return remedy;
-    if (first.train.recompute != "full")
+    if (first.train.recompute != "full" && first.train.recompute != "offload")
       if (const auto remedy = set("train.recompute", "full")) return remedy;
+    if (first.train.recompute != "offload" && target.is_cuda())
+      if (const auto remedy = set("train.recompute", "offload")) return remedy;
     while (halve_batch(tried, sets))
       if (const auto remedy = fits()) return remedy;
     while (tried.size() > 1) {

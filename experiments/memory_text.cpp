@@ -82,7 +82,7 @@ std::string memory_text(const MemoryQuestion& question, const Config& config,
   }
   text += row("workspace", at(peak, Category::workspace));
   text += row("peak", p.peak());
-  if (p.host_peak > 0) text += row("the host, while loading", p.host_peak);
+  if (p.host_peak > 0) text += row("on the host", p.host_peak);
   if (question.target.gpu) {
     const GpuSpec& gpu = *question.target.gpu;
     text += row("CUDA context and libraries", gpu.context_bytes,

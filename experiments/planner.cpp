@@ -18,19 +18,23 @@ const char* name_of_recompute(Recompute recompute) {
       return "norms and SwiGLU again";
     case Recompute::full:
       return "fully again";
+    case Recompute::offload:
+      return "fully again, put aside on the host";
   }
   return "?";
 }
 
 // Plans in a row, each slower and leaner than the one before: with L layers, plan i <= L computes
-// the cheap slots of its first i layers again, plan L + i also the whole of its first i. What is
-// recomputed comes first: backward, which begins at the last layer, has then given back what the
-// others kept before it fills a layer's slots again.
+// the cheap slots of its first i layers again, plan L + i also the whole of its first i, plan 2 L +
+// i puts the inputs of its first i aside on the host. What is recomputed comes first: backward,
+// which begins at the last layer, has then given back what the others kept before it fills a
+// layer's slots again.
 std::vector<Recompute> policy_at(int64_t i, int64_t layers) {
   std::vector<Recompute> policy(static_cast<size_t>(layers), Recompute::none);
   const auto at = [&](int64_t n) { return policy.begin() + n; };
   std::fill(at(0), at(std::min(i, layers)), Recompute::selective);
-  if (i > layers) std::fill(at(0), at(i - layers), Recompute::full);
+  if (i > layers) std::fill(at(0), at(std::min(i - layers, layers)), Recompute::full);
+  if (i > 2 * layers) std::fill(at(0), at(i - 2 * layers), Recompute::offload);
   return policy;
 }
 
@@ -42,17 +46,17 @@ class Search {
 
   RunPlan run(int64_t budget) {
     const int64_t layers = model_.config.num_hidden_layers;
+    // On a CPU the host is the device.
+    const int64_t leanest = (target_.is_cuda() ? 3 : 2) * layers;
     const std::string& embeddings = gang_.front().config.model.embeddings;
+    // Bringing embeddings along costs less than putting layers aside.
     host_embeddings_ = embeddings == "host";
-    MemoryPrediction least = predict(2 * layers, 0);
-    if (least.peak() > budget && embeddings == "auto" && target_.is_cuda() &&
-        !model_.config.tie_word_embeddings) {
-      host_embeddings_ = true;
-      least = predict(2 * layers, 0);
-    }
+    if (embeddings == "auto" && target_.is_cuda() && !model_.config.tie_word_embeddings)
+      host_embeddings_ = predict(2 * layers, 0).peak() > budget;
+    const MemoryPrediction least = predict(leanest, 0);
     if (least.peak() > budget) refuse(least, budget);
     // The first of the row that fits: peaks fall along it.
-    int64_t fits = 2 * layers, too_large = -1;
+    int64_t fits = leanest, too_large = -1;
     while (fits - too_large > 1) {
       const int64_t middle = (fits + too_large) / 2;
       (predict(middle, 0).peak() <= budget ? fits : too_large) = middle;

@@ -51,6 +51,7 @@ AdamWConfig adamw_config(const Config& config) {
 
 Recompute recompute_of(const Config& config) {
   if (config.train.recompute == "selective") return Recompute::selective;
+  if (config.train.recompute == "offload") return Recompute::offload;
   return config.train.recompute == "full" ? Recompute::full : Recompute::none;
 }
 

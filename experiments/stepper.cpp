@@ -18,11 +18,12 @@ Stepper::Stepper(const Llama& model, const RecomputePolicy& policy, bool graphs)
       policy_(policy),
       graphs_(recordable && graphs && model.device().is_cuda() && StepMemory::planned()),
       memory_(model.device()),
-      buffer_(model.device()) {}
+      buffer_(model.device()),
+      host_(model.device()) {}
 
-Tensor Stepper::step(const Batch& batch, bool train) const {
+Tensor Stepper::step(const Batch& batch, bool train) {
   Tape tape(train);
-  const Variable hidden = model_.hidden(tape, batch, policy_);
+  const Variable hidden = model_.hidden(tape, batch, policy_, nullptr, &host_);
   const Variable nll = model_.loss(tape, batch, hidden);
   if (train) tape.backward(nll);
   return nll.value;
@@ -48,6 +49,7 @@ Stepper::Shape& Stepper::shape(const BatchBuilder& batch, bool train) {
 const StepPlan& Stepper::reserve(const BatchBuilder& batch, bool train) {
   const StepPlan& plan = shape(batch, train).plan;
   memory_.reserve(plan);
+  host_.reserve();
   batch.reserve(buffer_, model_.host_embeddings());
   return plan;
 }
@@ -57,6 +59,7 @@ void Stepper::forget_plans() { shapes_.clear(), graph_count_ = 0; }
 std::vector<float> Stepper::run(const BatchBuilder& builder, bool train) {
   Shape& own = shape(builder, train);
   memory_.reserve(own.plan);
+  host_.reserve();
   const MemoryTag workspace(Category::workspace);
   const Batch batch = builder.to(buffer_, model_.host_embeddings());
   const auto issue = [&] {
@@ -65,13 +68,13 @@ std::vector<float> Stepper::run(const BatchBuilder& builder, bool train) {
     copy(buffer_.results(), step(batch, train));
   };
   const bool moved = own.memory != memory_.base() || own.batch != buffer_.base() ||
-                     own.positions != model_.position_tables();
+                     own.positions != model_.position_tables() || own.host != host_.generation();
   constexpr int most_graphs = 64;  // each holds some megabytes
   if (graphs_ && own.seen && (own.graph == nullptr ? graph_count_ < most_graphs : moved)) {
     graph_count_ += own.graph == nullptr;
     own.graph = std::make_unique<cuda::Graph>(issue);
     own.memory = memory_.base(), own.batch = buffer_.base();
-    own.positions = model_.position_tables();
+    own.positions = model_.position_tables(), own.host = host_.generation();
   }
   if (own.graph != nullptr)
     own.graph->launch();

@@ -33,15 +33,17 @@ class Stepper {
     const void* memory = nullptr;  // what the graph's addresses rest on
     const void* batch = nullptr;
     const void* positions = nullptr;
+    int host = 0;
   };
   Shape& shape(const BatchBuilder& batch, bool train);
-  Tensor step(const Batch& batch, bool train) const;
+  Tensor step(const Batch& batch, bool train);
 
   const Llama& model_;
   RecomputePolicy policy_;
   bool graphs_;
   StepMemory memory_;
   BatchBuffer buffer_;
+  HostSlots host_;
   std::map<std::vector<int64_t>, Shape> shapes_;
   int graph_count_ = 0;
 };

@@ -206,7 +206,7 @@ Variable Llama::layer(Tape& tape, const DecoderLayer& layer, int64_t index, cons
                       .o;
   }
   const Variable h = linear(tape, mixed, layer.o_proj, batch, x);
-  if (recompute == Recompute::full && x.value.dim(0) > row_unit)
+  if (recompute >= Recompute::full && x.value.dim(0) > row_unit)
     return mlp_in_chunks(tape, layer, h, batch);
   return mlp(tape, layer, h, batch, selective, true);
 }
@@ -279,7 +279,7 @@ Tensor Llama::embedded(const Batch& batch) const {
 }
 
 Variable Llama::hidden(Tape& tape, const Batch& batch, const RecomputePolicy& policy,
-                       KvCache* cache) const {
+                       KvCache* cache, HostSlots* host) const {
   if (cache == nullptr) cover_positions(batch.max_length);
   Variable x = tape.input(embedded(batch));
   // The residual stream's gradient is one buffer; folded adapters of o and down work in its tail.
@@ -291,7 +291,10 @@ Variable Llama::hidden(Tape& tape, const Batch& batch, const RecomputePolicy& po
       const MemoryName name("layer ", static_cast<int64_t>(l));
       return layer(tape, layers_[l], static_cast<int64_t>(l), in, batch, recompute, cache);
     };
-    x = recompute == Recompute::full ? tape.recompute(forward, x) : forward(x);
+    QLAB_CHECK(recompute != Recompute::offload || host != nullptr, "nowhere to put layers aside");
+    x = recompute < Recompute::full
+            ? forward(x)
+            : tape.recompute(forward, x, recompute == Recompute::offload ? host : nullptr);
   }
   if (cache != nullptr) cache->length += batch.ids.numel();
   return x;

@@ -14,8 +14,10 @@
 namespace qlab {
 
 /// What the backward pass computes again instead of having kept it: nothing; the outputs of norms
-/// and of SwiGLU, elementwise work alone; or whole layers, of which only the input is kept.
-enum class Recompute : uint8_t { none, selective, full };
+/// and of SwiGLU, elementwise work alone; or whole layers, of which only the input is kept, and
+/// whose MLP takes at most row_unit tokens at a time; or the same with that input put aside on the
+/// host.
+enum class Recompute : uint8_t { none, selective, full, offload };
 
 /// The same for each layer, or one for all. Bits do not depend on it.
 class RecomputePolicy {
@@ -81,7 +83,7 @@ class Llama {
 
   /// Hidden states after the last layer, before the final norm: [T, hidden].
   Variable hidden(Tape& tape, const Batch& batch, const RecomputePolicy& policy = {},
-                  KvCache* cache = nullptr) const;
+                  KvCache* cache = nullptr, HostSlots* host = nullptr) const;
   /// nll fp32 [R] of the batch's trained rows; the gradient of sum_r scale_r nll_r goes back from
   /// it. Logits exist for `loss_chunk` rows at a time.
   Variable loss(Tape& tape, const Batch& batch, const Variable& hidden) const;

@@ -49,6 +49,7 @@ TEST_P(PredictionTest, IsThePeakToTheByte) {
       {"quant.compute_dtype=bf16"},
       {"train.recompute=selective"},
       {"train.recompute=full"},
+      {"train.recompute=offload"},
       {"lora.r=64", "lora.targets=attention"},
       {"lora.r=7", "lora.dropout=0.1", "lora.dtype=bf16"},
       {"train.batch_size=1", "data.seq_len=300", "data.eval_seq_len=200"},

@@ -231,7 +231,8 @@ TEST_P(StepperTest, StepsRunInsideTheirPlan) {
   some.pattern = "qv";
   all.dropout = 0.1;
   const auto a = fresh_adapter(*model, some), b = fresh_adapter(*model, all);
-  for (const Recompute recompute : {Recompute::none, Recompute::selective, Recompute::full}) {
+  for (const Recompute recompute :
+       {Recompute::none, Recompute::selective, Recompute::full, Recompute::offload}) {
     Stepper stepper(*model, recompute);
     for (const bool train : {true, false})
       for (const std::vector<int64_t>& lengths :
