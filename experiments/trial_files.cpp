@@ -87,6 +87,22 @@ void TrialFiles::cut_metrics_after(int64_t step) {
   write_file_atomically(path("metrics.jsonl"), kept);
 }
 
+void TrialFiles::append_memory(const MemorySample& sample) {
+  append(path("memory.jsonl"), memory_line(sample).dump() + "\n");
+}
+
+double TrialFiles::cut_memory_after(int64_t step) {
+  std::string kept;
+  double seconds = 0;
+  for (const MemorySample& sample : read_memory_lines(path("memory.jsonl")).samples) {
+    if (step < 0 || sample.step > step) break;
+    kept += memory_line(sample).dump() + "\n";
+    seconds = sample.seconds;
+  }
+  write_file_atomically(path("memory.jsonl"), kept);
+  return seconds;
+}
+
 void TrialFiles::log(const std::string& text) {
   const auto now = std::chrono::system_clock::to_time_t(std::chrono::system_clock::now());
   char stamp[32];
