@@ -146,10 +146,16 @@ TrialProgress TrialFiles::read_state(const std::string& file_path, const Adapter
                                      AdamW& optimizer) const {
   const SafetensorsFile file(file_path);
   const auto restore = [&](const char* name, const Tensor& to) {
-    const Tensor from = file.read(name, DType::f32);
-    if (from.shape() != to.shape())
-      fail("{}: {} is {}, this trial needs {}", file_path, name, from.shape(), to.shape());
-    copy(to, from);
+    const Bytes bytes = file.bytes(name);
+    const SafetensorsEntry& entry = file.entries().at(name);
+    const Shape shape = to_shape(entry.shape, file_path);
+    if (shape != to.shape() || entry.dtype != "F32")
+      fail("{}: {} is {} {}, this trial needs F32 {}", file_path, name, entry.dtype, shape,
+           to.shape());
+    // From where the file is mapped: a tensor beside it would add to the peak of a run on a CPU.
+    copy(to, Tensor::from_storage(Storage::wrap(const_cast<std::byte*>(bytes.data()),
+                                                static_cast<int64_t>(bytes.size()), {}),
+                                  0, shape, DType::f32));
     synchronize(to.device());
   };
   restore("parameters", adapter.parameters());
