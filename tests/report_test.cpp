@@ -104,7 +104,7 @@ parameters:
       MemorySample sample;
       sample.seconds = n;
       sample.phase = 2 * n < count ? "load" : "train";
-      sample.bytes[static_cast<int>(Category::weights)] = 1'000'000 * (n + 1);
+      sample.bytes[static_cast<int>(Category::weights)] = int64_t{1'000'000} * (n + 1);
       sample.peak = sample.total() + 5;
       sample.host = 7'000'000;
       if (2 * n >= count) sample.step = n;
