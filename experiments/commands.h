@@ -27,10 +27,13 @@ int run_inspect_command(const std::string& model, const CommonOptions& common);
 struct MemoryOptions {
   std::string target;  // FILE.yaml or a model
   std::string gpu;     // a name or bytes; "": the GPU here, or one without an end
+  std::string check;   // a results directory or a trial's
   bool json = false;
 };
 /// What a run would need, without running it.
 int run_memory_command(const MemoryOptions& options, const CommonOptions& common);
+/// 1 where a trial did not take what was predicted.
+int run_memory_check(const MemoryOptions& options);
 
 struct GenerateOptions {
   std::string model, adapter, prompt;

@@ -77,17 +77,28 @@ int run(int argc, char** argv) {
   qlab::MemoryOptions memory;
   auto* memory_app =
       app.add_subcommand("memory", "what a run needs, predicted without running or loading it");
-  memory_app
-      ->add_option("target", memory.target,
-                   "YAML file, or a model: directory, FILE.gguf, hub id or synthetic:NAME")
-      ->required();
+  auto* memory_target = memory_app->add_option(
+      "target", memory.target,
+      "YAML file, or a model: directory, FILE.gguf, hub id or synthetic:NAME");
   memory_app->add_option("--gpu", memory.gpu,
                          "a GPU's name (" + qlab::known_gpus() + ") or its memory, as 24GiB");
   memory_app->add_flag("--json", memory.json, "one JSON object, in bytes");
   memory_app->add_option("--device", common.device, "auto, cpu, cuda or cuda:N, as it is now")
       ->capture_default_str();
   add_common(memory_app, common, false);
-  memory_app->callback([&] { code = qlab::run_memory_command(memory, common); });
+  auto* memory_check = memory_app->add_option(
+      "--check", memory.check,
+      "a results directory or a trial's: the peaks predicted for its trials, and those measured");
+  for (const char* other : {"target", "--gpu", "--device", "--set"})
+    memory_check->excludes(memory_app->get_option(other));
+  memory_app->callback([&] {
+    if (memory_check->count() > 0)
+      code = qlab::run_memory_check(memory);
+    else if (memory_target->count() > 0)
+      code = qlab::run_memory_command(memory, common);
+    else
+      throw CLI::RequiredError("target, or --check DIR,");
+  });
 
   qlab::GenerateOptions generate;
   auto* generate_app = app.add_subcommand("generate", "continue a prompt");

@@ -1,6 +1,7 @@
 // qlab memory.
 #include "experiments/commands.h"
 #include "experiments/forecast.h"
+#include "experiments/memory_check.h"
 #include "experiments/memory_text.h"
 #include "experiments/terminal.h"
 #include "nn/module_tree.h"
@@ -58,6 +59,12 @@ int run_memory_command(const MemoryOptions& options, const CommonOptions& common
          options.target, sweep.trials.size());
   write_out(forecast_table(sweep, forecast(sweep, library, target), target) + "\n");
   return 0;
+}
+
+int run_memory_check(const MemoryOptions& options) {
+  const std::vector<TrialMemoryCheck> trials = check_memory(options.check);
+  write_out(options.json ? check_json(trials).dump() + "\n" : check_text(trials));
+  return all_equal(trials) ? 0 : 1;
 }
 
 }  // namespace qlab

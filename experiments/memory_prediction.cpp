@@ -130,6 +130,12 @@ const MemoryPhase& MemoryPrediction::highest() const {
                            [](const auto& a, const auto& b) { return a.peak < b.peak; });
 }
 
+int64_t MemoryPrediction::training_peak() const {
+  int64_t peak = 0;
+  for (size_t i = 1; i < phases.size(); ++i) peak = std::max(peak, phases[i].peak);
+  return peak;
+}
+
 MemoryPrediction predict_memory(const ModelSource& model, std::span<const PaperTrial> gang,
                                 Device target, std::optional<int64_t> capacity,
                                 const std::optional<RunPlan>& given) {

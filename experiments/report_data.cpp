@@ -61,6 +61,7 @@ void read_status(const std::string& file, TrialResult& trial) {
   trial.tokens_per_s = number_at(json, "tokens_per_s");
   trial.peak_bytes = number_at(json, "peak_bytes");
   trial.gang_size = number_at(json, "gang_size");
+  trial.predicted_peak_bytes = number_at(json, "predicted_peak_bytes");
 }
 
 /// Mean of the loss over the last tenth of the steps, at least one.
@@ -80,6 +81,7 @@ void read_trial(const std::string& dir, TrialResult& trial) {
   if (!fs::is_directory(dir)) return;
   read_status(dir + "/status.json", trial);
   read_metrics(dir + "/metrics.jsonl", trial);
+  trial.memory = read_memory_lines(dir + "/memory.jsonl");
   trial.train_loss = last_tenth(trial.train);
   if (!trial.train.empty() && !trial.steps) trial.steps = trial.train.back().step;
   if (!trial.train.empty() && !trial.trained_tokens) {
@@ -128,6 +130,11 @@ void note_strangers(const std::string& dir, Results& results) {
                   strangers == 1 ? "was" : "were", strangers == 1 ? "is" : "are"));
 }
 
+std::string damaged_lines(int count) {
+  return count == 1 ? "1 line does not read and is left out"
+                    : fmt::format("{} lines do not read and are left out", count);
+}
+
 Results read_plan(const YAML::Node& plan, const std::string& dir) {
   Results results;
   const YAML::Node sweep = plan["sweep"], trials = plan["trials"];
@@ -153,6 +160,9 @@ Results read_plan(const YAML::Node& plan, const std::string& dir) {
       trial.swept.push_back(node["swept"] ? text_at(node["swept"], key) : "");
     }
     read_trial(dir + "/trials/" + trial.directory, trial);
+    if (trial.memory.damaged > 0)
+      results.notes.push_back(fmt::format("{}/trials/{}/memory.jsonl: {}", dir, trial.directory,
+                                          damaged_lines(trial.memory.damaged)));
     seeds.insert(trial.seed);
     results.trials.push_back(std::move(trial));
   }

@@ -6,6 +6,8 @@
 #include <utility>
 #include <vector>
 
+#include "experiments/memory_log.h"
+
 namespace qlab {
 
 struct LossPoint {
@@ -18,8 +20,9 @@ struct TrialResult {
   std::string seed;
   std::vector<std::string> swept;  // as Results::keys
   std::optional<double> trainable_params, steps, trained_tokens, train_loss, eval_loss, eval_loss_0,
-      best_eval_loss, tokens_per_s, peak_bytes, gang_size;
+      best_eval_loss, tokens_per_s, peak_bytes, gang_size, predicted_peak_bytes;
   std::vector<LossPoint> train, eval;
+  MemoryLines memory;
 };
 
 /// Trials that differ in their seed alone.

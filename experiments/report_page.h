@@ -10,9 +10,10 @@ namespace qlab {
 /// and says why.
 std::string report_page(const Results& results, const std::string& chart_js);
 
-// The page's own parts, in report_style.cpp and report_script.cpp.
+// The page's own parts, in report_style.cpp, report_script.cpp and report_memory.cpp.
 extern const char* const report_style;
 extern const char* const report_body;
 extern const char* const report_script;
+extern const char* const report_memory_script;
 
 }  // namespace qlab

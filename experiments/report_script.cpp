@@ -437,6 +437,7 @@ function drawAll() {
   drawLoss();
   drawLegend();
   drawKeys();
+  drawMemory();
 }
 function start() {
   drawGroups();
@@ -444,6 +445,8 @@ function start() {
     el('no-charts').hidden = false;
     el('curves').hidden = el('by-key').hidden = true;
     drawTrials();
+    startMemory();
+    drawMemory();
     return;
   }
   Chart.defaults.font.family = getComputedStyle(document.body).fontFamily;
@@ -475,9 +478,9 @@ function start() {
   options(el('result'), results.map((c) => [c, c]), metric);
   el('result').addEventListener('change', () => { state.result = el('result').value; drawKeys(); });
   matchMedia('(prefers-color-scheme: dark)').addEventListener('change', drawAll);
+  startMemory();
   drawAll();
 }
-start();
 )js";
 
 }  // namespace qlab

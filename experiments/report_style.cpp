@@ -66,6 +66,8 @@ input[type="range"] { width: 110px; accent-color: var(--accent); }
 .hint { color: var(--soft); font-size: 13px; margin: 8px 0 0; }
 .keys { display: grid; grid-template-columns: repeat(auto-fill, minmax(330px, 1fr)); gap: 18px; }
 .keys .plot { height: 270px; }
+#memory .plot { height: 320px; }
+#memory table { margin-top: 10px; }
 .scroll { overflow-x: auto; max-height: 640px; }
 table { border-collapse: collapse; width: 100%; font-size: 13.5px; }
 th, td { padding: 6px 9px; text-align: left; white-space: nowrap; }
@@ -130,6 +132,14 @@ directory again.</p></section>
     <label>result <select id="result"></select></label></div>
   <div class="keys" id="keys"></div>
   <p class="hint" id="key-hint">One point per trial; the line joins the means.</p>
+</section>
+<section id="memory" hidden>
+  <div class="bar"><h2>Memory</h2>
+    <span class="choice" id="clock"></span>
+    <label>trial <select id="memory-trial"></select></label></div>
+  <div class="plot" id="memory-plot"><canvas id="memory-chart"></canvas></div>
+  <p class="hint" id="memory-hint"></p>
+  <div class="scroll"><table id="memory-phases"></table></div>
 </section>
 <section>
   <div class="bar"><h2>Trials</h2></div>

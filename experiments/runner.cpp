@@ -219,8 +219,6 @@ class Runner {
     Config first = gang.front().trial->config;
     first.model.embeddings = check_fits(gang).host_embeddings ? "host" : "device";
     Llama& model = load(first, compute_dtype(first, device_));
-    model.hold_resident(0, Batch());  // each gang holds what its own steps leave room for
-    reset_peak(device_);
     std::vector<std::unique_ptr<TrialRun>> runs;
     std::vector<TrialRun*> pointers;
     std::vector<std::pair<const Planned*, std::string>> damaged;

@@ -135,14 +135,18 @@ Llama& Library::base(const Config& config, DType compute, Device device) {
   if (base_ == nullptr || base_key_ != key) {
     drop_base();
     ModelSource source = model(config.model.path);
+    memory_ = std::make_unique<MemoryLog>(device);
     source.read = [this, read = source.read](const std::string& name, const Shape& shape) {
       check_stop();
+      memory_->look();
       return read(name, shape);
     };
     base_ =
         load_llama(source, weight_spec(config), compute, device, config.model.embeddings == "host");
     base_key_ = key;
   }
+  base_->hold_resident(0, Batch());
+  memory_->use_base();
   return *base_;
 }
 

@@ -10,6 +10,7 @@
 #include "data/dataset.h"
 #include "experiments/config.h"
 #include "experiments/evaluate.h"
+#include "experiments/memory_log.h"
 #include "nn/load.h"
 #include "optim/optimizer.h"
 
@@ -46,9 +47,12 @@ class Library {
   /// data.train and data.eval, files or "synthetic". Every id is in the model's vocabulary.
   const Dataset& train_set(const Config& config);
   const Dataset& eval_set(const Config& config);
-  /// The loaded base. Only the last one is kept: trials that share it run one after another.
+  /// The loaded base, nothing of it held expanded. Only the last one is kept: trials that share it
+  /// run one after another.
   Llama& base(const Config& config, DType compute, Device device);
   void drop_base();
+  /// Of the device that the last base was loaded to.
+  MemoryLog& memory() { return *memory_; }
   /// What the loaded base alone gives on a set: every trial's evaluation before its first step,
   /// since a fresh adapter is the identity.
   std::map<const Dataset*, Evaluation>& base_evaluations() { return base_evaluations_; }
@@ -65,6 +69,7 @@ class Library {
   std::map<std::string, ModelSource> models_;
   std::map<std::string, Tokenizer> tokenizers_;
   std::map<std::string, Dataset> datasets_;
+  std::unique_ptr<MemoryLog> memory_;
   std::unique_ptr<Llama> base_;
   std::string base_key_;
   std::map<const Dataset*, Evaluation> base_evaluations_;

@@ -6,6 +6,7 @@
 
 #include "core/ops/copy.h"
 #include "data/file.h"
+#include "experiments/memory_text.h"
 #include "experiments/reservation.h"
 #include "experiments/throughput.h"
 #include "nn/adapter_file.h"
@@ -35,6 +36,7 @@ TrialRun::TrialRun(const Config& config, std::string name, const std::string& di
     : config_(config),
       name_(std::move(name)),
       files_(dir),
+      memory_(library.memory()),
       train_(library.train_set(config)),
       order_(static_cast<int64_t>(train_.examples.size()),
              static_cast<uint64_t>(config.train.data_seed.value_or(config.train.seed)),
@@ -57,7 +59,8 @@ TrialRun::TrialRun(const Config& config, std::string name, const std::string& di
   optimizer_ =
       std::make_unique<AdamW>(adamw_config(config_), adapter_->parameter_count(), model.device());
   files_.write_config(to_yaml(config_));
-  if (const auto saved = files_.load_state(*adapter_, *optimizer_)) {
+  const auto saved = files_.load_state(*adapter_, *optimizer_);
+  if (saved) {
     progress_ = *saved;
     files_.log(fmt::format("continues at step {} of {}", progress_.step, total_steps_));
   } else {
@@ -67,6 +70,7 @@ TrialRun::TrialRun(const Config& config, std::string name, const std::string& di
   }
   // What was measured after the saved state will be measured again.
   files_.cut_metrics_after(progress_.step);
+  seconds_before_ = files_.cut_memory_after(saved ? progress_.step : -1);
   for (const Json& line : files_.read_metrics())
     if (line.contains("eval_loss")) {
       const double loss = line["eval_loss"].get<double>();
@@ -151,6 +155,8 @@ void TrialRun::give_up(const std::string& error) {
 
 void TrialRun::write_status(const char* status, const std::string& error) {
   const Device device = adapter_->parameters().device();
+  const MemoryAccount highest = memory_.highest();
+  written_peak_ = highest.peak;
   Json json = {
       {"status", status},
       {"trainable_params", adapter_->parameter_count()},
@@ -160,9 +166,15 @@ void TrialRun::write_status(const char* status, const std::string& error) {
       {"tokens_per_s",
        progress_.seconds > 0 ? static_cast<double>(progress_.tokens) / progress_.seconds : 0.0},
       {"seconds", progress_.seconds},
-      {"peak_bytes", memory_account(device).peak},
+      {"peak_bytes", highest.peak},
+      {"peak_bytes_by_category", category_json(highest.at_peak)},
+      {"load_peak_bytes", memory_.load_peak()},
       {"gang_size", gang_size_},
       {"device", device_description(device)}};
+  if (predicted_) {
+    json["predicted_peak_bytes"] = predicted_->training;
+    json["predicted_load_peak_bytes"] = predicted_->loading;
+  }
   // The first steps plan, choose algorithms and record graphs.
   constexpr size_t warming = 3;
   if (timed_.size() > warming) {
@@ -236,26 +248,59 @@ RunPlan Gang::make_plan() const {
 void Gang::reserve() {
   const std::vector<TrialRun*> trials = running();
   const std::vector<PaperTrial> papers = on_paper();
+  if (trials.empty()) return;
   std::vector<Participant> gang;
   for (size_t i = 0; i < trials.size(); ++i)
     gang.push_back({trials[i]->adapter_.get(), papers[i].train_lengths, papers[i].eval_lengths});
+  const Device device = model_.device();
+  std::optional<int64_t> capacity;
+  if (device.is_cuda()) capacity = memory_account(device).total + available_memory(device);
   reserve_steps(model_, stepper_, gang, plan_.resident);
+  const MemoryPrediction prediction =
+      predict_memory(library_.model(papers[0].config.model.path), papers, device, capacity, plan_);
+  for (TrialRun* t : trials) t->predicted_ = {prediction.load_peak(), prediction.training_peak()};
+}
+
+void Gang::begin(const char* phase) {
+  library_.memory().begin(phase);
+  write_memory();
+}
+
+void Gang::look() {
+  library_.memory().look();
+  write_memory();
+}
+
+void Gang::write_memory() {
+  for (MemorySample& sample : library_.memory().take())
+    for (TrialRun* t : running()) {
+      MemorySample own = sample;
+      own.seconds += t->seconds_before_;
+      const bool stepping = own.phase == "evaluate" || own.phase == "train" || own.phase == "save";
+      if (stepping) own.step = t->progress_.step;
+      t->files_.append_memory(own);
+    }
 }
 
 void Gang::evaluate_due() {
+  std::map<const Dataset*, Evaluation>& of_base = library_.base_evaluations();
   for (TrialRun* t : running()) {
     if (!t->evaluation_due()) continue;
-    std::map<const Dataset*, Evaluation>& of_base = library_.base_evaluations();
     const auto known = of_base.find(t->eval_);
     if (t->fresh_ && known != of_base.end()) {
       t->record_evaluation(known->second);
       continue;
     }
+    begin("evaluate");
     const auto tell = [&](size_t done) {
       if (callbacks_.evaluating)
         callbacks_.evaluating({t->name_, t->fresh_, done, t->eval_->examples.size()});
     };
-    const auto stop = [&](size_t done) { return tell(done), callbacks_.stop && callbacks_.stop(); };
+    const auto stop = [&](size_t done) {
+      look();
+      tell(done);
+      return callbacks_.stop && callbacks_.stop();
+    };
     const Evaluation result =
         evaluate(stepper_, *t->eval_, t->adapter_.get(), stop, evaluation_tokens(model_.device()));
     if (result.stopped) return;
@@ -334,6 +379,7 @@ void Gang::profile_step() {
 }
 
 void Gang::run() {
+  begin("reserve");
   reserve();
   while (true) {
     evaluate_due();
@@ -341,10 +387,18 @@ void Gang::run() {
     for (TrialRun* t : running()) {
       const bool done = t->progress_.step >= t->total_steps_ && !t->evaluation_due();
       const int64_t every = t->config_.train.save_every;
-      if (done || stop || (every > 0 && t->progress_.step % every == 0 && t->progress_.step > 0))
+      const bool saves =
+          done || stop || (every > 0 && t->progress_.step % every == 0 && t->progress_.step > 0);
+      if (saves) {
+        begin("save");
         t->files_.save_state(t->progress_, *t->adapter_, *t->optimizer_);
+      }
+      if (done) t->save_adapter_files();
+      if (done || stop) {
+        library_.memory().look_closely();
+        write_memory();
+      }
       if (done) {
-        t->save_adapter_files();
         t->state_ = TrialRun::State::finished;
         t->files_.log("finished");
         t->write_status("finished");
@@ -354,13 +408,15 @@ void Gang::run() {
         t->write_status("interrupted");
       }
     }
-    if (running().empty()) return;
+    if (running().empty()) break;
+    begin("train");
     constexpr int64_t profiled = 3;  // after planning and the choice of algorithms
     if (callbacks_.profile && model_.device().is_cuda() && steps_taken_ == profiled)
       profile_step();
     else
       train_step();
     ++steps_taken_;
+    look();
     for (TrialRun* t : trials_) {
       if (t->state_ != TrialRun::State::running || !callbacks_.progress) continue;
       const double per_step = t->progress_.seconds / static_cast<double>(t->progress_.step);
@@ -373,6 +429,11 @@ void Gang::run() {
                            t->progress_.step == t->total_steps_});
     }
   }
+  // A trial that finished before others did has the peak of the whole gang too.
+  for (TrialRun* t : trials_)
+    if (t->state_ == TrialRun::State::finished &&
+        t->written_peak_ < library_.memory().highest().peak)
+      t->write_status("finished");
 }
 
 }  // namespace qlab

@@ -48,6 +48,7 @@ class TrialRun {
   Config config_;
   std::string name_;
   TrialFiles files_;
+  const MemoryLog& memory_;
   const Dataset& train_;
   const Dataset* eval_ = nullptr;
   ExampleOrder order_;
@@ -59,6 +60,13 @@ class TrialRun {
   State state_ = State::running;
   std::string error_;
   int64_t evaluated_step_ = -1, gang_size_ = 1;
+  double seconds_before_ = 0;  // of memory.jsonl, in earlier processes
+  int64_t written_peak_ = 0;
+  /// Of the gang.
+  struct PredictedPeaks {
+    int64_t loading, training;
+  };
+  std::optional<PredictedPeaks> predicted_;
   double first_eval_loss_ = 0, last_eval_loss_ = 0, best_eval_loss_ = 0;
   bool fresh_ = false;  // the adapter is still the identity: B is zero
 
@@ -113,6 +121,10 @@ class Gang {
   void evaluate_due();
   void train_step();
   void profile_step();
+  // Of memory.jsonl.
+  void begin(const char* phase);
+  void look();
+  void write_memory();
   std::vector<TrialRun*> running() const;
 
   Library& library_;

@@ -87,6 +87,22 @@ void TrialFiles::cut_metrics_after(int64_t step) {
   write_file_atomically(path("metrics.jsonl"), kept);
 }
 
+void TrialFiles::append_memory(const MemorySample& sample) {
+  append(path("memory.jsonl"), memory_line(sample).dump() + "\n");
+}
+
+double TrialFiles::cut_memory_after(int64_t step) {
+  std::string kept;
+  double seconds = 0;
+  for (const MemorySample& sample : read_memory_lines(path("memory.jsonl")).samples) {
+    if (step < 0 || sample.step > step) break;
+    kept += memory_line(sample).dump() + "\n";
+    seconds = sample.seconds;
+  }
+  write_file_atomically(path("memory.jsonl"), kept);
+  return seconds;
+}
+
 void TrialFiles::log(const std::string& text) {
   const auto now = std::chrono::system_clock::to_time_t(std::chrono::system_clock::now());
   char stamp[32];
@@ -130,10 +146,16 @@ TrialProgress TrialFiles::read_state(const std::string& file_path, const Adapter
                                      AdamW& optimizer) const {
   const SafetensorsFile file(file_path);
   const auto restore = [&](const char* name, const Tensor& to) {
-    const Tensor from = file.read(name, DType::f32);
-    if (from.shape() != to.shape())
-      fail("{}: {} is {}, this trial needs {}", file_path, name, from.shape(), to.shape());
-    copy(to, from);
+    const Bytes bytes = file.bytes(name);
+    const SafetensorsEntry& entry = file.entries().at(name);
+    const Shape shape = to_shape(entry.shape, file_path);
+    if (shape != to.shape() || entry.dtype != "F32")
+      fail("{}: {} is {} {}, this trial needs F32 {}", file_path, name, entry.dtype, shape,
+           to.shape());
+    // From where the file is mapped: a tensor beside it would add to the peak of a run on a CPU.
+    copy(to, Tensor::from_storage(Storage::wrap(const_cast<std::byte*>(bytes.data()),
+                                                static_cast<int64_t>(bytes.size()), {}),
+                                  0, shape, DType::f32));
     synchronize(to.device());
   };
   restore("parameters", adapter.parameters());

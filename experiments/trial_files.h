@@ -1,6 +1,6 @@
-// One trial's directory: config.yaml, metrics.jsonl, log.txt, status.json, state/, adapter/. Every
-// file is replaced atomically or only appended to, so that a trial killed at any instant continues
-// from its last state with the same numbers.
+// One trial's directory: config.yaml, metrics.jsonl, memory.jsonl, log.txt, status.json, state/,
+// adapter/. Every file is replaced atomically or only appended to, so that a trial killed at any
+// instant continues from its last state with the same numbers.
 #pragma once
 #include <map>
 #include <nlohmann/json.hpp>
@@ -8,6 +8,7 @@
 #include <string>
 #include <vector>
 
+#include "experiments/memory_log.h"
 #include "nn/lora.h"
 #include "optim/optimizer.h"
 
@@ -40,6 +41,10 @@ class TrialFiles {
   /// Lines of metrics.jsonl; half a line that a killed process left is passed over.
   std::vector<nlohmann::json> read_metrics() const;
   void cut_metrics_after(int64_t step);
+
+  void append_memory(const MemorySample& sample);
+  /// Cuts memory.jsonl where it goes beyond the step, all of it for -1; the time of what is left.
+  double cut_memory_after(int64_t step);
 
   void log(const std::string& text);
 

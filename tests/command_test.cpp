@@ -323,6 +323,32 @@ TEST_F(CommandTest, MemoryNeedsNoGpu) {
   }
 }
 
+TEST_F(CommandTest, MemoryIsCheckedAfterARun) {
+  ASSERT_EQ(run({"train", run_file("train: {steps: 2}\n"), "--device", "cpu"}).code, 0);
+  const Ended equal = run({"memory", "--check", "runs/run"});
+  EXPECT_EQ(equal.code, 0) << equal.out << equal.err;
+  EXPECT_THAT(equal.out, HasSubstr("1 of 1 finished trial took what was predicted"));
+  const fs::path trial = fs::directory_iterator(work_ + "/runs/run/trials")->path();
+  const std::string file = trial.string() + "/status.json";
+  auto status = nlohmann::json::parse(read_text_file(file));
+  status["predicted_peak_bytes"] = status["predicted_peak_bytes"].get<int64_t>() + 256;
+  write_file_atomically(file, status.dump());
+  const Ended differs = run({"memory", "--check", trial.string(), "--json"});
+  EXPECT_EQ(differs.code, 1);
+  const auto said = nlohmann::json::parse(differs.out);
+  EXPECT_EQ(said["trials"][0]["training"]["difference_bytes"], -256);
+  EXPECT_EQ(said["trials"][0]["loading"]["difference_bytes"], 0);
+  for (const Arguments& bad : {Arguments{"memory", "--check", "nowhere"},
+                               {"memory", "--check", "runs"},
+                               {"memory", "--check", "runs/run", "--gpu", "t4"},
+                               {"memory", "synthetic:tiny", "--check", "runs/run"},
+                               {"memory"}}) {
+    const Ended ended = run(bad);
+    EXPECT_EQ(ended.code, 2) << testing::PrintToString(bad);
+    EXPECT_THAT(ended.err, StartsWith("qlab: "));
+  }
+}
+
 TEST_F(CommandTest, EvalReadsWhatTrainWrote) {
   const Arguments set = {"--device", "cpu", "--set", "data.eval_seq_len=64"};
   Arguments arguments = {"train", run_file("train: {steps: 8, batch_size: 3}\noptim: {lr: 5e-3}\n"),

@@ -1,6 +1,7 @@
 // The prediction of a run's memory against the run: equal to the byte, phase by phase.
 #include "experiments/memory_prediction.h"
 
+#include "core/ops/rms_norm.h"
 #include "experiments/memory_text.h"
 #include "nn/module_tree.h"
 #include "tests/support/error_of.h"
@@ -11,17 +12,20 @@ namespace {
 
 class PredictionTest : public TrainingTest {
  protected:
-  /// The highest total of the device's account while the gang trains, above what was held before.
+  /// The highest total of the device's account while the base is loaded and the gang trains, above
+  /// what was held before.
   int64_t measured(const std::vector<Config>& configs) const {
     const int64_t before = memory_account(device()).total;
-    reset_peak(device());
     std::vector<std::pair<std::string, Config>> trials;
     for (size_t i = 0; i < configs.size(); ++i)
       trials.emplace_back("t" + std::to_string(runs_) + "-" + std::to_string(i), configs[i]);
     ++runs_;
     for (const Outcome& outcome : gang(trials))
       EXPECT_EQ(outcome.state, TrialRun::State::finished) << outcome.error;
-    return memory_account(device()).peak - before;
+    const std::string file = folder_ / (trials[0].first + "/status.json");
+    const auto status = nlohmann::json::parse(read_text_file(file));
+    return std::max(status["load_peak_bytes"].get<int64_t>(), status["peak_bytes"].get<int64_t>()) -
+           before;
   }
   MemoryPrediction predicted(const std::vector<Config>& configs) const {
     std::vector<PaperTrial> trials;
@@ -71,6 +75,77 @@ TEST_P(PredictionTest, OfAGang) {
                                     synthetic({"lora.targets=qv", "train.batch_size=1"}),
                                     synthetic({"lora.dropout=0.1", "train.seed=1"})};
   EXPECT_EQ(predicted(gang).peak(), measured(gang));
+}
+
+/// Two norms, one after the other; with `extra` the first takes 1 MiB more, for longer than it
+/// runs.
+Tensor two_norms(const Tensor& x, const Tensor& w, bool extra) {
+  Tensor temporary;
+  const Tensor y = rms_norm(x, w, 1e-5f).y;
+  if (extra) temporary = Tensor::empty({1 << 20}, DType::u8, x.device());
+  return rms_norm(y, w, 1e-5f).y;
+}
+
+// What an operation takes moves the plan and the device alike, with nothing said about it anywhere.
+TEST_P(PredictionTest, ATemporaryIsPredictedAndMeasured) {
+  if (!StepMemory::planned()) GTEST_SKIP() << "QLAB_PLAIN_ALLOC is set";
+  const Shape rows = {300, 64}, row = {64};
+  const Tensor x = Tensor::zeros(rows, DType::f32, device()),
+               w = Tensor::zeros(row, DType::f32, device()),
+               x_meta = Tensor::empty(rows, DType::f32, device().meta()),
+               w_meta = Tensor::empty(row, DType::f32, device().meta());
+  const auto plan = [&](bool extra) {
+    PlanRecorder recorder;
+    two_norms(x_meta, w_meta, extra);
+    return recorder.finish();
+  };
+  /// In its reservation, and allocated tensor by tensor.
+  const auto measured = [&](bool extra) {
+    const int64_t before = memory_account(device()).total;
+    reset_peak(device());
+    two_norms(x, w, extra);
+    const int64_t by_tensor = memory_account(device()).peak - before;
+    StepMemory memory(device());
+    const StepPlan own = plan(extra);
+    memory.reserve(own);
+    const StepMemory::Scope scope(memory, own);
+    two_norms(x, w, extra);
+    return std::pair(by_tensor, memory_account(device()).total - before);
+  };
+  constexpr int64_t mebibyte = 1 << 20;
+  const StepPlan without = plan(false), with = plan(true);
+  const auto [tensors_without, step_without] = measured(false);
+  const auto [tensors_with, step_with] = measured(true);
+  EXPECT_EQ(with.bytes - without.bytes, mebibyte);
+  EXPECT_EQ(step_with - step_without, mebibyte);
+  EXPECT_EQ(tensors_with - tensors_without, mebibyte);
+  EXPECT_EQ(with.bytes, step_with);
+  EXPECT_EQ(sum(with.at_peak), tensors_with);
+  EXPECT_EQ(sum(without.at_peak), tensors_without);
+  // It cannot go unnoticed: a step that takes what was not planned is refused.
+  StepMemory memory(device());
+  memory.reserve(with);
+  const StepMemory::Scope scope(memory, without);
+  EXPECT_THAT(error_of([&] { two_norms(x, w, true); }), testing::HasSubstr("not in its plan"));
+}
+
+// The lengths of the data as it is: what a gang's reservation goes by.
+TEST_P(PredictionTest, RealDataGivesItsLongestExamples) {
+  Library library;
+  const auto lengths = [&](const std::vector<std::string>& sets) {
+    return paper_trial(config(sets), library, device());
+  };
+  std::vector<int64_t> all;
+  for (const Example& e : library.train_set(config()).examples)
+    all.push_back(static_cast<int64_t>(e.input_ids.size()));
+  std::sort(all.begin(), all.end(), std::greater<>());
+  ASSERT_GT(all[0], all[2]);
+  EXPECT_EQ(lengths({}).train_lengths, std::vector<int64_t>(all.begin(), all.begin() + 3));
+  EXPECT_EQ(lengths({"train.batch_size=40", "train.epochs=0.5", "train.steps=null"}).train_lengths,
+            std::vector<int64_t>(all.begin(), all.begin() + 10));
+  EXPECT_EQ(lengths({"data.seq_len=20"}).train_lengths, (std::vector<int64_t>{20, 20, 20}));
+  EXPECT_FALSE(lengths({}).eval_lengths.empty());
+  EXPECT_TRUE(lengths({"data.eval=\"\"", "train.eval_every=0"}).eval_lengths.empty());
 }
 
 // A plain value of the program that needs no GPU: sizes follow from shapes on any machine.

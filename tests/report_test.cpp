@@ -12,6 +12,7 @@
 #include <sstream>
 
 #include "core/error.h"
+#include "experiments/memory_log.h"
 
 namespace qlab {
 namespace {
@@ -95,9 +96,78 @@ parameters:
     std::ofstream(trial_dir(i) / "status.json") << json.dump();
   }
 
+  /// A trial's memory.jsonl: one second a line, half of them loading, from 1 to `count` MB.
+  void remember(size_t i, int count, bool gpu = false) {
+    fs::create_directories(trial_dir(i));
+    std::ofstream memory(trial_dir(i) / "memory.jsonl");
+    for (int n = 0; n < count; ++n) {
+      MemorySample sample;
+      sample.seconds = n;
+      sample.phase = 2 * n < count ? "load" : "train";
+      sample.bytes[static_cast<int>(Category::weights)] = int64_t{1'000'000} * (n + 1);
+      sample.peak = sample.total() + 5;
+      sample.host = 7'000'000;
+      if (2 * n >= count) sample.step = n;
+      if (gpu) sample.device_used = 9'000'000 + n;
+      memory << memory_line(sample).dump() << "\n";
+    }
+  }
+  nlohmann::json page_data() const {
+    const std::string page = read(fs::path(out()) / "report.html"), begin = "id=\"data\">";
+    const size_t from = page.find(begin) + begin.size();
+    return nlohmann::json::parse(page.substr(from, page.find("</script>", from) - from));
+  }
+
   fs::path dir_;
   Sweep sweep_;
 };
+
+TEST_F(ReportTest, MemoryIsInThePage) {
+  plan();
+  run(0, 20, 4.0, "finished");
+  run(1, 20, 4.0, "finished");
+  remember(1, 4, true);
+  std::ofstream(trial_dir(1) / "memory.jsonl", std::ios::app) << "not json\n{\"seconds\": 3}\n";
+  nlohmann::json status = nlohmann::json::parse(read(trial_dir(1) / "status.json"));
+  status["predicted_peak_bytes"] = 4'000'000;
+  std::ofstream(trial_dir(1) / "status.json") << status.dump();
+  const ReportResult result = write_report(out());
+  ASSERT_EQ(result.notes.size(), 1u);
+  EXPECT_THAT(result.notes[0],
+              HasSubstr("r4-s1/memory.jsonl: 2 lines do not read and are left out"));
+  const nlohmann::json data = page_data();
+  EXPECT_EQ(data["categories"].size(), 7u);
+  EXPECT_EQ(data["categories"][0], "weights");
+  EXPECT_EQ(data["trials"][0]["memory"], nullptr);  // of a version that wrote none
+  const nlohmann::json memory = data["trials"][1]["memory"];
+  EXPECT_EQ(memory["damaged"], 2);
+  EXPECT_EQ(memory["predicted"], 4'000'000);
+  ASSERT_EQ(memory["moments"].size(), 4u);
+  EXPECT_EQ(memory["moments"][2],
+            nlohmann::json::parse("[2.0, \"train\", 2, [3000000, 0, 0, 0, 0, 0, 0], 3000000, "
+                                  "3000005, 9000002, 7000000, false]"));
+  EXPECT_EQ(memory["moments"][0][2], nullptr);  // no step
+  ASSERT_EQ(memory["phases"].size(), 2u);
+  EXPECT_EQ(memory["phases"][0], nlohmann::json({{"phase", "load"},
+                                                 {"shared", false},
+                                                 {"seconds", 2.0},
+                                                 {"peak", 2'000'005},
+                                                 {"device_used", 9'000'001},
+                                                 {"host", 7'000'000}}));
+  EXPECT_EQ(memory["phases"][1]["seconds"], 1.0);
+}
+
+TEST_F(ReportTest, LongMemoryIsThinnedToItsHighest) {
+  plan();
+  run(0, 20, 4.0, "finished");
+  remember(0, 5000);
+  write_report(out());
+  const nlohmann::json moments = page_data()["trials"][0]["memory"]["moments"];
+  ASSERT_EQ(moments.size(), 240u);
+  EXPECT_EQ(moments[239][0], 4999.0);
+  EXPECT_EQ(moments[0][4], 20 * 1'000'000);  // 5000 / 240 lines, the highest last
+  EXPECT_EQ(moments[0][6], nullptr);         // on a CPU
+}
 
 TEST_F(ReportTest, CsvHasOneRowPerTrialInTheOrderOfThePlan) {
   plan();
@@ -150,9 +220,7 @@ TEST_F(ReportTest, PageIsSelfContainedAndSafe) {
   size_t closing = 0;
   for (size_t at = 0; (at = page.find("</script", at)) != std::string::npos; ++at) ++closing;
   EXPECT_EQ(closing, 3u);
-  const std::string begin = "id=\"data\">";
-  const size_t from = page.find(begin) + begin.size();
-  const auto data = nlohmann::json::parse(page.substr(from, page.find("</script>", from) - from));
+  const nlohmann::json data = page_data();
   EXPECT_EQ(data["trials"].size(), 4u);
   EXPECT_EQ(data["trials"][0]["train"].size(), 20u);
   EXPECT_EQ(data["trials"][0]["eval"], nlohmann::json::parse("[[0,0,4.0],[20,2000,2.0]]"));
@@ -164,9 +232,7 @@ TEST_F(ReportTest, LongCurvesAreThinned) {
   plan();
   run(0, 5000, 1000.0, "finished");
   write_report(out());
-  const std::string page = read(fs::path(out()) / "report.html");
-  const size_t from = page.find("id=\"data\">") + 10;
-  const auto data = nlohmann::json::parse(page.substr(from, page.find("</script>", from) - from));
+  const nlohmann::json data = page_data();
   EXPECT_EQ(data["trials"][0]["train"].size(), 600u);
   EXPECT_EQ(data["trials"][0]["train"][599][0], 5000);
 }
