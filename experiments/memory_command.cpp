@@ -26,6 +26,9 @@ int print_one(const Config& config, Library& library, const MemoryOptions& optio
     for (const int64_t length : t.train_lengths) question.tokens += length;
   if (config.data.train.empty() && config.lora.present)
     question.assumed = "no data.train: full batches of data.seq_len";
+  if (config.quant.type == "int8")
+    question.assumed += (question.assumed.empty() ? "" : "; ") +
+                        std::string("int8: its bytes alone are known, a run with it is refused");
   const int64_t capacity = target.capacity.value_or(std::numeric_limits<int64_t>::max());
   const int64_t wish = parse_bytes(config.train.memory_budget.text).value_or(capacity);
   question.plan = plan_run(model, gang, target.device, std::min(capacity, wish), target.rates);

@@ -139,6 +139,15 @@ TEST_F(CommandTest, ErrorsNameThePlace) {
                  {"run.yaml:1: model.path: gone.gguf"});
   expect_refused({"train", replaced("r: 4", "targets: [c_attn]")},
                  {"run.yaml:3: lora.targets: no module matches c_attn"});
+  expect_refused_run("load_in_8bit: true\n", {"run.yaml:4: quant.type", "int8", "set nf4"});
+  expect_refused({"sweep", folder_.write("sweep.yaml", "base: " + run_file() +
+                                                           "\nparameters:\n  quant.type:\n"
+                                                           "    values: [nf4, int8]\n")},
+                 {"sweep.yaml:", "quant.type", "int8", "set nf4"});
+  const std::string int8 = "quant.type=int8";
+  expect_refused({"eval", "gone", "--data", "gone", "--set", int8}, {"--set " + int8, "set nf4"});
+  expect_refused({"generate", "gone", "--prompt", "x", "--set", int8},
+                 {"--set " + int8, "set nf4"});
   expect_refused_run("optim: paged_adamw_8bit\n",
                      {"run.yaml:4: optim", "paged_adamw_8bit", "paged", "not supported"});
 }
