@@ -4,6 +4,7 @@
 #include <vector>
 
 #include "experiments/generate.h"
+#include "experiments/memory_results.h"
 
 namespace qlab {
 
@@ -25,11 +26,13 @@ int run_config_command(const std::string& file, const CommonOptions& common);
 int run_inspect_command(const std::string& model, const CommonOptions& common);
 
 struct MemoryOptions {
-  std::string target;  // FILE.yaml or a model
+  std::string target;  // FILE.yaml or a model; "" with a table
   std::string gpu;     // a name or bytes; "": the GPU here, or one without an end
   bool json = false;
+  std::string table, format = "text", out;     // a published table; "" as the target has it
+  std::string measured = memory_results_file;  // of a table's measured column
 };
-/// What a run would need, without running it.
+/// What a run would need, without running it; or a published table beside ours.
 int run_memory_command(const MemoryOptions& options, const CommonOptions& common);
 
 struct GenerateOptions {

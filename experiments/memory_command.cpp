@@ -1,6 +1,10 @@
 // qlab memory.
+#include <fmt/ranges.h>
+
+#include "data/file.h"
 #include "experiments/commands.h"
 #include "experiments/forecast.h"
+#include "experiments/memory_tables.h"
 #include "experiments/memory_text.h"
 #include "experiments/terminal.h"
 #include "nn/module_tree.h"
@@ -43,9 +47,32 @@ int print_one(const Config& config, Library& library, const MemoryOptions& optio
   return 0;
 }
 
+int print_table(const MemoryOptions& options, const CommonOptions& common) {
+  const bool asks =
+      !options.gpu.empty() || options.json || !common.sets.empty() || common.device != "auto";
+  if (!options.target.empty() || asks)
+    fail("--table {}: a table states its own models and settings; leave out {}", options.table,
+         options.target.empty() ? "--gpu, --device, --set and --json" : options.target);
+  const std::string text =
+      format_table(memory_table(options.table, options.measured), options.format);
+  if (options.out.empty()) {
+    write_out(text);
+  } else {
+    write_file_atomically(options.out, text);
+    write_out(options.out + "\n");
+  }
+  return 0;
+}
+
 }  // namespace
 
 int run_memory_command(const MemoryOptions& options, const CommonOptions& common) {
+  if (!options.table.empty()) return print_table(options, common);
+  if (options.target.empty())
+    fail("memory: give a YAML file, a model, or --table with one of {}",
+         fmt::join(memory_table_names(), ", "));
+  if (!options.out.empty() || options.format != "text")
+    fail("--out and --format are for --table; --json writes a prediction for programs");
   const MemoryTarget target = memory_target(options.gpu, common.device);
   Library library;
   if (!is_yaml(options.target)) {
