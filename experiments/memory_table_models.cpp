@@ -114,8 +114,9 @@ MemoryTable llama31_8b_table(RowMaker& make) {
           commas(w.linear / 64), commas(4 * parameters)),
       "The fp32 row computes in fp32 too (quant.compute_dtype), which is what keeps embeddings and "
       "head in 32 bits. Of int8 the bytes are known and nothing else: qlab does not train on it.",
-      "Beside an fp32 LoRA stands the copy in bf16 that products read. Gradients and moments are "
-      "counted apart; qlab memory shows them."};
+      "With dropout, and on a base that is not folded with its adapters, a copy of the LoRA in the "
+      "compute dtype stands beside the fp32 weights. Gradients and moments are counted apart; qlab "
+      "memory shows them."};
   t.sizes = {{"fp32", total(t.rows[0].by_rule)},
              {"int8", total(t.rows[2].by_rule)},
              {"NF4 + double quantization", total(t.rows[4].by_rule)},
@@ -252,6 +253,10 @@ MemoryTable qlora_7b_table(RowMaker& make) {
       {{"7*10^9 rounds up", 0.5 * (7e9 - w.all)}, {"14 B a trained parameter", 14 * trained}});
   MemoryTable t;
   t.title = "QLoRA of 7B";
+  const auto settings = [](int64_t length, const std::string& recompute) {
+    return with({"lora.r=8", "lora.targets=all-linear", "train.recompute=" + recompute},
+                one_sequence(length));
+  };
   const auto add = [&](int64_t length, const std::string& recompute, const Counted& counted,
                        const std::string& what, const std::string& published) {
     const Sets sets = with({"lora.r=8", "lora.targets=all-linear", "train.recompute=" + recompute},
@@ -284,8 +289,9 @@ MemoryTable qlora_7b_table(RowMaker& make) {
       fmt::format("0.29 % of 7*10^9 is {} parameters; ours is LoRA r=8 on all linear layers, {} "
                   "({:.2f} % of the model's).",
                   commas(trained), commas(r8), 100 * r8 / w.all),
-      "A trained parameter of ours takes 18 B: an fp32 weight, its bf16 copy, an fp32 gradient and "
-      "two fp32 moments. Context and libraries of the GPU are counted on neither side."};
+      fmt::format("A trained parameter of ours takes {:.0f} B: weight, gradient and two moments in "
+                  "fp32. Context and libraries of the GPU are counted on neither side.",
+                  total(make.shares(model, settings(512, "none"), counted::trained)) / r8)};
   return t;
 }
 

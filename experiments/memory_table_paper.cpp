@@ -120,9 +120,8 @@ MemoryTable qlora_fig6_table(RowMaker& make) {
       "The model bar is above what section 3 gives for the weights, even with embeddings and head "
       "in "
       "fp32 (--table qlora-section3): the paper does not say what else it counts.",
-      "Ours holds the adapters in fp32 and once more in bf16, their gradients in fp32, and "
-      "computes "
-      "attention too. Layers are recomputed. Context and libraries of the GPU are not counted."};
+      "Ours holds the adapters and their gradients in fp32, and computes attention too. Layers are "
+      "recomputed. Context and libraries of the GPU are not counted."};
   return t;
 }
 

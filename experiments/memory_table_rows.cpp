@@ -8,19 +8,20 @@
 namespace qlab {
 namespace {
 
-/// What a tensor counts as; Linear weights are the weights that have no other name.
+/// What a tensor counts as; linear weights are the weights that have no other name.
 const char* share_of(const LiveTensor& t) {
   switch (t.category) {
     case Category::weights:
       if (t.name.find("embed_tokens") != std::string::npos || t.name.starts_with("lm_head"))
         return share::embeddings;
+      if (t.name == "held expanded") return "weights held expanded";
       return t.name.find("norm") != std::string::npos ? share::norms : share::linear;
     case Category::constants:
       if (t.name == "rotary_emb") return "rotary tables";
       if (t.name.find("dynamic map") != std::string::npos) return "code table of the scales";
       return t.kind.starts_with("uint8") ? share::scales8 : share::scales32;
     case Category::adapters:
-      return t.kind.starts_with("float32") ? share::lora : "bf16 copies of LoRA";
+      return t.kind.starts_with("float32") ? share::lora : "copies of LoRA in bf16";
     case Category::gradients:
       return share::gradients;
     case Category::optimizer:
@@ -44,6 +45,7 @@ void add(std::vector<Share>& shares, const std::string& name, double amount) {
 
 /// The order in which shares stand in tables and bars.
 constexpr const char* order[] = {share::linear,
+                                 "weights held expanded",
                                  share::scales8,
                                  share::scales32,
                                  "code table of the scales",
@@ -51,7 +53,7 @@ constexpr const char* order[] = {share::linear,
                                  share::norms,
                                  "rotary tables",
                                  share::lora,
-                                 "bf16 copies of LoRA",
+                                 "copies of LoRA in bf16",
                                  share::gradients,
                                  share::optimizer,
                                  share::activations,
@@ -62,6 +64,7 @@ constexpr const char* order[] = {share::linear,
 namespace counted {
 const Counted base{Category::weights, Category::constants};
 const Counted adapters{Category::adapters};
+const Counted trained{Category::adapters, Category::gradients, Category::optimizer};
 const Counted base_and_adapters{Category::weights, Category::constants, Category::adapters};
 const Counted outside_steps{Category::weights, Category::constants, Category::adapters,
                             Category::gradients, Category::optimizer};

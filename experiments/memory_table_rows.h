@@ -24,7 +24,8 @@ inline constexpr const char* activations = "activations";
 /// Categories that a row counts.
 using Counted = std::vector<Category>;
 namespace counted {
-extern const Counted base, adapters, base_and_adapters, outside_steps, inside_steps, everything;
+extern const Counted base, adapters, trained, base_and_adapters, outside_steps, inside_steps,
+    everything;
 }
 
 /// A model's numbers of weights.

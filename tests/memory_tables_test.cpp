@@ -124,8 +124,8 @@ TEST(MemoryTables, FiguresOfFigure6) {
     EXPECT_EQ(row(t, what).published.text, published);
     EXPECT_GT(row(t, what).unexplained(), 0) << what;
   }
-  // LLaMA's own shapes: 159.9 million parameters at 2 B, in fp32 and in bf16.
-  EXPECT_EQ(total(row(t, "7B: adapters").ours), 6.0 * 159'907'840);
+  // LLaMA's own shapes: 159.9 million parameters, in fp32.
+  EXPECT_EQ(total(row(t, "7B: adapters").ours), 4.0 * 159'907'840);
   for (const MemoryRow& r : t.rows)
     if (!r.bars.empty()) {
       EXPECT_DOUBLE_EQ(total(r.bars), *r.published.amount) << r.what;
@@ -227,8 +227,8 @@ TEST(MemoryTables, Csv) {
   EXPECT_EQ(lines[1][1], "fp32");
   EXPECT_EQ(lines[1][4], "32120000000");
   EXPECT_EQ(lines[1][6], "32121044992");
-  EXPECT_EQ(lines[1][12], "67108864");
-  EXPECT_EQ(lines[1][13], "rotary tables=67108864");
+  EXPECT_EQ(lines[2][12], "532480");
+  EXPECT_EQ(lines[2][13], "norms (ours in fp32)=532480");
   EXPECT_EQ(lines[6][1], "the same + LoRA r=32 on q, k, v, o");
 }
 
