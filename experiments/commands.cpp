@@ -32,6 +32,7 @@ Device open_device(const CommonOptions& common) {
 }
 
 int run(const Sweep& sweep, const SweepOptions& options, const CommonOptions& common) {
+  for (const Trial& trial : sweep.trials) check_computable(trial.config, sweep.source_file);
   Terminal terminal;
   catch_interrupts();
   const Device device = open_device(common);
@@ -142,11 +143,12 @@ int run_generate_command(const GenerateOptions& options, const CommonOptions& co
   if (options.model.starts_with("synthetic:"))
     fail("{}: a synthetic model has random weights and no tokenizer; nothing to generate",
          options.model);
+  loaded.config = config_for(options.model, common);
+  check_computable(loaded.config, options.model);
   const Tokenizer tokenizer = Tokenizer::load(options.model);
   if (options.chat &&
       (tokenizer.token_id("<|im_start|>") < 0 || tokenizer.token_id("<|im_end|>") < 0))
     fail("--chat: the vocabulary of {} has no <|im_start|> and <|im_end|>", options.model);
-  loaded.config = config_for(options.model, common);
   load(loaded, options.adapter, common);
   const std::string text =
       options.chat ? "<|im_start|>user\n" + options.prompt + "<|im_end|>\n<|im_start|>assistant\n"
@@ -169,6 +171,7 @@ int run_eval_command(const EvalOptions& options, const CommonOptions& common) {
   Loaded loaded;
   // Data first: a mistake there should not cost the loading of a model.
   loaded.config = config_for(options.model, common);
+  check_computable(loaded.config, options.model);
   loaded.config.data.eval = options.data;
   const Dataset& data = loaded.library.eval_set(loaded.config);
   load(loaded, options.adapter, common);

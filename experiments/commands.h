@@ -4,6 +4,7 @@
 #include <vector>
 
 #include "experiments/generate.h"
+#include "experiments/memory_results.h"
 
 namespace qlab {
 
@@ -25,15 +26,16 @@ int run_config_command(const std::string& file, const CommonOptions& common);
 int run_inspect_command(const std::string& model, const CommonOptions& common);
 
 struct MemoryOptions {
-  std::string target;  // FILE.yaml or a model
+  std::string target;  // FILE.yaml or a model; "" with a table
   std::string gpu;     // a name or bytes; "": the GPU here, or one without an end
   std::string check;   // a results directory or a trial's
   bool json = false;
+  std::string table, format = "text", out;     // a published table; "" as the target has it
+  std::string measured = memory_results_file;  // of a table's measured column
 };
-/// What a run would need, without running it.
+/// What a run would need, without running it; a published table beside ours; or what trials took
+/// against what was predicted, 1 where one differs.
 int run_memory_command(const MemoryOptions& options, const CommonOptions& common);
-/// 1 where a trial did not take what was predicted.
-int run_memory_check(const MemoryOptions& options);
 
 struct GenerateOptions {
   std::string model, adapter, prompt;

@@ -211,10 +211,6 @@ class Layer {
       if (to == nullptr) return;
       meant.reset(YAML::Node(to));
     }
-    if (alias->name == "load_in_8bit") {
-      fail("{}: {}: 8-bit base weights are not supported; set quant.type to nf4, bf16 or fp32",
-           where, name);
-    }
     insert({find_field(alias->key), meant, where, name, ""});
   }
 
@@ -327,6 +323,15 @@ void check_trainable(const Config& config, const std::string& origin) {
         "  lora: {{r: 16, targets: all-linear}}",
         origin);
   }
+}
+
+void check_computable(const Config& config, const std::string& origin) {
+  if (config.quant.type != "int8") return;
+  const auto place = config.origins.find("quant.type");
+  fail(
+      "{}: quant.type: of int8 only the bytes are known, for qlab memory and inspect; nothing "
+      "trains or evaluates with it: set nf4, bf16 or fp32",
+      place == config.origins.end() ? origin : place->second);
 }
 
 std::string get_key(const Config& config, const std::string& key) {

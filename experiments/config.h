@@ -25,7 +25,7 @@ struct MemoryBudget {
 };
 
 struct QuantConfig {
-  std::string type = "nf4";  // nf4 | bf16 | fp32
+  std::string type = "nf4";  // nf4 | bf16 | fp32 | int8 (bytes alone)
   int64_t block_size = 64;
   bool double_quant = true;
   std::string compute_dtype = "auto";  // auto (bf16 on cuda, fp32 on cpu) | bf16 | fp32
@@ -121,6 +121,8 @@ void apply_sets(Config& config, const std::vector<std::string>& sets);
 void resolve(Config& config);
 /// Throws unless the config says what to train: a model, data, and a lora block.
 void check_trainable(const Config& config, const std::string& origin);
+/// Throws where the weights' format is known by its bytes alone.
+void check_computable(const Config& config, const std::string& origin);
 
 /// config.yaml: every key, resolved; parse_config() and resolve() give back an equal config.
 std::string to_yaml(const Config& config);

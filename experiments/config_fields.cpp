@@ -34,9 +34,10 @@ std::vector<Field> make_fields() {
        {"auto", "device", "host"}},
       {.key = "quant.type",
        .slot = QLAB_SLOT(quant.type),
-       .meaning = "how the frozen linear layers are stored",
-       .allowed = {"nf4", "bf16", "fp32"},
-       .unsupported = "int8 and fp4"},
+       .meaning = "how the frozen linear layers are stored; of int8 only the bytes are known, for "
+                  "qlab memory and inspect",
+       .allowed = {"nf4", "bf16", "fp32", "int8"},
+       .unsupported = "fp4 and other types"},
       {"quant.block_size",
        QLAB_SLOT(quant.block_size),
        "values that share one NF4 scale",
@@ -251,7 +252,7 @@ std::vector<Alias> make_aliases() {
   return {
       {"model_name_or_path", "model.path"},
       {"load_in_4bit", "quant.type", {{"true", "nf4"}, {"false", "bf16"}}},
-      {"load_in_8bit", "quant.type", {{"false", nullptr}}},
+      {"load_in_8bit", "quant.type", {{"true", "int8"}, {"false", nullptr}}},
       {"bnb_4bit_quant_type", "quant.type"},
       {"bnb_4bit_use_double_quant", "quant.double_quant"},
       {"bnb_4bit_compute_dtype", "quant.compute_dtype"},

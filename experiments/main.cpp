@@ -1,6 +1,8 @@
 // The qlab command.
 #include <unistd.h>
 
+#include <fmt/ranges.h>
+
 #include <CLI/CLI.hpp>
 #include <cstdio>
 #include <cstdlib>
@@ -8,6 +10,7 @@
 
 #include "experiments/commands.h"
 #include "experiments/gpus.h"
+#include "experiments/memory_tables.h"
 #include "generated/version.h"
 
 namespace {
@@ -77,28 +80,30 @@ int run(int argc, char** argv) {
   qlab::MemoryOptions memory;
   auto* memory_app =
       app.add_subcommand("memory", "what a run needs, predicted without running or loading it");
-  auto* memory_target = memory_app->add_option(
-      "target", memory.target,
-      "YAML file, or a model: directory, FILE.gguf, hub id or synthetic:NAME");
+  memory_app->add_option("target", memory.target,
+                         "YAML file, or a model: directory, FILE.gguf, hub id or synthetic:NAME");
   memory_app->add_option("--gpu", memory.gpu,
                          "a GPU's name (" + qlab::known_gpus() + ") or its memory, as 24GiB");
   memory_app->add_flag("--json", memory.json, "one JSON object, in bytes");
+  memory_app->add_option("--table", memory.table,
+                         fmt::format("a published table beside ours: {}",
+                                     fmt::join(qlab::memory_table_names(), ", ")));
+  memory_app
+      ->add_option("--format", memory.format,
+                   fmt::format("of a table: {}", fmt::join(qlab::memory_table_formats(), ", ")))
+      ->capture_default_str();
+  memory_app->add_option("--out", memory.out, "file for a table, in place of the terminal");
+  memory_app->add_option("--measured", memory.measured, "measured runs, for a table")
+      ->capture_default_str();
   memory_app->add_option("--device", common.device, "auto, cpu, cuda or cuda:N, as it is now")
       ->capture_default_str();
   add_common(memory_app, common, false);
   auto* memory_check = memory_app->add_option(
       "--check", memory.check,
       "a results directory or a trial's: the peaks predicted for its trials, and those measured");
-  for (const char* other : {"target", "--gpu", "--device", "--set"})
+  for (const char* other : {"target", "--gpu", "--device", "--set", "--table"})
     memory_check->excludes(memory_app->get_option(other));
-  memory_app->callback([&] {
-    if (memory_check->count() > 0)
-      code = qlab::run_memory_check(memory);
-    else if (memory_target->count() > 0)
-      code = qlab::run_memory_command(memory, common);
-    else
-      throw CLI::RequiredError("target, or --check DIR,");
-  });
+  memory_app->callback([&] { code = qlab::run_memory_command(memory, common); });
 
   qlab::GenerateOptions generate;
   auto* generate_app = app.add_subcommand("generate", "continue a prompt");

@@ -1,7 +1,11 @@
 // qlab memory.
+#include <fmt/ranges.h>
+
+#include "data/file.h"
 #include "experiments/commands.h"
 #include "experiments/forecast.h"
 #include "experiments/memory_check.h"
+#include "experiments/memory_tables.h"
 #include "experiments/memory_text.h"
 #include "experiments/terminal.h"
 #include "nn/module_tree.h"
@@ -27,6 +31,9 @@ int print_one(const Config& config, Library& library, const MemoryOptions& optio
     for (const int64_t length : t.train_lengths) question.tokens += length;
   if (config.data.train.empty() && config.lora.present)
     question.assumed = "no data.train: full batches of data.seq_len";
+  if (config.quant.type == "int8")
+    question.assumed += (question.assumed.empty() ? "" : "; ") +
+                        std::string("int8: its bytes alone are known, a run with it is refused");
   const int64_t capacity = target.capacity.value_or(std::numeric_limits<int64_t>::max());
   const int64_t wish = parse_bytes(config.train.memory_budget.text).value_or(capacity);
   question.plan = plan_run(model, gang, target.device, std::min(capacity, wish), target.rates);
@@ -41,9 +48,39 @@ int print_one(const Config& config, Library& library, const MemoryOptions& optio
   return 0;
 }
 
+int print_table(const MemoryOptions& options, const CommonOptions& common) {
+  const bool asks =
+      !options.gpu.empty() || options.json || !common.sets.empty() || common.device != "auto";
+  if (!options.target.empty() || asks)
+    fail("--table {}: a table states its own models and settings; leave out {}", options.table,
+         options.target.empty() ? "--gpu, --device, --set and --json" : options.target);
+  const std::string text =
+      format_table(memory_table(options.table, options.measured), options.format);
+  if (options.out.empty()) {
+    write_out(text);
+  } else {
+    write_file_atomically(options.out, text);
+    write_out(options.out + "\n");
+  }
+  return 0;
+}
+
+int print_check(const MemoryOptions& options) {
+  const std::vector<TrialMemoryCheck> trials = check_memory(options.check);
+  write_out(options.json ? check_json(trials).dump() + "\n" : check_text(trials));
+  return all_equal(trials) ? 0 : 1;
+}
+
 }  // namespace
 
 int run_memory_command(const MemoryOptions& options, const CommonOptions& common) {
+  if (!options.check.empty()) return print_check(options);
+  if (!options.table.empty()) return print_table(options, common);
+  if (options.target.empty())
+    fail("memory: give a YAML file, a model, --check DIR, or --table with one of {}",
+         fmt::join(memory_table_names(), ", "));
+  if (!options.out.empty() || options.format != "text")
+    fail("--out and --format are for --table; --json writes a prediction for programs");
   const MemoryTarget target = memory_target(options.gpu, common.device);
   Library library;
   if (!is_yaml(options.target)) {
@@ -59,12 +96,6 @@ int run_memory_command(const MemoryOptions& options, const CommonOptions& common
          options.target, sweep.trials.size());
   write_out(forecast_table(sweep, forecast(sweep, library, target), target) + "\n");
   return 0;
-}
-
-int run_memory_check(const MemoryOptions& options) {
-  const std::vector<TrialMemoryCheck> trials = check_memory(options.check);
-  write_out(options.json ? check_json(trials).dump() + "\n" : check_text(trials));
-  return all_equal(trials) ? 0 : 1;
 }
 
 }  // namespace qlab

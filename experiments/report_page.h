@@ -1,4 +1,4 @@
-// report.html, private to report.cpp.
+// report.html, private to report.cpp; other pages share its style.
 #pragma once
 #include <string>
 

@@ -23,9 +23,9 @@ void check_vocabulary(const Dataset& data, const std::string& path, int64_t voca
 
 WeightSpec weight_spec(const Config& config) {
   WeightSpec spec;
-  spec.format = config.quant.type == "nf4"    ? WeightFormat::nf4
-                : config.quant.type == "bf16" ? WeightFormat::bf16
-                                              : WeightFormat::fp32;
+  for (const WeightFormat format :
+       {WeightFormat::nf4, WeightFormat::int8, WeightFormat::bf16, WeightFormat::fp32})
+    if (config.quant.type == name_of(format)) spec.format = format;
   spec.block_size = config.quant.block_size;
   spec.double_quant = config.quant.double_quant;
   return spec;

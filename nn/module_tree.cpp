@@ -54,21 +54,25 @@ struct TreeContext {
   std::vector<Adapter::Shape> shapes;
 };
 
+/// What bitsandbytes puts in the place of Linear.
+const char* linear_class(const WeightSpec& spec) {
+  if (spec.format == WeightFormat::nf4) return "Linear4bit";
+  return spec.format == WeightFormat::int8 ? "Linear8bitLt" : "Linear";
+}
+
 std::string base_linear(const TreeContext& t, const Adapter::Shape& s) {
   const LlamaConfig& c = t.config;
   const std::string name = s.name.substr(s.name.rfind('.') + 1);
   const bool mlp = s.name.find(".mlp.") != std::string::npos;
   const bool bias = mlp ? c.mlp_bias : name == "o_proj" ? c.o_bias : c.qkv_bias;
-  return fmt::format("{}(in_features={}, out_features={}, bias={})",
-                     t.spec.format == WeightFormat::nf4 ? "Linear4bit" : "Linear", s.in, s.out,
-                     bias ? "True" : "False");
+  return fmt::format("{}(in_features={}, out_features={}, bias={})", linear_class(t.spec), s.in,
+                     s.out, bias ? "True" : "False");
 }
 
 void print_linear(Printer& p, const TreeContext& t, const Adapter::Shape& s) {
   const std::string name = s.name.substr(s.name.rfind('.') + 1);
   if (!t.targets.contains(s.index)) return p.line(fmt::format("({}): {}", name, base_linear(t, s)));
-  p.open(fmt::format("({}): lora.{}(", name,
-                     t.spec.format == WeightFormat::nf4 ? "Linear4bit" : "Linear"));
+  p.open(fmt::format("({}): lora.{}(", name, linear_class(t.spec)));
   p.line("(base_layer): " + base_linear(t, s));
   const auto dictionary = [&](const char* key, const std::string& entry) {
     p.open(fmt::format("({}): ModuleDict(", key));
@@ -171,6 +175,8 @@ int64_t hf_footprint(const LlamaConfig& c, const WeightSpec& spec,
       return 4 * (count.linear + count.other) + lora_bytes;
     case WeightFormat::bf16:
       return 2 * (count.linear + count.other) + lora_bytes;
+    case WeightFormat::int8:
+      return count.linear + 2 * count.other + lora_bytes;
     case WeightFormat::nf4:
       break;
   }
@@ -180,6 +186,8 @@ int64_t hf_footprint(const LlamaConfig& c, const WeightSpec& spec,
 int64_t resident_bytes(const LlamaConfig& c, const WeightSpec& spec,
                        const std::optional<LoraSpec>& lora) {
   int64_t bytes = hf_footprint(c, spec, lora);
+  if (spec.format == WeightFormat::int8)
+    for (const Adapter::Shape& s : linear_shapes(c)) bytes += 4 * s.out;
   if (spec.format != WeightFormat::nf4) return bytes;
   for (const Adapter::Shape& s : linear_shapes(c)) {
     const int64_t blocks = (s.in * s.out + spec.block_size - 1) / spec.block_size;

@@ -12,6 +12,8 @@ const char* name_of(WeightFormat format) {
       return "bf16";
     case WeightFormat::nf4:
       return "nf4";
+    case WeightFormat::int8:
+      return "int8";
   }
   return "?";
 }
@@ -23,6 +25,19 @@ Weight Weight::from_dense(const Tensor& w, const WeightSpec& spec) {
   weight.format_ = spec.format;
   if (spec.format == WeightFormat::nf4) {
     weight.nf4_ = quantize_nf4(w, spec.block_size, spec.double_quant);
+    return weight;
+  }
+  if (spec.format == WeightFormat::int8) {
+    if (!w.device().is_meta())
+      fail(
+          "int8: only the bytes of such weights are known, nothing computes with them; use nf4, "
+          "bf16 or fp32");
+    {
+      const MemoryTag tag(Category::weights);
+      weight.dense_ = Tensor::empty(w.shape(), DType::u8, w.device());
+    }
+    const MemoryTag tag(Category::constants);
+    weight.row_scales_ = Tensor::empty({w.dim(0)}, DType::f32, w.device());
     return weight;
   }
   const MemoryTag tag(Category::weights);
@@ -52,7 +67,7 @@ Tensor Weight::dense(DType dtype, Device device) const {
 void Weight::expand(const Tensor& y) const {
   if (format_ == WeightFormat::nf4)
     dequantize_nf4(y, nf4_);
-  else
+  else if (format_ != WeightFormat::int8)  // which exists on meta alone
     copy(y, dense_);
 }
 

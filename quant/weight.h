@@ -1,6 +1,9 @@
 // A frozen weight matrix [N, K] in one of the storage formats, and its two products: y = x W^T and
 // dx = dy W read the same storage. Formats that differ from the compute dtype are expanded into a
 // scratch of the step just before the product.
+//
+// int8 is LLM.int8's storage (Dettmers et al. 2022, section 3: one byte a weight and one fp32 scale
+// a row) on paper: its bytes are known on a meta device, and there is nothing to compute with it.
 #pragma once
 #include "autograd/tape.h"
 #include "core/tensor.h"
@@ -8,7 +11,7 @@
 
 namespace qlab {
 
-enum class WeightFormat : uint8_t { fp32, bf16, nf4 };
+enum class WeightFormat : uint8_t { fp32, bf16, nf4, int8 };
 const char* name_of(WeightFormat format);
 
 struct WeightSpec {
@@ -37,7 +40,8 @@ class Weight {
  private:
   Shape shape_;
   WeightFormat format_ = WeightFormat::fp32;
-  Tensor dense_;
+  Tensor dense_;       // of int8 the codes
+  Tensor row_scales_;  // of int8: fp32 [N]
   Nf4Tensor nf4_;
 };
 

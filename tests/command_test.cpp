@@ -139,6 +139,15 @@ TEST_F(CommandTest, ErrorsNameThePlace) {
                  {"run.yaml:1: model.path: gone.gguf"});
   expect_refused({"train", replaced("r: 4", "targets: [c_attn]")},
                  {"run.yaml:3: lora.targets: no module matches c_attn"});
+  expect_refused_run("load_in_8bit: true\n", {"run.yaml:4: quant.type", "int8", "set nf4"});
+  expect_refused({"sweep", folder_.write("sweep.yaml", "base: " + run_file() +
+                                                           "\nparameters:\n  quant.type:\n"
+                                                           "    values: [nf4, int8]\n")},
+                 {"sweep.yaml:", "quant.type", "int8", "set nf4"});
+  const std::string int8 = "quant.type=int8";
+  expect_refused({"eval", "gone", "--data", "gone", "--set", int8}, {"--set " + int8, "set nf4"});
+  expect_refused({"generate", "gone", "--prompt", "x", "--set", int8},
+                 {"--set " + int8, "set nf4"});
   expect_refused_run("optim: paged_adamw_8bit\n",
                      {"run.yaml:4: optim", "paged_adamw_8bit", "paged", "not supported"});
 }
@@ -163,6 +172,26 @@ TEST_F(CommandTest, MistakesOnTheCommandLine) {
   expect_refused({"tokenize", "synthetic:tiny", run_file()}, {"synthetic:tiny", "tokenizer.json"});
   expect_refused({"generate", "synthetic:tiny", "--prompt", "x"}, {"synthetic:tiny", "tokenizer"});
   expect_refused({"train", run_file(), "--device", "gpu"}, {"gpu", "cuda"});
+}
+
+TEST_F(CommandTest, MemoryTables) {
+  const Ended shown = run({"memory", "--table", "llama31-8b"});
+  EXPECT_EQ(shown.code, 0) << shown.err;
+  EXPECT_THAT(shown.out, AllOf(HasSubstr("5.70 GB"), HasSubstr("+109,051,904 B 8-bit scales"),
+                               HasSubstr("measured: nothing, since bench/results/memory.json")));
+  const std::string page = folder_ / "table.html";
+  const Ended written = run({"memory", "--table", "qlora-fig6", "--format", "html", "--out", page});
+  EXPECT_EQ(written.out, page + "\n");
+  EXPECT_THAT(read_text_file(page), AllOf(StartsWith("<!doctype html>"), HasSubstr("<svg")));
+  expect_refused({"memory"}, {"give a YAML file, a model, or --table", "llama31-8b, llama2-7b"});
+  expect_refused({"memory", "--table", "qlora"}, {"--table qlora", "qlora-7b, qlora-fig6"});
+  expect_refused({"memory", "--table", "qlora-7b", "--format", "pdf"},
+                 {"--format pdf", "text, md, csv, tex, html"});
+  expect_refused({"memory", "synthetic:tiny", "--table", "qlora-7b"},
+                 {"--table qlora-7b", "leave out synthetic:tiny"});
+  expect_refused({"memory", "--table", "qlora-7b", "--json"}, {"leave out", "--json"});
+  expect_refused({"memory", "synthetic:tiny", "--format", "csv"}, {"--format", "--table"});
+  expect_refused({"memory", "--table", "qlora-7b", "--out", "gone/table.txt"}, {"gone/table.txt"});
 }
 
 TEST_F(CommandTest, NoGpu) {

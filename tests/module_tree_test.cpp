@@ -4,6 +4,7 @@
 
 #include "data/file.h"
 #include "nn/llama.h"
+#include "tests/support/error_of.h"
 #include "tests/support/files.h"
 
 namespace qlab::test {
@@ -50,6 +51,11 @@ TEST(ModuleTree, OfAnUnquantizedBase) {
   const std::string plain = replaced(golden_tree(), "Linear4bit", "Linear");
   EXPECT_EQ(module_tree(llama, {WeightFormat::fp32}, attention_r32()), plain);
   EXPECT_EQ(module_tree(llama, {WeightFormat::bf16}, attention_r32()), plain);
+}
+
+TEST(ModuleTree, OfInt8) {
+  EXPECT_EQ(module_tree(llama, {WeightFormat::int8}, attention_r32()),
+            replaced(golden_tree(), "Linear4bit", "Linear8bitLt"));
 }
 
 TEST(ModuleTree, WithoutLora) {
@@ -111,6 +117,7 @@ TEST(ModuleTree, NamesAndBiasesOfQwen) {
 TEST(Footprint, OfLlama) {
   EXPECT_EQ(hf_footprint(llama, {WeightFormat::fp32}, {}), 32'121'044'992);
   EXPECT_EQ(hf_footprint(llama, {WeightFormat::bf16}, {}), 16'060'522'496);
+  EXPECT_EQ(hf_footprint(llama, {WeightFormat::int8}, {}), 9'081'200'640);
   EXPECT_EQ(hf_footprint(llama, {WeightFormat::nf4}, {}), 5'591'539'712);
   EXPECT_EQ(hf_footprint(llama, {WeightFormat::nf4, 64, false}, {}), 5'591'539'712);
   EXPECT_EQ(hf_footprint(llama, {WeightFormat::nf4}, attention_r32()), 5'700'591'616);
@@ -128,6 +135,9 @@ TEST(Footprint, WithConstants) {
   EXPECT_EQ(resident_bytes(llama, {WeightFormat::nf4, 64, false}, {}), 6'027'747'328);
   EXPECT_EQ(resident_bytes(llama, {WeightFormat::nf4, 128, false}, {}), codes + blocks / 2 * 4);
   EXPECT_EQ(resident_bytes(llama, {WeightFormat::bf16}, {}), 16'060'522'496);
+  // One fp32 scale a row of q, k, v, o, gate, up, down.
+  constexpr int64_t rows = 32 * (2 * 4096 + 2 * 1024 + 2 * 14336 + 4096);
+  EXPECT_EQ(resident_bytes(llama, {WeightFormat::int8}, {}), 9'081'200'640 + 4 * rows);
 }
 
 TEST(Footprint, CountsParameters) {
@@ -142,6 +152,12 @@ TEST(Footprint, CountsParameters) {
   EXPECT_EQ(with_commas(0), "0");
   EXPECT_EQ(with_commas(999), "999");
   EXPECT_EQ(with_commas(1000), "1,000");
+}
+
+TEST(Footprint, OfInt8OnADevice) {
+  const Tensor w = Tensor::empty({4, 8}, DType::f32, Device::cpu());
+  EXPECT_THAT(error_of([&] { Weight::from_dense(w, {WeightFormat::int8}); }),
+              HasSubstr("use nf4, bf16 or fp32"));
 }
 
 // What the paper's rule says of a loaded model is what the allocator holds.
