@@ -101,7 +101,7 @@ int run(int argc, char** argv) {
   auto* memory_check = memory_app->add_option(
       "--check", memory.check,
       "a results directory or a trial's: the peaks predicted for its trials, and those measured");
-  for (const char* other : {"target", "--gpu", "--device", "--set", "--table"})
+  for (const char* other : {"target", "--gpu", "--device", "--set", "--table", "--format", "--out"})
     memory_check->excludes(memory_app->get_option(other));
   memory_app->callback([&] { code = qlab::run_memory_command(memory, common); });
 

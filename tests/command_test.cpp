@@ -183,7 +183,8 @@ TEST_F(CommandTest, MemoryTables) {
   const Ended written = run({"memory", "--table", "qlora-fig6", "--format", "html", "--out", page});
   EXPECT_EQ(written.out, page + "\n");
   EXPECT_THAT(read_text_file(page), AllOf(StartsWith("<!doctype html>"), HasSubstr("<svg")));
-  expect_refused({"memory"}, {"give a YAML file, a model, or --table", "llama31-8b, llama2-7b"});
+  expect_refused({"memory"},
+                 {"give a YAML file, a model, --check DIR, or --table", "llama31-8b, llama2-7b"});
   expect_refused({"memory", "--table", "qlora"}, {"--table qlora", "qlora-7b, qlora-fig6"});
   expect_refused({"memory", "--table", "qlora-7b", "--format", "pdf"},
                  {"--format pdf", "text, md, csv, tex, html"});
