@@ -76,6 +76,15 @@ TEST_P(MemoryCheckTest, GangsOnOneBaseAndOnTwo) {
   EXPECT_THAT(check_text(trials), HasSubstr("12 of 12 finished trials took what was predicted"));
 }
 
+// To save an adapter rounded to bf16 takes room of its own: the larger one's, which is saved last.
+TEST_P(MemoryCheckTest, ThePeakThatATrialsNeighbourMakesWhenItIsDone) {
+  ASSERT_EQ(sweep("parallel: {trials_per_gpu: 2}\nparameters: {lora.r: {values: [2, 64]}}\n",
+                  {"lora.dtype=bf16"})
+                .finished,
+            2);
+  EXPECT_TRUE(all_equal(check())) << check_text(check());
+}
+
 // What a base took on for the longer sequences of one gang is gone when the next one begins.
 TEST_P(MemoryCheckTest, GangsThatFollowOneAnother) {
   ASSERT_EQ(sweep("parameters:\n  data.seq_len: {values: [64, 20]}\n  lora.r: {values: [64, 2]}\n"
