@@ -334,6 +334,7 @@ StepMemory::Scope::~Scope() { active_step = {}; }
 
 std::shared_ptr<Storage> Storage::allocate(int64_t bytes, Device device) {
   auto storage = std::shared_ptr<Storage>(new Storage);
+  storage->source_ = Source::external;  // nothing to release until it is known from where
   storage->bytes_ = std::max<int64_t>(align(bytes), alignment);
   storage->device_ = device;
   storage->category_ = current_category;
@@ -367,12 +368,9 @@ std::shared_ptr<Storage> Storage::allocate(int64_t bytes, Device device) {
     storage->source_ = Source::step;
     storage->data_ = active_step.base + active_step.plan->blocks[active_step.next++].offset;
   } else {
-    storage->source_ = Source::heap;
     storage->data_ = allocate_on(device, bytes);
-    if (storage->data_ == nullptr) {
-      storage->source_ = Source::external;  // nothing to release
-      out_of_memory(device, bytes, name_of(current_category));
-    }
+    if (storage->data_ == nullptr) out_of_memory(device, bytes, name_of(current_category));
+    storage->source_ = Source::heap;
     charge(device, current_category, bytes);
   }
   return storage;

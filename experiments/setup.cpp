@@ -146,6 +146,7 @@ Llama& Library::base(const Config& config, DType compute, Device device) {
     base_key_ = key;
   }
   base_->hold_resident(0, Batch());
+  base_->forget_positions();
   memory_->use_base();
   return *base_;
 }

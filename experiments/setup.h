@@ -47,8 +47,8 @@ class Library {
   /// data.train and data.eval, files or "synthetic". Every id is in the model's vocabulary.
   const Dataset& train_set(const Config& config);
   const Dataset& eval_set(const Config& config);
-  /// The loaded base, nothing of it held expanded. Only the last one is kept: trials that share it
-  /// run one after another.
+  /// The loaded base, as it is after loading: nothing held expanded, no tables of positions. Only
+  /// the last one is kept: trials that share it run one after another.
   Llama& base(const Config& config, DType compute, Device device);
   void drop_base();
   /// Of the device that the last base was loaded to.

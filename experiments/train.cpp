@@ -256,8 +256,10 @@ void Gang::reserve() {
   std::optional<int64_t> capacity;
   if (device.is_cuda()) capacity = memory_account(device).total + available_memory(device);
   reserve_steps(model_, stepper_, gang, plan_.resident);
+  RunPlan plan = plan_;
+  plan.host_embeddings = model_.host_embeddings() != nullptr;
   const MemoryPrediction prediction =
-      predict_memory(library_.model(papers[0].config.model.path), papers, device, capacity, plan_);
+      predict_memory(library_.model(papers[0].config.model.path), papers, device, capacity, plan);
   for (TrialRun* t : trials) t->predicted_ = {prediction.load_peak(), prediction.training_peak()};
 }
 

@@ -73,6 +73,7 @@ class Llama {
   const Tensor* host_embeddings() const { return host_embeddings_ ? &embed_tokens_ : nullptr; }
   /// Makes the rotary tables long enough; to be called before a step that needs it is planned.
   void cover_positions(int64_t positions) const;
+  void forget_positions() { rope_ = {}; }
   /// Where the tables lie: changes when they grow.
   const void* position_tables() const;
   /// Of the copies of an adapter that products read: fp32 (none) where adapters are folded from

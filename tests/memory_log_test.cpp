@@ -27,9 +27,6 @@ class MemoryLinesTest : public TrainingTest {
     EXPECT_EQ(read.damaged, 0);
     return read.samples;
   }
-  Json status(const std::string& trial) const {
-    return Json::parse(read_text_file(folder_ / (trial + "/status.json")));
-  }
 };
 INSTANTIATE_TEST_SUITE_P(Runs, MemoryLinesTest, cpu_and_cuda, device_name);
 

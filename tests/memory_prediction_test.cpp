@@ -22,10 +22,7 @@ class PredictionTest : public TrainingTest {
     ++runs_;
     for (const Outcome& outcome : gang(trials))
       EXPECT_EQ(outcome.state, TrialRun::State::finished) << outcome.error;
-    const std::string file = folder_ / (trials[0].first + "/status.json");
-    const auto status = nlohmann::json::parse(read_text_file(file));
-    return std::max(status["load_peak_bytes"].get<int64_t>(), status["peak_bytes"].get<int64_t>()) -
-           before;
+    return peak(trials[0].first) - before;
   }
   MemoryPrediction predicted(const std::vector<Config>& configs) const {
     std::vector<PaperTrial> trials;
@@ -126,7 +123,9 @@ TEST_P(PredictionTest, ATemporaryIsPredictedAndMeasured) {
   StepMemory memory(device());
   memory.reserve(with);
   const StepMemory::Scope scope(memory, without);
+  const int64_t held = memory_account(device()).total;
   EXPECT_THAT(error_of([&] { two_norms(x, w, true); }), testing::HasSubstr("not in its plan"));
+  EXPECT_EQ(memory_account(device()).total, held);
 }
 
 // The lengths of the data as it is: what a gang's reservation goes by.

@@ -85,6 +85,15 @@ class TrainingTest : public testing::TestWithParam<Device> {
                 const std::function<bool()>& stop = {}) const {
     return gang({{name, c}}, stop).at(0);
   }
+  nlohmann::json status(const std::string& trial) const {
+    return nlohmann::json::parse(read_text_file(folder_ / (trial + "/status.json")));
+  }
+  /// The highest total of the device's account while a trial's base was loaded and its gang
+  /// trained.
+  int64_t peak(const std::string& trial) const {
+    const nlohmann::json json = status(trial);
+    return std::max(json["load_peak_bytes"].get<int64_t>(), json["peak_bytes"].get<int64_t>());
+  }
   static void expect_same(const Outcome& a, const Outcome& b) {
     EXPECT_EQ(a.state, b.state) << a.error << b.error;
     EXPECT_EQ(a.metrics, b.metrics);
