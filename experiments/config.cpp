@@ -287,7 +287,8 @@ void apply_sets(Config& config, const std::vector<std::string>& sets) {
     const bool is_text =
         field != nullptr && std::holds_alternative<std::string*>(field->slot(config));
     const std::string where = "--set " + set;
-    layer.add(key, is_text && !text.empty() ? YAML::Node(text) : option_value(text), where, where);
+    const bool nothing = text.empty() || text == "\"\"" || text == "''";
+    layer.add(key, is_text ? YAML::Node(nothing ? "" : text) : option_value(text), where, where);
   }
   layer.apply(config);
 }
