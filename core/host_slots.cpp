@@ -50,7 +50,7 @@ void HostSlots::get(size_t slot, const Tensor& x) const {
 void HostSlots::reserve() {
   int64_t more = 0;
   for (const Block& block : blocks_)
-    if (block.wanted > block.bytes) more += block.wanted;
+    if (block.wanted > block.bytes) more += block.wanted - block.bytes;
   if (more == 0) return;
   ++generation_;
   if (device_.is_cuda()) {

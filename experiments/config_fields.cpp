@@ -158,7 +158,7 @@ std::vector<Field> make_fields() {
       {.key = "train.memory_budget",
        .slot = QLAB_SLOT(train.memory_budget),
        .meaning = "with recompute auto, what the run may take of the device in all, for example "
-                  "24GiB; auto: what is free, less 1 GiB on a GPU",
+                  "24GiB; auto: what is free, on a GPU less 1 GiB or an eighth",
        .effect = none},
       {.key = "train.graphs",
        .slot = QLAB_SLOT(train.graphs),

@@ -1,9 +1,13 @@
 #include "experiments/forecast.h"
 
+#include <fmt/ranges.h>
+
 #include <algorithm>
 #include <filesystem>
 #include <map>
 #include <numeric>
+#include <set>
+#include <span>
 
 #include "experiments/gangs.h"
 #include "experiments/planner.h"
@@ -14,7 +18,6 @@ namespace {
 bool is_here(const std::string& path) {
   return path.empty() || path == "synthetic" || std::filesystem::exists(path);
 }
-bool data_is_here(const Config& c) { return is_here(c.data.train) && is_here(c.data.eval); }
 
 int64_t total(const std::vector<int64_t>& lengths) {
   return std::accumulate(lengths.begin(), lengths.end(), int64_t{0});
@@ -49,38 +52,82 @@ std::string same_work(const PaperTrial& trial) {
 struct GangForecast {
   RunPlan plan;
   bool fits = true;
-  std::string remedy;
+  std::string note;
 };
 
 GangForecast forecast_gang(const ModelSource& model, const std::vector<PaperTrial>& gang,
                            const MemoryTarget& target) {
   GangForecast out;
-  const Config& first = gang.front().config;
-  const int64_t capacity = target.capacity.value_or(std::numeric_limits<int64_t>::max());
-  const int64_t wish = parse_bytes(first.train.memory_budget.text).value_or(capacity);
-  try {
-    out.plan = plan_run(model, gang, target.device, std::min(capacity, wish), target.rates);
-  } catch (const OutOfMemory& error) {
-    out.remedy = error.what();
-    out.fits = false;
-    return out;
-  }
-  out.fits = out.plan.peak <= capacity;
-  if (out.fits) return out;
-  out.remedy = "nothing that can be set makes it fit";
-  if (const auto remedy = cheapest_fit(model, gang, target.device, capacity)) {
-    out.remedy.clear();
-    for (const std::string& set : remedy->sets) out.remedy += (out.remedy.empty() ? "" : " ") + set;
-  }
+  const int64_t budget = memory_budget(gang.front().config, target.device, target.capacity);
+  out.plan = plan_or_leanest(model, gang, target.device, budget, target.rates);
+  const bool planned = gang.front().config.train.recompute == "auto";
+  out.fits = out.plan.peak <= (planned ? budget : target.capacity.value_or(out.plan.peak));
+  if (out.fits || gang.size() > 1) return out;
+  const auto remedy =
+      target.capacity ? cheapest_fit(model, gang, target.device, *target.capacity) : std::nullopt;
+  out.note = remedy ? fmt::format("would fit with {}", fmt::join(remedy->sets, " "))
+                    : "nothing that can be set makes it fit";
   return out;
 }
 
+/// Forecasts for the trials of one sweep; what was worked out once is not worked out again.
+class Forecaster {
+ public:
+  Forecaster(const std::vector<const Config*>& configs, Library& library,
+             const MemoryTarget& target, std::vector<TrialForecast>& out)
+      : configs_(configs), library_(library), target_(target), out_(out) {}
+
+  /// A gang that does not fit is halved, as in a run.
+  void run(std::span<const size_t> gang) {
+    const ModelSource& model = library_.model(configs_[gang[0]]->model.path);
+    std::vector<PaperTrial> papers;
+    std::string key;
+    for (const size_t i : gang) {
+      papers.push_back(trial_on_paper(*configs_[i], library_, target_.device));
+      key += same_work(papers.back()) + "\n";
+    }
+    auto it = known_.find(key);
+    if (it == known_.end())
+      it = known_.emplace(std::move(key), forecast_gang(model, papers, target_)).first;
+    const GangForecast& own = it->second;
+    if (!own.fits && gang.size() > 1) {
+      run(gang.first(gang.size() / 2));
+      return run(gang.subspan(gang.size() / 2));
+    }
+    for (size_t j = 0; j < gang.size(); ++j) {
+      const double hours = micro_batches(papers[j], library_) * own.plan.step_seconds / 3600;
+      out_[gang[j]] = {own.plan.peak, own.fits, gang.size(),
+                       hours / static_cast<double>(gang.size()), own.note};
+    }
+  }
+
+ private:
+  const std::vector<const Config*>& configs_;
+  Library& library_;
+  const MemoryTarget& target_;
+  std::vector<TrialForecast>& out_;
+  std::map<std::string, GangForecast> known_;
+};
+
 }  // namespace
 
+bool data_is_here(const Config& config) {
+  return !config.data.train.empty() && is_here(config.data.train) && is_here(config.data.eval);
+}
+
 PaperTrial trial_on_paper(const Config& config, Library& library, Device target) {
+  const int64_t positions = library.model(config.model.path).config.max_position_embeddings;
+  for (const int64_t length : {config.data.seq_len, config.data.eval_seq_len})
+    if (config.lora.present && length > positions)
+      fail("a sequence length of {} exceeds the {} positions of {}", length, positions,
+           config.model.path);
+  constexpr int64_t most_tokens = int64_t{1} << 30;  // of a micro-batch; indices are 32 bits wide
+  if (config.train.batch_size > most_tokens / config.data.seq_len)
+    fail("train.batch_size {} of data.seq_len {} are more tokens than a micro-batch can have",
+         config.train.batch_size, config.data.seq_len);
   // Random data is as long as it may be; making it would take time and memory.
-  const bool synthetic = config.data.train == "synthetic" || config.data.train.empty();
-  if (synthetic || !data_is_here(config)) return assumed_trial(config, target);
+  if (config.data.train == "synthetic" || !data_is_here(config))
+    return assumed_trial(config, target);
   return paper_trial(config, library, target);
 }
 
@@ -89,27 +136,10 @@ std::vector<TrialForecast> forecast(const Sweep& sweep, Library& library,
   std::vector<const Config*> configs;
   for (const Trial& t : sweep.trials) configs.push_back(&t.config);
   std::vector<TrialForecast> out(configs.size());
-  std::map<std::string, GangForecast> known;
+  Forecaster forecaster(configs, library, target, out);
   for (const std::vector<size_t>& gang : gangs_of(configs, target.device)) {
     try {
-      const ModelSource& model = library.model(configs[gang[0]]->model.path);
-      std::vector<PaperTrial> papers;
-      std::string key;
-      for (const size_t i : gang) {
-        papers.push_back(trial_on_paper(*configs[i], library, target.device));
-        key += same_work(papers.back()) + "\n";
-      }
-      auto it = known.find(key);
-      if (it == known.end())
-        it = known.emplace(std::move(key), forecast_gang(model, papers, target)).first;
-      const GangForecast& own = it->second;
-      for (size_t j = 0; j < gang.size(); ++j)
-        out[gang[j]] = {own.plan.peak, own.fits, gang.size(),
-                        micro_batches(papers[j], library) * own.plan.step_seconds / 3600 /
-                            static_cast<double>(gang.size()),
-                        own.remedy};
-    } catch (const OutOfMemory&) {
-      throw;
+      forecaster.run(gang);
     } catch (const Error& error) {
       for (const size_t i : gang) out[i] = {0, true, gang.size(), 0, error.what()};
     }
@@ -123,6 +153,7 @@ std::string forecast_table(const Sweep& sweep, const std::vector<TrialForecast>&
   double hours = 0;
   size_t too_large = 0;
   std::string notes;
+  std::set<std::string> noted;
   for (size_t i = 0; i < forecasts.size(); ++i) {
     const TrialForecast& f = forecasts[i];
     columns[0].push_back(f.peak > 0 ? format_bytes(f.peak) : "?");
@@ -130,9 +161,8 @@ std::string forecast_table(const Sweep& sweep, const std::vector<TrialForecast>&
     columns[2].push_back(!f.fits ? "no" : f.peak > 0 ? "yes" : "?");
     hours += f.hours;
     too_large += !f.fits;
-    if (f.remedy.empty() || notes.find(f.remedy) != std::string::npos) continue;
-    notes +=
-        fmt::format("{}: {}{}\n", sweep.trials[i].name, f.fits ? "" : "would fit with ", f.remedy);
+    if (f.note.empty() || !noted.insert(f.note).second) continue;
+    notes += sweep.trials[i].name + ": " + f.note + "\n";
   }
   std::string text = trial_table(sweep, columns);
   text += fmt::format("predicted for {}{}; about {:.3g} hours in all{}\n", target.name,

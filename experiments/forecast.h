@@ -14,12 +14,12 @@ struct TrialForecast {
   int64_t peak = 0;  // of its gang
   bool fits = true;
   size_t gang_size = 1;
-  double hours = 0;    // its share of the gang's time; 0 where the number of steps is unknown
-  std::string remedy;  // settings with which it would fit, or why it cannot be said
+  double hours = 0;  // its share of the gang's time; 0 where the number of steps is unknown
+  std::string note;  // settings with which it would fit, or why it cannot be said
 };
 
 /// As the trials would run on the target, in gangs. Data that is not here is taken for full batches
-/// of data.seq_len; a model that is not here leaves its trials without a forecast (`remedy` says
+/// of data.seq_len; a model that is not here leaves its trials without a forecast (`note` says
 /// why).
 std::vector<TrialForecast> forecast(const Sweep& sweep, Library& library,
                                     const MemoryTarget& target);
@@ -29,7 +29,10 @@ std::vector<TrialForecast> forecast(const Sweep& sweep, Library& library,
 std::string forecast_table(const Sweep& sweep, const std::vector<TrialForecast>& forecasts,
                            const MemoryTarget& target);
 
-/// The lengths of a trial's batches: of its data where that is here, otherwise assumed.
+/// Whether the data of a trial is on this machine; random data is.
+bool data_is_here(const Config& config);
+/// The lengths of a trial's batches: of its data where that is here, otherwise assumed. Error for
+/// sequences longer than the model's positions.
 PaperTrial trial_on_paper(const Config& config, Library& library, Device target);
 
 }  // namespace qlab

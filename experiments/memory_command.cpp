@@ -29,14 +29,16 @@ int print_one(const Config& config, Library& library, const MemoryOptions& optio
       trial_on_paper(config, library, target.device));
   for (const PaperTrial& t : gang)
     for (const int64_t length : t.train_lengths) question.tokens += length;
-  if (config.data.train.empty() && config.lora.present)
-    question.assumed = "no data.train: full batches of data.seq_len";
+  if (config.lora.present && !data_is_here(config))
+    question.assumed =
+        fmt::format("{}: full batches of data.seq_len",
+                    config.data.train.empty() ? "no data.train" : "data is not here");
   if (config.quant.type == "int8")
     question.assumed += (question.assumed.empty() ? "" : "; ") +
                         std::string("int8: its bytes alone are known, a run with it is refused");
   const int64_t capacity = target.capacity.value_or(std::numeric_limits<int64_t>::max());
-  const int64_t wish = parse_bytes(config.train.memory_budget.text).value_or(capacity);
-  question.plan = plan_run(model, gang, target.device, std::min(capacity, wish), target.rates);
+  const int64_t budget = memory_budget(config, target.device, target.capacity);
+  question.plan = plan_or_leanest(model, gang, target.device, budget, target.rates);
   const MemoryPrediction prediction =
       predict_memory(model, gang, target.device, target.capacity, question.plan);
   std::optional<Remedy> remedy;

@@ -74,21 +74,29 @@ void set_all(std::vector<PaperTrial>& gang, const std::string& key, const std::s
   for (PaperTrial& t : gang) set_key(t.config, key, YAML::Load(value), "");
 }
 
-/// Halves the micro-batch and doubles their number, so that the numbers stay.
-bool halve_batch(std::vector<PaperTrial>& gang, std::vector<std::string>& sets) {
-  TrainConfig& first = gang.front().config.train;
-  if (first.batch_size % 2 != 0) return false;
+/// Divides the micro-batch by its smallest factor and makes so many more of them, so that the
+/// numbers stay. False for single examples, and for trials of different batches, which no one
+/// setting describes.
+bool divide_batch(std::vector<PaperTrial>& gang, std::vector<std::string>& sets) {
+  const TrainConfig first = gang.front().config.train;
+  for (const PaperTrial& t : gang)
+    if (t.config.train.batch_size != first.batch_size ||
+        t.config.train.grad_accum != first.grad_accum)
+      return false;
+  int64_t factor = 2;
+  while (factor < first.batch_size && first.batch_size % factor != 0) ++factor;
+  if (first.batch_size < 2) return false;
   for (PaperTrial& t : gang) {
-    TrainConfig& train = t.config.train;
-    train.batch_size = std::max<int64_t>(train.batch_size / 2, 1);
-    train.grad_accum *= 2;
-    t.train_lengths.resize((t.train_lengths.size() + 1) / 2);
+    t.config.train.batch_size = first.batch_size / factor;
+    t.config.train.grad_accum = first.grad_accum * factor;
+    t.train_lengths.resize(
+        std::min(t.train_lengths.size(), static_cast<size_t>(first.batch_size / factor)));
   }
   std::erase_if(sets, [](const std::string& s) {
     return s.starts_with("train.batch_size") || s.starts_with("train.grad_accum");
   });
-  sets.push_back("train.batch_size=" + std::to_string(first.batch_size));
-  sets.push_back("train.grad_accum=" + std::to_string(first.grad_accum));
+  sets.push_back(fmt::format("train.batch_size={}", first.batch_size / factor));
+  sets.push_back(fmt::format("train.grad_accum={}", first.grad_accum * factor));
   return true;
 }
 
@@ -225,14 +233,14 @@ std::optional<Remedy> cheapest_fit(const ModelSource& model, std::span<const Pap
       if (const auto remedy = set("train.recompute", "full")) return remedy;
     if (first.train.recompute != "offload" && target.is_cuda())
       if (const auto remedy = set("train.recompute", "offload")) return remedy;
-    while (halve_batch(tried, sets))
-      if (const auto remedy = fits()) return remedy;
     while (tried.size() > 1) {
       tried.resize((tried.size() + 1) / 2);
       std::erase_if(sets, [](const std::string& s) { return s.starts_with("parallel."); });
       sets.push_back("parallel.trials_per_gpu=" + std::to_string(tried.size()));
       if (const auto remedy = fits()) return remedy;
     }
+    while (divide_batch(tried, sets))
+      if (const auto remedy = fits()) return remedy;
   }
   if (first.quant.type != "nf4")
     if (const auto remedy = set("quant.type", "nf4")) return remedy;

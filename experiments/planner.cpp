@@ -54,9 +54,12 @@ class Search {
     if (embeddings == "auto" && target_.is_cuda() && !model_.config.tie_word_embeddings)
       host_embeddings_ = predict(2 * layers, 0).peak() > budget;
     const MemoryPrediction least = predict(leanest, 0);
-    if (least.peak() > budget) refuse(least, budget);
-    // The first of the row that fits: peaks fall along it.
+    // The first of the row that fits: peaks fall along it, but for a little at its corners.
     int64_t fits = leanest, too_large = -1;
+    for (const int64_t corner : {2 * layers, layers})
+      if (least.peak() > budget && fits == leanest && predict(corner, 0).peak() <= budget)
+        fits = corner;
+    if (fits == leanest && least.peak() > budget) refuse(least, budget);
     while (fits - too_large > 1) {
       const int64_t middle = (fits + too_large) / 2;
       (predict(middle, 0).peak() <= budget ? fits : too_large) = middle;
@@ -109,8 +112,9 @@ class Search {
             fmt::format("{}{} {}", parts.empty() ? "" : ", ", name_of(static_cast<Category>(i)),
                         format_bytes(bytes[static_cast<size_t>(i)]));
     throw OutOfMemory(fmt::format(
-        "train.memory_budget: {} is too little: with every layer computed again this run needs {} "
-        "({}); give that much, or set a smaller train.batch_size (with more train.grad_accum), "
+        "{} is too little (train.memory_budget, or what the device has): with every layer computed "
+        "again this run needs {} ({}); give that much, or set a smaller train.batch_size (with "
+        "more train.grad_accum), "
         "data.seq_len or parallel.trials_per_gpu",
         format_bytes(budget), format_bytes(least.peak()), parts));
   }
@@ -135,14 +139,26 @@ RunPlan plan_run(const ModelSource& model, std::span<const PaperTrial> gang, Dev
   return plan;
 }
 
-int64_t memory_budget(const Config& config, Device device) {
-  const int64_t free = available_memory(device), held = memory_account(device).total;
-  const int64_t all = free > unlimited - held ? unlimited : free + held;
+RunPlan plan_or_leanest(const ModelSource& model, std::span<const PaperTrial> gang, Device target,
+                        int64_t budget, const Rates& rates) {
+  try {
+    return plan_run(model, gang, target, budget, rates);
+  } catch (const OutOfMemory&) {
+    std::vector<PaperTrial> leanest(gang.begin(), gang.end());
+    for (PaperTrial& t : leanest) {
+      t.config.train.recompute = target.is_cuda() ? "offload" : "full";
+      if (target.is_cuda() && !model.config.tie_word_embeddings) t.config.model.embeddings = "host";
+    }
+    return plan_run(model, leanest, target, budget, rates);
+  }
+}
+
+int64_t memory_budget(const Config& config, Device target, std::optional<int64_t> capacity) {
+  const int64_t all = capacity.value_or(unlimited);
   const std::string& wish = config.train.memory_budget.text;
-  // Without a wish other programs are left a little.
   constexpr int64_t spared = int64_t{1} << 30;
-  if (wish == "auto") return device.is_cuda() ? all - spared : all;
-  return std::min(all, parse_bytes(wish).value_or(unlimited));
+  if (wish != "auto") return std::min(all, parse_bytes(wish).value_or(unlimited));
+  return target.is_cuda() && capacity ? all - std::min(spared, all / 8) : all;
 }
 
 std::string describe(const RunPlan& plan) {

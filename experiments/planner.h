@@ -17,9 +17,13 @@ namespace qlab {
 RunPlan plan_run(const ModelSource& model, std::span<const PaperTrial> gang, Device target,
                  int64_t budget, const Rates& rates);
 
-/// What the allocator of a device may take in all: what it has and what is free, or
-/// train.memory_budget where that is less.
-int64_t memory_budget(const Config& config, Device device);
+/// plan_run() for a forecast: where nothing fits, the leanest plan, whose peak exceeds `budget`.
+RunPlan plan_or_leanest(const ModelSource& model, std::span<const PaperTrial> gang, Device target,
+                        int64_t budget, const Rates& rates);
+
+/// What a run may take in all of an allocator that has `capacity` (none: no end):
+/// train.memory_budget where that is less. Without one other programs are left a little of a GPU.
+int64_t memory_budget(const Config& config, Device target, std::optional<int64_t> capacity);
 
 /// "layers 1-20 fully again, 21-32 norms and SwiGLU again; 4.30 GB of weights held expanded"
 std::string describe(const RunPlan& plan);

@@ -200,8 +200,8 @@ class Runner {
     for (const Planned& p : gang) papers.push_back(paper_trial(p.trial->config, library_, device_));
     const Config& first = papers.front().config;
     const ModelSource& model = library_.model(first.model.path);
-    const RunPlan plan =
-        plan_run(model, papers, device_, memory_budget(first, device_), target.rates);
+    const RunPlan plan = plan_run(model, papers, device_,
+                                  memory_budget(first, device_, target.capacity), target.rates);
     if (plan.peak <= capacity) return plan;
     const auto remedy = cheapest_fit(model, papers, device_, capacity);
     std::string sets;

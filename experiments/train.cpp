@@ -238,8 +238,9 @@ RunPlan Gang::make_plan() const {
   std::vector<PaperTrial> gang = on_paper();
   for (PaperTrial& t : gang)  // where they lie was decided before the base was loaded
     t.config.model.embeddings = model_.host_embeddings() != nullptr ? "host" : "device";
-  RunPlan plan = plan_run(library_.model(first.model.path), gang, device,
-                          memory_budget(first, device), rates_of(device));
+  RunPlan plan =
+      plan_run(library_.model(first.model.path), gang, device,
+               memory_budget(first, device, target_here(device).capacity), rates_of(device));
   for (TrialRun* t : running())
     t->files_.log(fmt::format("plan: {}; {} at the peak", describe(plan), format_bytes(plan.peak)));
   return plan;
