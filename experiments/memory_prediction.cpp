@@ -138,9 +138,10 @@ const MemoryPhase& MemoryPrediction::highest() const {
                            [](const auto& a, const auto& b) { return a.peak < b.peak; });
 }
 
-int64_t MemoryPrediction::training_peak() const {
+int64_t MemoryPrediction::training_peak(bool steps) const {
   int64_t peak = 0;
-  for (size_t i = 1; i < phases.size(); ++i) peak = std::max(peak, phases[i].peak);
+  for (size_t i = 1; i < phases.size(); ++i)
+    if (steps || phases[i].name != "train") peak = std::max(peak, phases[i].peak);
   return peak;
 }
 

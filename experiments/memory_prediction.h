@@ -66,8 +66,9 @@ struct MemoryPrediction {
   const MemoryPhase& highest() const;
   int64_t peak() const { return highest().peak; }
   int64_t load_peak() const { return phases.front().peak; }
-  /// Of what follows on loading: a trial's peak_bytes.
-  int64_t training_peak() const;
+  /// Of what follows on loading: a trial's peak_bytes. A run that continues may have no `steps`
+  /// left, an evaluation alone.
+  int64_t training_peak(bool steps = true) const;
 };
 
 /// `gang`: trials that train together on one base. Without lora keys in the first the base alone.

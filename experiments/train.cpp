@@ -156,7 +156,6 @@ void TrialRun::give_up(const std::string& error) {
 void TrialRun::write_status(const char* status, const std::string& error) {
   const Device device = adapter_->parameters().device();
   const MemoryAccount highest = memory_.highest();
-  written_peak_ = highest.peak;
   Json json = {
       {"status", status},
       {"trainable_params", adapter_->parameter_count()},
@@ -261,7 +260,11 @@ void Gang::reserve() {
   plan.host_embeddings = model_.host_embeddings() != nullptr;
   const MemoryPrediction prediction =
       predict_memory(library_.model(papers[0].config.model.path), papers, device, capacity, plan);
-  for (TrialRun* t : trials) t->predicted_ = {prediction.load_peak(), prediction.training_peak()};
+  const bool steps = std::any_of(trials.begin(), trials.end(), [](const TrialRun* t) {
+    return t->progress_.step < t->total_steps_;
+  });
+  for (TrialRun* t : trials)
+    t->predicted_ = {prediction.load_peak(), prediction.training_peak(steps)};
 }
 
 void Gang::begin(const char* phase) {
@@ -411,7 +414,7 @@ void Gang::run() {
         t->write_status("interrupted");
       }
     }
-    if (running().empty()) break;
+    if (running().empty()) return;
     begin("train");
     constexpr int64_t profiled = 3;  // after planning and the choice of algorithms
     if (callbacks_.profile && model_.device().is_cuda() && steps_taken_ == profiled)
@@ -432,11 +435,6 @@ void Gang::run() {
                            t->progress_.step == t->total_steps_});
     }
   }
-  // A trial that finished before others did has the peak of the whole gang too.
-  for (TrialRun* t : trials_)
-    if (t->state_ == TrialRun::State::finished &&
-        t->written_peak_ < library_.memory().highest().peak)
-      t->write_status("finished");
 }
 
 }  // namespace qlab

@@ -61,7 +61,6 @@ class TrialRun {
   std::string error_;
   int64_t evaluated_step_ = -1, gang_size_ = 1;
   double seconds_before_ = 0;  // of memory.jsonl, in earlier processes
-  int64_t written_peak_ = 0;
   /// Of the gang.
   struct PredictedPeaks {
     int64_t loading, training;

@@ -76,12 +76,22 @@ TEST_P(MemoryCheckTest, GangsOnOneBaseAndOnTwo) {
   EXPECT_THAT(check_text(trials), HasSubstr("12 of 12 finished trials took what was predicted"));
 }
 
-// To save an adapter rounded to bf16 takes room of its own: the larger one's, which is saved last.
-TEST_P(MemoryCheckTest, ThePeakThatATrialsNeighbourMakesWhenItIsDone) {
+TEST_P(MemoryCheckTest, AGangOfAdaptersInBf16) {
   ASSERT_EQ(sweep("parallel: {trials_per_gpu: 2}\nparameters: {lora.r: {values: [2, 64]}}\n",
                   {"lora.dtype=bf16"})
                 .finished,
             2);
+  EXPECT_TRUE(all_equal(check())) << check_text(check());
+}
+
+// Stopped in its last evaluation, a run has no step left to take.
+TEST_P(MemoryCheckTest, ARunThatOnlyEvaluatesWhenItContinues) {
+  bool last = false;
+  TrainCallbacks callbacks;
+  callbacks.progress = [&](const TrainProgress& p) { last = p.last; };
+  callbacks.stop = [&] { return last; };
+  ASSERT_TRUE(sweep("", {}, callbacks).interrupted);
+  ASSERT_EQ(sweep("").finished, 1);
   EXPECT_TRUE(all_equal(check())) << check_text(check());
 }
 
