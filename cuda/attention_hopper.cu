@@ -189,7 +189,7 @@ __device__ inline void attend(float (&out)[D / 2], Softmax& softmax, const Query
                               Ring<ForwardShared<D>::stages>& keys,
                               Ring<ForwardShared<D>::stages>& values, int group, float scale) {
   const int first = item.first + group * group_rows, row = first + fragment_row();
-  const bool signals = threadIdx.x % 32 == 0;
+  const int lane = threadIdx.x % 32;
   const uint64_t q = operand(queries, 0);
   float s[tile / 2], correction[2];
   uint32_t p[tile / 4];
@@ -205,7 +205,7 @@ __device__ inline void attend(float (&out)[D / 2], Softmax& softmax, const Query
   };
   const auto take_scores = [&](int n) {
     pin(s);
-    if (signals) arrive(shared.k_empty[keys.stage]);
+    arrive_warp(shared.k_empty[keys.stage], lane);
     keys.advance();
     if ((n + 1) * tile - 1 > first + item.offset) mask_keys(s, row, n * tile, item.offset);
     softmax.step(s, correction, scale);
@@ -214,7 +214,7 @@ __device__ inline void attend(float (&out)[D / 2], Softmax& softmax, const Query
     products_wait<0>();
     pin(out);
     pin(p);
-    if (signals) arrive(shared.v_empty[values.stage]);
+    arrive_warp(shared.v_empty[values.stage], lane);
     values.advance();
   };
 

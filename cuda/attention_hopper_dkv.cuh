@@ -92,7 +92,7 @@ __device__ inline void sum_over_queries(float (&out_k)[D / 2], float (&out_v)[D 
                                         int group) {
   const int first = item.first + group * group_rows, key = first + fragment_row();
   const int steps = a.problem.heads / a.problem.kv_heads * item.query_tiles;
-  const bool signals = threadIdx.x % 32 == 0;
+  const int lane = threadIdx.x % 32;
   const float scale = a.problem.scale * log2_e;
   const uint64_t k = operand(shared.k[group], 0), v = operand(shared.v[group], 0);
   float s[query_tile / 2], dp[query_tile / 2];
@@ -112,7 +112,7 @@ __device__ inline void sum_over_queries(float (&out_k)[D / 2], float (&out_v)[D 
     pin(out_v);
     pin(p);
     pin(ds);
-    if (n > 0 && signals) arrive(shared.empty[queries.previous()]);
+    if (n > 0) arrive_warp(shared.empty[queries.previous()], lane);
     wait(shared.g_full[stage], queries.parity);
     zero_rows<D>(shared.g[stage], query_tile, item.q.length - row, group);
     products_begin();
@@ -155,7 +155,7 @@ __device__ inline void sum_over_queries(float (&out_k)[D / 2], float (&out_v)[D 
   products_wait<0>();
   pin(out_k);
   pin(out_v);
-  if (steps > 0 && signals) arrive(shared.empty[queries.previous()]);
+  if (steps > 0) arrive_warp(shared.empty[queries.previous()], lane);
 }
 
 template <int D>

@@ -74,7 +74,7 @@ __device__ inline void sum_over_keys(float (&out)[D / 2], const BackwardArgument
                                      const QueryItem& item, QueryShared<D>& shared,
                                      Ring<QueryShared<D>::stages>& keys, int group) {
   const int first = item.first + group * group_rows, row = first + fragment_row();
-  const bool signals = threadIdx.x % 32 == 0;
+  const int lane = threadIdx.x % 32;
   const float scale = a.problem.scale * log2_e;
   const uint64_t q = operand(shared.q[group], 0), g = operand(shared.g[group], 0);
   float row_lse[2], row_delta[2];
@@ -98,7 +98,7 @@ __device__ inline void sum_over_keys(float (&out)[D / 2], const BackwardArgument
     products_wait<1>();
     pin(out);
     pin(ds);
-    if (n < item.key_tiles - 1 && signals) arrive(shared.k_empty[keys.previous()]);
+    if (n < item.key_tiles - 1) arrive_warp(shared.k_empty[keys.previous()], lane);
     wait(shared.v_full[stage], keys.parity);
     zero_rows<D>(shared.v[stage], tile, valid, group);
     products_begin();
@@ -111,7 +111,7 @@ __device__ inline void sum_over_keys(float (&out)[D / 2], const BackwardArgument
     for (int x = 0; x < tile / 2; ++x) s[x] = exp2_fast(fmaf(s[x], scale, -row_lse[x / 2 % 2]));
     products_wait<0>();
     pin(dp);
-    if (signals) arrive(shared.v_empty[stage]);
+    arrive_warp(shared.v_empty[stage], lane);
 #pragma unroll
     for (int x = 0; x < tile / 2; ++x) s[x] *= dp[x] - row_delta[x / 2 % 2];
     pack_rows(ds, s);
@@ -124,7 +124,7 @@ __device__ inline void sum_over_keys(float (&out)[D / 2], const BackwardArgument
   }
   products_wait<0>();
   pin(out);
-  if (item.key_tiles > 0 && signals) arrive(shared.k_empty[keys.previous()]);
+  if (item.key_tiles > 0) arrive_warp(shared.k_empty[keys.previous()], lane);
 }
 
 template <int D>

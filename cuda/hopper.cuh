@@ -33,6 +33,11 @@ __device__ inline void arrive(Barrier& barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(&barrier))
                : "memory");
 }
+/// One arrival for a whole warp, after all its lanes have read: `lane` is the thread's place in it.
+__device__ inline void arrive_warp(Barrier& barrier, int lane) {
+  __syncwarp();
+  if (lane == 0) arrive(barrier);
+}
 /// One arrival, and so many bytes of copies to come before the phase ends.
 __device__ inline void arrive_expect(Barrier& barrier, uint32_t bytes) {
   asm volatile(
