@@ -47,7 +47,7 @@ Stepper::Shape& Stepper::shape(const BatchBuilder& batch, bool train) {
 }
 
 const StepPlan& Stepper::reserve(const BatchBuilder& batch, bool train) {
-  const StepPlan& plan = shape(batch, train).plan;
+  StepPlan& plan = shape(batch, train).plan;
   memory_.reserve(plan);
   host_.reserve();
   batch.reserve(buffer_, model_.host_embeddings());
@@ -68,13 +68,13 @@ std::vector<float> Stepper::run(const BatchBuilder& builder, bool train) {
     copy(buffer_.results(), step(batch, train));
   };
   const bool moved = own.memory != memory_.base() || own.batch != buffer_.base() ||
-                     own.positions != model_.position_tables() || own.host != host_.generation();
+                     own.positions != model_.position_generation() || own.host != host_.generation();
   constexpr int most_graphs = 64;  // each holds some megabytes
   if (graphs_ && own.seen && (own.graph == nullptr ? graph_count_ < most_graphs : moved)) {
     graph_count_ += own.graph == nullptr;
     own.graph = std::make_unique<cuda::Graph>(issue);
     own.memory = memory_.base(), own.batch = buffer_.base();
-    own.positions = model_.position_tables(), own.host = host_.generation();
+    own.positions = model_.position_generation(), own.host = host_.generation();
   }
   if (own.graph != nullptr)
     own.graph->launch();

@@ -32,7 +32,7 @@ class Stepper {
     std::unique_ptr<cuda::Graph> graph;
     const void* memory = nullptr;  // what the graph's addresses rest on
     const void* batch = nullptr;
-    const void* positions = nullptr;
+    int positions = 0;  // generations
     int host = 0;
   };
   Shape& shape(const BatchBuilder& batch, bool train);

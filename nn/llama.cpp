@@ -101,15 +101,12 @@ const std::vector<const Linear*> Llama::linears() const {
 void Llama::cover_positions(int64_t positions) const {
   if (rope_.cos.defined() && rope_.cos.dim(0) >= positions) return;
   rope_ = {};
+  ++rope_generation_;
   const MemoryTag tag(Category::constants);
   const MemoryName scope("rotary_emb");
   rope_ = rope_tables(positions, config_.head_dim, config_.rope_theta, config_.rope_scaling,
                       config_.rope_divisors, device_);
   synchronize(device_);
-}
-
-const void* Llama::position_tables() const {
-  return rope_.cos.defined() ? rope_.cos.raw() : nullptr;
 }
 
 DType Llama::adapter_dtype(const LoraSpec& spec) const {

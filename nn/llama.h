@@ -74,8 +74,8 @@ class Llama {
   /// Makes the rotary tables long enough; to be called before a step that needs it is planned.
   void cover_positions(int64_t positions) const;
   void forget_positions() { rope_ = {}; }
-  /// Where the tables lie: changes when they grow.
-  const void* position_tables() const;
+  /// How often the tables were made: what was recorded with earlier ones reads freed memory.
+  int position_generation() const { return rope_generation_; }
   /// Of the copies of an adapter that products read: fp32 (none) where adapters are folded from
   /// their fp32 values and nothing is dropped, otherwise the compute dtype.
   DType adapter_dtype(const LoraSpec& spec) const;
@@ -111,6 +111,7 @@ class Llama {
   Weight lm_head_;
   bool host_embeddings_ = false, folded_ = false;
   mutable RopeTables rope_;  // of the positions that occur
+  mutable int rope_generation_ = 0;
   std::vector<DecoderLayer> layers_;
 };
 
