@@ -5,9 +5,11 @@
 #include <cmath>
 #include <cstdlib>
 #include <fstream>
+#include <limits>
 #include <mutex>
 #include <numeric>
 #include <tuple>
+#include <utility>
 
 #include "core/error.h"
 
@@ -247,6 +249,48 @@ int32_t peak_block(const StepPlan& plan) {
 
 }  // namespace
 
+void StepPlan::pack() {
+  if (std::exchange(packed, true)) return;
+  struct Span {
+    int64_t offset, end;
+    int32_t taken, given;
+  };
+  std::vector<Span> spans(blocks.size(), {0, 0, 0, static_cast<int32_t>(events.size())});
+  for (size_t e = 0; e < events.size(); ++e) {
+    const int32_t event = events[e];
+    if (event >= 0)
+      spans[static_cast<size_t>(event)].taken = static_cast<int32_t>(e);
+    else
+      spans[static_cast<size_t>(~event)].given = static_cast<int32_t>(e);
+  }
+  std::vector<size_t> order(blocks.size());
+  std::iota(order.begin(), order.end(), size_t{0});
+  std::stable_sort(order.begin(), order.end(),
+                   [&](size_t a, size_t b) { return blocks[a].bytes > blocks[b].bytes; });
+  std::vector<Span> placed;  // by offset
+  int64_t total = 0;
+  for (const size_t i : order) {
+    Span& own = spans[i];
+    int64_t at = 0, tightest = std::numeric_limits<int64_t>::max();
+    own.offset = -1;
+    for (const Span& other : placed) {
+      if (other.given < own.taken || own.given < other.taken) continue;
+      if (const int64_t gap = other.offset - at; gap >= blocks[i].bytes && gap < tightest)
+        own.offset = at, tightest = gap;
+      at = std::max(at, other.end);
+    }
+    if (own.offset < 0) own.offset = at;
+    own.end = own.offset + blocks[i].bytes;
+    total = std::max(total, own.end);
+    placed.insert(std::upper_bound(placed.begin(), placed.end(), own.offset,
+                                   [](int64_t offset, const Span& s) { return offset < s.offset; }),
+                  own);
+  }
+  if (total >= bytes) return;
+  bytes = total;
+  for (size_t i = 0; i < blocks.size(); ++i) blocks[i].offset = spans[i].offset;
+}
+
 std::vector<StepPlan::Moment> StepPlan::course() const {
   std::vector<Moment> moments;
   play(*this, [&](int32_t i, const CategoryBytes& live) {
@@ -302,8 +346,10 @@ StepMemory::~StepMemory() {
   if (base_ != nullptr) release_on(device_, base_);
 }
 
-void StepMemory::reserve(const StepPlan& plan) {
+void StepMemory::reserve(StepPlan& plan) {
   if (plain_mode() || plan.bytes <= bytes_) return;
+  plan.pack();
+  if (plan.bytes <= bytes_) return;
   if (bytes_ > 0) {
     if (device_.is_cuda()) cuda::synchronize();
     for (int i = 0; i < category_count; ++i) charge(device_, static_cast<Category>(i), -held_[i]);
@@ -345,10 +391,8 @@ std::shared_ptr<Storage> Storage::allocate(int64_t bytes, Device device) {
       storage->owner_ = recording;
       storage->index_ = static_cast<int64_t>(recording->plan.blocks.size());
       recording->plan.blocks.push_back({bytes, recording->free.take(bytes), current_category});
-      if (recording->named) {
-        recording->plan.labels.push_back({MemoryName::path(), "", ""});
-        recording->plan.events.push_back(static_cast<int32_t>(storage->index_));
-      }
+      recording->plan.events.push_back(static_cast<int32_t>(storage->index_));
+      if (recording->named) recording->plan.labels.push_back({MemoryName::path(), "", ""});
       charge(recording->account, current_category, bytes);
     } else {
       storage->source_ = Source::meta;
@@ -426,7 +470,7 @@ Storage::~Storage() {
       auto& state = *static_cast<Recording*>(owner_.get());
       if (index_ < static_cast<int64_t>(state.plan.blocks.size())) {  // not finished yet
         state.free.give(state.plan.blocks[index_].offset, bytes_);
-        if (state.named) state.plan.events.push_back(~static_cast<int32_t>(index_));
+        state.plan.events.push_back(~static_cast<int32_t>(index_));
         charge(state.account, category_, -bytes_);
       }
       break;

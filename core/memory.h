@@ -106,6 +106,11 @@ struct StepPlan {
   std::vector<Label> labels;    // of the blocks of a named plan
   std::vector<int32_t> events;  // i where block i is taken, ~i where it is given back
 
+  /// Lays the blocks out anew, the largest first, each in the tightest gap that its lifetime leaves;
+  /// keeps the layout that needs fewer bytes. Not for a plan that has run.
+  void pack();
+  bool packed = false;
+
   /// The most that was live while one place was at work.
   struct Moment {
     std::string place;
@@ -118,7 +123,7 @@ struct StepPlan {
 };
 
 /// Records every meta allocation made in its scope, on this thread, and lays them out as they come
-/// (best fit); finish() ends the recording. `named` keeps names and events too.
+/// (best fit); finish() ends the recording. `named` keeps names too.
 class PlanRecorder {
  public:
   explicit PlanRecorder(bool named = false);
@@ -131,8 +136,10 @@ class StepMemory {
  public:
   explicit StepMemory(Device device);
   ~StepMemory();
-  /// Makes room for `plan` or throws OutOfMemory naming what was asked and what is held.
-  void reserve(const StepPlan& plan);
+  /// Makes room for `plan` or throws OutOfMemory naming what was asked and what is held. A plan that
+  /// is larger than what is there is packed first: with gaps left by chance, one of fewer tokens
+  /// could need more than the largest.
+  void reserve(StepPlan& plan);
   int64_t bytes() const { return bytes_; }
   /// Where it lies: changes when it grows.
   const void* base() const { return base_; }
