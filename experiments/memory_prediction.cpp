@@ -107,8 +107,9 @@ PaperTrial assumed_trial(const Config& config, Device target) {
   trial.train_lengths.assign(static_cast<size_t>(config.train.batch_size), config.data.seq_len);
   if (!config.data.eval.empty()) {
     const int64_t length = config.data.eval_seq_len;
-    trial.eval_lengths.assign(
-        static_cast<size_t>(std::max<int64_t>(evaluation_tokens(target) / length, 1)), length);
+    int64_t count = std::max<int64_t>(evaluation_tokens(target) / length, 1);
+    if (config.data.eval == "synthetic") count = std::min(count, synthetic_eval.examples);
+    trial.eval_lengths.assign(static_cast<size_t>(count), length);
   }
   return trial;
 }

@@ -5,9 +5,6 @@
 namespace qlab {
 namespace {
 
-// Enough random examples that none repeats in a short run, and others that are never trained on.
-constexpr SyntheticSet synthetic_train{4096, 0}, synthetic_eval{16, 1};
-
 void check_vocabulary(const Dataset& data, const std::string& path, int64_t vocab_size) {
   for (const Example& example : data.examples)
     for (size_t i = 0; i < example.input_ids.size(); ++i) {

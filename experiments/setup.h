@@ -31,6 +31,8 @@ struct SyntheticSet {
   int64_t examples;
   uint64_t seed;
 };
+/// Enough that none repeats in a short run, and others that are never trained on.
+inline constexpr SyntheticSet synthetic_train{4096, 0}, synthetic_eval{16, 1};
 
 /// Ctrl-C before there is anything to save.
 struct Interrupted : std::exception {
