@@ -14,6 +14,10 @@ namespace fs = std::filesystem;
 
 class MemoryCheckTest : public TrainingTest {
  protected:
+  void SetUp() override {
+    QLAB_SKIP_WITHOUT_PLANS();
+    TrainingTest::SetUp();
+  }
   /// A sweep over the tiny model in the directory `out`; `rest` follows the base.
   RunnerResult sweep(const std::string& rest, const std::vector<std::string>& sets = {},
                      const TrainCallbacks& callbacks = {}) {

@@ -100,8 +100,8 @@ TEST_P(MemoryLinesTest, ABaseThatWasLoadedEarlierIsMarked) {
     size_t loading = 0;
     while (samples[loading].phase == "load") ++loading;
     EXPECT_EQ(samples[0].seconds, 0);
-    // What the other trial did in between is left out.
-    EXPECT_LT(samples[loading].seconds - samples[loading - 1].seconds, 0.01);
+    // What the other trial did in between is left out: at least its two steps and a file or two.
+    EXPECT_LT(samples[loading].seconds - samples[loading - 1].seconds, 0.05);
     EXPECT_EQ(samples[loading].total(), samples[loading - 1].total());
     for (size_t i = 0; i < samples.size(); ++i)
       EXPECT_EQ(samples[i].shared, samples[0].shared && i < loading);

@@ -12,6 +12,10 @@ namespace {
 
 class PredictionTest : public TrainingTest {
  protected:
+  void SetUp() override {
+    QLAB_SKIP_WITHOUT_PLANS();
+    TrainingTest::SetUp();
+  }
   /// The highest total of the device's account while the base is loaded and the gang trains, above
   /// what was held before.
   int64_t measured(const std::vector<Config>& configs) const {
@@ -85,7 +89,6 @@ Tensor two_norms(const Tensor& x, const Tensor& w, bool extra) {
 
 // What an operation takes moves the plan and the device alike, with nothing said about it anywhere.
 TEST_P(PredictionTest, ATemporaryIsPredictedAndMeasured) {
-  if (!StepMemory::planned()) GTEST_SKIP() << "QLAB_PLAIN_ALLOC is set";
   const Shape rows = {300, 64}, row = {64};
   const Tensor x = Tensor::zeros(rows, DType::f32, device()),
                w = Tensor::zeros(row, DType::f32, device()),
@@ -103,14 +106,14 @@ TEST_P(PredictionTest, ATemporaryIsPredictedAndMeasured) {
     two_norms(x, w, extra);
     const int64_t by_tensor = memory_account(device()).peak - before;
     StepMemory memory(device());
-    const StepPlan own = plan(extra);
+    StepPlan own = plan(extra);
     memory.reserve(own);
     const StepMemory::Scope scope(memory, own);
     two_norms(x, w, extra);
     return std::pair(by_tensor, memory_account(device()).total - before);
   };
   constexpr int64_t mebibyte = 1 << 20;
-  const StepPlan without = plan(false), with = plan(true);
+  StepPlan without = plan(false), with = plan(true);
   const auto [tensors_without, step_without] = measured(false);
   const auto [tensors_with, step_with] = measured(true);
   EXPECT_EQ(with.bytes - without.bytes, mebibyte);

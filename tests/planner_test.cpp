@@ -10,6 +10,10 @@ namespace {
 
 class PlannerTest : public TrainingTest {
  protected:
+  void SetUp() override {
+    QLAB_SKIP_WITHOUT_PLANS();
+    TrainingTest::SetUp();
+  }
   Config with(const std::vector<std::string>& sets) const {
     std::vector<std::string> all = {"data.train=synthetic", "data.eval=\"\"", "train.steps=3",
                                     "train.eval_every=0", "data.seq_len=200"};

@@ -1,5 +1,6 @@
 // Small training runs through the real loop, in temporary directories.
 #pragma once
+#include <limits>
 #include <nlohmann/json.hpp>
 
 #include "data/file.h"
@@ -24,6 +25,10 @@ inline std::string examples(int count, uint64_t seed) {
   return lines;
 }
 
+/// For tests about peaks, which plans predict.
+#define QLAB_SKIP_WITHOUT_PLANS() \
+  if (!StepMemory::planned()) GTEST_SKIP() << "QLAB_PLAIN_ALLOC is set"
+
 /// What a run left behind.
 struct Outcome {
   TrialRun::State state;
@@ -46,6 +51,8 @@ class TrainingTest : public testing::TestWithParam<Device> {
     if (device().is_cuda() && cuda::device_count() == 0)
       GTEST_SKIP() << "needs a GPU and a build with CUDA";
   }
+  /// A limit that a failed test left behind would fail all that follow.
+  void TearDown() override { limit_memory(device(), std::numeric_limits<int64_t>::max()); }
   Device device() const { return GetParam(); }
 
   /// A run of six steps that evaluates and saves every second one.
