@@ -2,7 +2,8 @@
 #   make            install what is missing and build build/qlab
 #   make test       the same, then run every test
 #   make demo       the same, then fetch the demo model, prepare its data and run a small sweep
-#   make gpu-check  on a machine with an NVIDIA GPU: tests, compute-sanitizer, a short 8B training
+#   make gpu-check  on a machine with an NVIDIA GPU: tests, compute-sanitizer, a short 8B training;
+#                   PTX=75 or PTX=80: its tests from that generic code alone, as an older GPU has it
 #   make gpu-bench PART=step|kernels|attention [FILTER=regex]   measure beside the peers
 #   make clean      remove the build folder (models/, datasets/ and runs/ stay)
 # JOBS=N limits parallel compilation; CMAKE_ARGS="-DQLAB_CUDA=OFF" and the like reach CMake.
@@ -66,7 +67,7 @@ demo: build model data
 	@tools/demo.sh $(BUILD) $(MODEL)
 
 gpu-check: setup
-	@tools/gpu_check.sh $(BUILD) $(JOBS)
+	@tools/gpu_check.sh $(BUILD) $(JOBS) $(PTX)
 
 gpu-bench: setup
 	@tools/gpu_bench.sh $(BUILD) $(JOBS) "$(PART)" "$(FILTER)"

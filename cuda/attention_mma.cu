@@ -127,11 +127,8 @@ void launch_forward(HeadRows<T> o, float* lse, const AttentionInputs<T>& in) {
 }  // namespace
 
 bool attention_mma_supports(int64_t head_dim) {
-  int device = 0, capability = 0;
-  check(cudaGetDevice(&device), "cudaGetDevice");
-  check(cudaDeviceGetAttribute(&capability, cudaDevAttrComputeCapabilityMajor, device),
-        "cudaDeviceGetAttribute");
-  return capability >= 8 && (head_dim == 64 || head_dim == 80 || head_dim == 96 || head_dim == 128);
+  return code_architecture() >= 80 &&
+         (head_dim == 64 || head_dim == 80 || head_dim == 96 || head_dim == 128);
 }
 
 template <class T>

@@ -32,7 +32,7 @@ struct AttentionInputs {
   float scale;
 };
 
-/// Whether the current GPU and the head dimension are served.
+/// Whether the code for the current GPU has these kernels and the head dimension is served.
 bool attention_mma_supports(int64_t head_dim);
 
 template <class T>

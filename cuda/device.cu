@@ -47,6 +47,9 @@ void* pointer_or_null(void* pointer, cudaError_t status, const char* call) {
   return pointer;
 }
 
+// For code_architecture() to ask about.
+__global__ void probe_kernel() {}
+
 }  // namespace
 
 cudaStream_t current_stream() {
@@ -57,6 +60,19 @@ cudaStream_t current_stream() {
   if (streams[index] == nullptr)
     check(cudaStreamCreateWithFlags(&streams[index], cudaStreamNonBlocking), "cudaStreamCreate");
   return streams[index];
+}
+
+int code_architecture() {
+  static std::mutex mutex;
+  static std::array<int, max_devices> known{};
+  int& architecture = known[static_cast<size_t>(current_device())];
+  const std::lock_guard lock(mutex);
+  if (architecture == 0) {
+    cudaFuncAttributes attributes{};
+    check(cudaFuncGetAttributes(&attributes, probe_kernel), "cudaFuncGetAttributes");
+    architecture = attributes.ptxVersion;
+  }
+  return architecture;
 }
 
 int multiprocessor_count() {

@@ -16,14 +16,6 @@ __device__ inline void await_previous() {
 #endif
 }
 
-inline bool launches_early() {
-  int device = 0, major = 0;
-  check(cudaGetDevice(&device), "cudaGetDevice");
-  check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device),
-        "cudaDeviceGetAttribute");
-  return major >= 9;
-}
-
 template <class... Parameters, class... Arguments>
 void launch_early(const char* op, void (*kernel)(Parameters...), unsigned blocks, unsigned threads,
                   Arguments&&... arguments) {
@@ -35,7 +27,8 @@ void launch_early(const char* op, void (*kernel)(Parameters...), unsigned blocks
   config.blockDim = threads;
   config.stream = current_stream();
   config.attrs = &attribute;
-  config.numAttrs = launches_early() ? 1 : 0;
+  // Code for older GPUs does not wait.
+  config.numAttrs = code_architecture() >= 90 ? 1 : 0;
   check(cudaLaunchKernelEx(&config, kernel, std::forward<Arguments>(arguments)...), op);
   check_launch(op);
 }

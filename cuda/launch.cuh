@@ -13,6 +13,9 @@ namespace qlab::cuda {
 /// The one stream of the current device, on which everything is issued.
 cudaStream_t current_stream();
 int multiprocessor_count();
+/// Of the code that runs on the current device: 75 where this program's PTX of compute_75 was
+/// translated, whatever the device could do; at most its compute capability.
+int code_architecture();
 
 /// Throws qlab::Error naming `call` unless the status is success.
 void check(cudaError_t status, const char* call);

@@ -1,10 +1,18 @@
 #!/bin/bash
 # Everything that needs a GPU: build, all tests, compute-sanitizer over the small CUDA cases, a short
-# 8B training. Prints a table of steps; exits 1 if one failed. Arguments: build folder, jobs.
+# 8B training. Prints a table of steps; exits 1 if one failed. Arguments: build folder, jobs, and
+# perhaps 75 or 80: then the CUDA tests run once more, from PTX of that version alone, translated by
+# the driver: the code of older GPUs, on the GPU that is here.
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit 1
 build=$1
 jobs=$2
+ptx=${3:-}
+if [[ -n $ptx ]]; then
+  build=$build/ptx$ptx
+  # Each test is a process; what the first ones translate the others find there.
+  export CUDA_CACHE_PATH=$PWD/$build/translated CUDA_CACHE_MAXSIZE=4294967296
+fi
 shards=$((jobs < 16 ? (jobs + 1) / 2 : 8)) # processes per sanitizer tool
 logs=$build/gpu-check
 # The small cases; those that run out of memory on purpose would be reported as errors of the API. The
@@ -69,17 +77,21 @@ export build logs shards sanitizer filter racecheck_filter
 export -f sanitize
 
 echo "GPU: $gpu"
-step "build" 400 make build BUILD="$build" JOBS="$jobs"
+step "build" 400 make build BUILD="$build" JOBS="$jobs" \
+  ${ptx:+CMAKE_ARGS=-DQLAB_CUDA_ARCHITECTURES=$ptx-virtual}
 if ((failed == 0)); then
-  if grep -q 'QLAB_NVCC_WORKS' "$build/CMakeCache.txt"; then
+  if ! grep -q 'QLAB_NVCC_WORKS' "$build/CMakeCache.txt"; then
+    failed=1
+    table+=("built without CUDA: no nvcc 12.4 or newer (see $build/configure.log)")
+  elif [[ -n $ptx ]]; then
+    step "CUDA tests from PTX $ptx" 500 tools/run_tests.sh "$build" $((jobs < 8 ? jobs : 8)) \
+      -R '[Cc]uda'
+  else
     step "tests" 240 tools/run_tests.sh "$build" $((jobs < 8 ? jobs : 8))
     step "compute-sanitizer memcheck" 200 bash -c 'sanitize memcheck'
     step "compute-sanitizer racecheck" 200 bash -c 'sanitize racecheck'
     step "short 8B training" 180 "$build/qlab" train experiments/gpu-check.yaml --device cuda \
       --out "$logs/train"
-  else
-    failed=1
-    table+=("built without CUDA: no nvcc 12.4 or newer (see $build/configure.log)")
   fi
 fi
 

@@ -1,9 +1,11 @@
 #!/bin/bash
-# Runs every test of a build folder and says how many were skipped, and why. Arguments: folder, jobs.
+# Runs every test of a build folder and says how many were skipped, and why. Arguments: folder, jobs,
+# and what else ctest is to be told.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 build=$1
 jobs=$2
+shift 2
 log=$build/ctest.log
 
 # Each of the tests that run side by side gets its share of the cores, and waits without spinning.
@@ -12,7 +14,7 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((threads > 0 ? threads : 1))}
 export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-passive}
 
 status=0
-ctest --test-dir "$build" --output-on-failure -j "$jobs" 2>&1 | tee "$log" || status=$?
+ctest --test-dir "$build" --output-on-failure -j "$jobs" "$@" 2>&1 | tee "$log" || status=$?
 
 skipped=$(grep -c '\*\*\*Skipped' "$log" || true)
 if ((status != 0)); then
