@@ -137,7 +137,10 @@ std::string name(Device device, const std::string& rest) {
   return (device.is_cuda() ? "cuda/" : "cpu/") + rest;
 }
 
-DType compute_dtype(Device device) { return device.is_cuda() ? DType::bf16 : DType::f32; }
+DType compute_dtype(Device device) {
+  if (!device.is_cuda()) return DType::f32;
+  return cuda::supports_bf16(device.index) ? DType::bf16 : DType::f16;
+}
 
 Tensor random(const Shape& shape, DType dtype, Device device, float scale) {
   constexpr int64_t period = 1000003;  // a prime: no two rows begin at the same value

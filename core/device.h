@@ -56,6 +56,7 @@ struct MemoryInfo {
 int device_count();           // 0 when built without CUDA or no GPU is there
 std::string build_version();  // CUDA toolkit version, or "" when built without
 std::string device_name(int index);
+bool supports_bf16(int index);  // products of bf16: from compute capability 8.0 on
 MemoryInfo memory_info(int index);
 void set_device(int index);
 void* allocate(size_t bytes, int index);  // nullptr when it does not fit

@@ -2,15 +2,6 @@
 
 namespace qlab {
 
-float half_to_float(uint16_t bits) {
-  const uint32_t magnitude = bits & 0x7fffu, sign = static_cast<uint32_t>(bits & 0x8000u) << 16;
-  // The fields of a half, read as a float's, are off by the difference of the exponent biases;
-  // infinities and NaNs keep the highest exponent.
-  const float value = magnitude < 0x7c00u ? std::bit_cast<float>(magnitude << 13) * 0x1p112f
-                                          : std::bit_cast<float>(0x7f800000u | (magnitude << 13));
-  return std::bit_cast<float>(std::bit_cast<uint32_t>(value) | sign);
-}
-
 size_t size_of(DType dtype) {
   switch (dtype) {
     case DType::f64:

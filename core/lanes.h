@@ -13,7 +13,6 @@
 
 #include "core/dtype.h"
 
-#define QLAB_INLINE __attribute__((always_inline))
 // The vectors below never cross a call that is not inlined, so their calling convention is moot.
 #pragma GCC diagnostic ignored "-Wpsabi"
 
@@ -54,6 +53,8 @@ struct Lanes {
         std::memcpy(&half, p, sizeof(Half));
         const Bits bits = __builtin_convertvector(half, Bits) << 16;
         std::memcpy(&r.v[i], &bits, sizeof(Vector));
+      } else if constexpr (std::is_same_v<S, f16>) {
+        for (int j = 0; j < per_vector; ++j) r.v[i][j] = static_cast<float>(p[j]);
       } else {
         typename VectorOf<S, per_vector * sizeof(S)>::type source;
         std::memcpy(&source, p, sizeof(source));
@@ -81,6 +82,8 @@ struct Lanes {
         const Half half =
             __builtin_convertvector((u & 0x7fffffffu) > 0x7f800000u ? quiet_nan : rounded, Half);
         std::memcpy(static_cast<void*>(p), &half, sizeof(Half));
+      } else if constexpr (std::is_same_v<S, f16>) {
+        for (int j = 0; j < per_vector; ++j) p[j] = static_cast<f16>(v[i][j]);
       } else {
         static_assert(std::is_same_v<S, T>);
         std::memcpy(p, &v[i], sizeof(Vector));

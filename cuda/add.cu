@@ -23,6 +23,20 @@ struct Add {
 };
 
 template <class T>
+struct Scale {
+  T* a;
+  float factor;
+
+  template <int width>
+  __device__ void apply(int64_t, int64_t col) const {
+    float v[width];
+    load(v, a + col);
+    for (int i = 0; i < width; ++i) v[i] *= factor;
+    store(a + col, v);
+  }
+};
+
+template <class T>
 struct AddBias {
   T* y;
   const float* bias;
@@ -47,6 +61,12 @@ void add(const Tensor& y, const Tensor& a, const Tensor& b) {
     elementwise("add",
                 Add<T>{y.data<T>(), a.data<T>(), b.data<T>(), y.pitch(), a.pitch(), b.pitch()},
                 rows, cols, vectorizable(cols, y, a, b));
+  });
+}
+
+void scale(const Tensor& a, float factor) {
+  dispatch(CudaFloats{}, a.dtype(), "scale", [&]<class T>() {
+    elementwise("scale", Scale<T>{a.data<T>(), factor}, 1, a.numel(), vectorizable(a.numel(), a));
   });
 }
 

@@ -266,8 +266,10 @@ void check_rows(const char* op, const Tensors&... tensors) {
   QLAB_CHECK((rows_aligned16(tensors) && ...), "[{}] every row must start at 16 bytes", op);
 }
 
+using Halves = Types<bf16, f16>;
+
 bool on_tensor_cores(const Tensor& q, const AttentionShape& shape) {
-  return q.dtype() == DType::bf16 && attention_mma_supports(shape.head_dim);
+  return q.dtype() != DType::f32 && attention_mma_supports(shape.head_dim);
 }
 
 template <class T>
@@ -299,8 +301,9 @@ void attention(const Tensor& o, const Tensor& lse, const Tensor& q, const Tensor
   if (hopper_attention_supported(shape, q))
     return hopper_attention(o, lse, q, k, v, cu_q, cu_k, shape);
   if (on_tensor_cores(q, shape))
-    return attention_mma(head_rows<bf16>(o), lse.data<float>(),
-                         inputs_of<bf16>(q, k, v, cu_q, cu_k, shape));
+    return dispatch(Halves{}, q.dtype(), "attention", [&]<class T>() {
+      attention_mma(head_rows<T>(o), lse.data<float>(), inputs_of<T>(q, k, v, cu_q, cu_k, shape));
+    });
   const Layout layout = layout_of(cu_q, cu_k, shape, shape.max_q);
   const dim3 grid = grid_for("attention", cu_q, layout, shape.heads);
   dispatch_head("attention", q.dtype(), shape.head_dim, [&]<class T, int groups>() {
@@ -321,10 +324,12 @@ void attention_backward(const Tensor& dq, const Tensor& dk, const Tensor& dv, co
   if (hopper_attention_supported(shape, q))
     return hopper_attention_backward(dq, dk, dv, g, q, k, v, o, lse, cu_q, cu_k, shape, workspace);
   if (on_tensor_cores(q, shape))
-    return attention_backward_mma(head_rows<bf16>(dq), head_rows<bf16>(dk), head_rows<bf16>(dv),
-                                  head_rows<const bf16>(g), head_rows<const bf16>(o),
-                                  lse.data<float>(), static_cast<float2*>(workspace.raw()),
-                                  inputs_of<bf16>(q, k, v, cu_q, cu_k, shape));
+    return dispatch(Halves{}, q.dtype(), op, [&]<class T>() {
+      attention_backward_mma(head_rows<T>(dq), head_rows<T>(dk), head_rows<T>(dv),
+                             head_rows<const T>(g), head_rows<const T>(o), lse.data<float>(),
+                             static_cast<float2*>(workspace.raw()),
+                             inputs_of<T>(q, k, v, cu_q, cu_k, shape));
+    });
   const int64_t pairs = q.rows() * shape.heads;
   const unsigned delta_blocks =
       grid_of(op, ceil_div<int64_t>(pairs, attention_threads / warp_size));

@@ -87,7 +87,7 @@ __global__ void __launch_bounds__(32 * warps, blocks)
       });
     softmax_step(s, out, maximum, sum, scale2);
     uint32_t p[m][n / 2][4];
-    round_to_left(p, s);
+    round_to_left<T>(p, s);
     multiply_nn<T, dim>(out, p, v_lane);
   }
 
@@ -138,5 +138,6 @@ void attention_mma(HeadRows<T> o, float* lse, const AttentionInputs<T>& in) {
   });
 }
 template void attention_mma(HeadRows<bf16>, float*, const AttentionInputs<bf16>&);
+template void attention_mma(HeadRows<f16>, float*, const AttentionInputs<f16>&);
 
 }  // namespace qlab::cuda

@@ -90,7 +90,7 @@ __global__ void __launch_bounds__(32 * warps, 2)
           ds[i][j][e] = 0;
       });
     uint32_t left[m][n / 2][4];
-    round_to_left(left, ds);
+    round_to_left<T>(left, ds);
     multiply_nn<T, dim>(out, left, left_lane<dim>(here));
   }
 
@@ -217,9 +217,9 @@ __global__ void __launch_bounds__(2 * half_threads)
       });
     for_each_element<1, n>([&](int i, int j, int e) { ds[i][j][e] *= p[i][j][e]; });
     uint32_t left[1][n / 2][4];
-    round_to_left(left, p);
+    round_to_left<T>(left, p);
     multiply_nn<T, dim>(out_v, left, left_lane<dim>(here + tile_bytes));
-    round_to_left(left, ds);
+    round_to_left<T>(left, ds);
     multiply_nn<T, dim>(out_k, left, left_lane<dim>(here));
   }
 
@@ -297,5 +297,8 @@ void attention_backward_mma(HeadRows<T> dq, HeadRows<T> dk, HeadRows<T> dv, Head
 template void attention_backward_mma(HeadRows<bf16>, HeadRows<bf16>, HeadRows<bf16>,
                                      HeadRows<const bf16>, HeadRows<const bf16>, const float*,
                                      float2*, const AttentionInputs<bf16>&);
+template void attention_backward_mma(HeadRows<f16>, HeadRows<f16>, HeadRows<f16>,
+                                     HeadRows<const f16>, HeadRows<const f16>, const float*,
+                                     float2*, const AttentionInputs<f16>&);
 
 }  // namespace qlab::cuda

@@ -31,9 +31,7 @@ struct Rows {
 
 /// Eight neighbouring elements as they are stored, so that a load can stay in flight.
 template <class T>
-struct Packet;
-template <>
-struct Packet<bf16> {
+struct Packet {
   uint4 words{};
 };
 template <>
@@ -41,7 +39,8 @@ struct Packet<float> {
   float4 first{}, second{};
 };
 
-__device__ inline void read(Packet<bf16>& packet, const bf16* p) {
+template <Half T>
+__device__ inline void read(Packet<T>& packet, const T* p) {
   packet.words = *reinterpret_cast<const uint4*>(p);
 }
 __device__ inline void read(Packet<float>& packet, const float* p) {
@@ -58,12 +57,13 @@ __device__ inline void put(float* shared, const Packet<float>& packet) {
   reinterpret_cast<float4*>(shared)[0] = packet.first;
   reinterpret_cast<float4*>(shared)[1] = packet.second;
 }
-__device__ inline void put(float* shared, const Packet<bf16>& packet) {
+template <Half T>
+__device__ inline void put(float* shared, const Packet<T>& packet) {
   Packet<float> wide;
-  unpack(wide.first.x, wide.first.y, packet.words.x);
-  unpack(wide.first.z, wide.first.w, packet.words.y);
-  unpack(wide.second.x, wide.second.y, packet.words.z);
-  unpack(wide.second.z, wide.second.w, packet.words.w);
+  unpack<T>(wide.first.x, wide.first.y, packet.words.x);
+  unpack<T>(wide.first.z, wide.first.w, packet.words.y);
+  unpack<T>(wide.second.x, wide.second.y, packet.words.z);
+  unpack<T>(wide.second.z, wide.second.w, packet.words.w);
   put(shared, wide);
 }
 __device__ inline float4 read4(const float* shared) {
@@ -167,8 +167,9 @@ __device__ void multiply_nn(Outputs<groups>& outputs, const Rows<T>& b, int head
 __device__ inline void store4(float* p, const float (&v)[4]) {
   *reinterpret_cast<float4*>(p) = make_float4(v[0], v[1], v[2], v[3]);
 }
-__device__ inline void store4(bf16* p, const float (&v)[4]) {
-  *reinterpret_cast<uint2*>(p) = make_uint2(pack(v[0], v[1]), pack(v[2], v[3]));
+template <Half T>
+__device__ inline void store4(T* p, const float (&v)[4]) {
+  *reinterpret_cast<uint2*>(p) = make_uint2(pack<T>(v[0], v[1]), pack<T>(v[2], v[3]));
 }
 /// Writes the first `count` rows of a tile.
 template <int groups, class T>

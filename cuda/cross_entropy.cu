@@ -11,10 +11,10 @@ namespace {
 
 constexpr int stages = 8;  // groups of logits that a thread has in flight
 
-/// bf16: ex2.approx of a rounded product, within 2^-22 (1 + |x|) of e^x.
+/// 16 bits: ex2.approx of a rounded product, within 2^-22 (1 + |x|) of e^x.
 template <class T>
 __device__ inline float exponential(float x) {
-  return std::is_same_v<T, bf16> ? __expf(x) : expf(x);
+  return Half<T> ? __expf(x) : expf(x);
 }
 
 /// The maximum of some logits and the sum of exp(z - maximum) over them.

@@ -75,6 +75,13 @@ int code_architecture() {
   return architecture;
 }
 
+bool supports_bf16(int index) {
+  int major = 0;
+  check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, index),
+        "cudaDeviceGetAttribute");
+  return major >= 8;
+}
+
 int multiprocessor_count() {
   int count = 0;
   check(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, current_device()),

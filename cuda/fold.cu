@@ -39,7 +39,7 @@ __global__ void __launch_bounds__(threads)
       const float* const b = part.b + static_cast<int64_t>(local) * part.r + first;
 #pragma unroll
       for (int i = 0; i < vector_width; ++i)
-        if (first + i < part.r) v[i] = part.scale * b[i];
+        if (first + i < part.r) v[i] = foldable<T>(part.scale * b[i]);
     }
     store(block + row * pitch + k + col, v);
     return;
@@ -54,7 +54,8 @@ __global__ void __launch_bounds__(threads)
     if (local < 0 || local >= part.r) continue;
     const float* const a = part.a + static_cast<int64_t>(local) * k + col;
 #pragma unroll
-    for (int i = 0; i < vector_width; ++i) v[i] = a[i];  // may lie at any multiple of 4 bytes
+    for (int i = 0; i < vector_width; ++i)
+      v[i] = foldable<T>(a[i]);  // may lie at any multiple of 4 bytes
   }
   store(block + (n + row) * pitch + col, v);
 }

@@ -39,7 +39,9 @@ void check_blas(cublasStatus_t status, const char* call, const Product& p) {
        p.c_pitch);
 }
 
-cudaDataType_t data_type(DType dtype) { return dtype == DType::f32 ? CUDA_R_32F : CUDA_R_16BF; }
+cudaDataType_t data_type(DType dtype) {
+  return dtype == DType::f32 ? CUDA_R_32F : dtype == DType::bf16 ? CUDA_R_16BF : CUDA_R_16F;
+}
 
 /// The largest power of two, at most 16, that divides the address.
 int64_t alignment_of(const Tensor& x) {
@@ -133,9 +135,9 @@ cublasLtMatmulAlgo_t choose(const Product& p, Descriptors& d) {
 Product describe(const Tensor& c, const Tensor& a, Op op_a, const Tensor& b, Op op_b,
                  const Tensor& addend, SplitK split_k, const Tensor& workspace) {
   QLAB_CHECK(a.dtype() == b.dtype() && (c.dtype() == a.dtype() || c.dtype() == DType::f32) &&
-                 (a.dtype() == DType::f32 || a.dtype() == DType::bf16),
-             "[gemm] a GPU multiplies float32 or bfloat16, got {} x {} to {}", name_of(a.dtype()),
-             name_of(b.dtype()), name_of(c.dtype()));
+                 (a.dtype() == DType::f32 || a.dtype() == DType::bf16 || a.dtype() == DType::f16),
+             "[gemm] a GPU multiplies float32, bfloat16 or float16, got {} x {} to {}",
+             name_of(a.dtype()), name_of(b.dtype()), name_of(c.dtype()));
   return {.m = c.rows(),
           .n = c.cols(),
           .k = op_a == Op::none ? a.cols() : a.rows(),

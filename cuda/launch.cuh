@@ -1,6 +1,7 @@
-// What every .cu file needs: the stream, status checks, and vector access to f32 and bf16.
+// What every .cu file needs: the stream, status checks, and vector access to f32, bf16 and f16.
 #pragma once
 #include <cuda_bf16.h>
+#include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
 #include <cstdint>
@@ -67,25 +68,39 @@ __device__ inline void store(float* p, const float (&v)[vector_width]) {
   reinterpret_cast<float4*>(p)[0] = make_float4(v[0], v[1], v[2], v[3]);
   reinterpret_cast<float4*>(p)[1] = make_float4(v[4], v[5], v[6], v[7]);
 }
-/// The two bf16 of a 32-bit word, the first in the low half.
+/// The two elements of a 32-bit word, the first in the low half.
+template <Half T = bf16>
 __device__ inline void unpack(float& first, float& second, uint32_t word) {
-  first = __uint_as_float(word << 16);
-  second = __uint_as_float(word & 0xffff0000u);
+  if constexpr (std::is_same_v<T, f16>) {
+    const float2 pair = __half22float2(*reinterpret_cast<const __half2*>(&word));
+    first = pair.x, second = pair.y;
+  } else {
+    first = __uint_as_float(word << 16);
+    second = __uint_as_float(word & 0xffff0000u);
+  }
 }
+template <Half T = bf16>
 __device__ inline uint32_t pack(float first, float second) {
-  const __nv_bfloat162 pair = __floats2bfloat162_rn(first, second);
-  return *reinterpret_cast<const uint32_t*>(&pair);
+  if constexpr (std::is_same_v<T, f16>) {
+    const __half2 pair = __floats2half2_rn(first, second);
+    return *reinterpret_cast<const uint32_t*>(&pair);
+  } else {
+    const __nv_bfloat162 pair = __floats2bfloat162_rn(first, second);
+    return *reinterpret_cast<const uint32_t*>(&pair);
+  }
 }
-__device__ inline void load(float (&v)[vector_width], const bf16* p) {
+template <Half T>
+__device__ inline void load(float (&v)[vector_width], const T* p) {
   const uint4 words = *reinterpret_cast<const uint4*>(p);
-  unpack(v[0], v[1], words.x);
-  unpack(v[2], v[3], words.y);
-  unpack(v[4], v[5], words.z);
-  unpack(v[6], v[7], words.w);
+  unpack<T>(v[0], v[1], words.x);
+  unpack<T>(v[2], v[3], words.y);
+  unpack<T>(v[4], v[5], words.z);
+  unpack<T>(v[6], v[7], words.w);
 }
-__device__ inline void store(bf16* p, const float (&v)[vector_width]) {
-  *reinterpret_cast<uint4*>(p) =
-      make_uint4(pack(v[0], v[1]), pack(v[2], v[3]), pack(v[4], v[5]), pack(v[6], v[7]));
+template <Half T>
+__device__ inline void store(T* p, const float (&v)[vector_width]) {
+  *reinterpret_cast<uint4*>(p) = make_uint4(pack<T>(v[0], v[1]), pack<T>(v[2], v[3]),
+                                            pack<T>(v[4], v[5]), pack<T>(v[6], v[7]));
 }
 
 }  // namespace qlab::cuda

@@ -27,6 +27,13 @@ __device__ inline void mma<bf16>(float (&c)[4], const uint32_t (&a)[4], uint32_t
       : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
+template <>
+__device__ inline void mma<f16>(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
+      "{%0,%1,%2,%3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
 __device__ inline void load_matrices(uint32_t (&r)[4], uint32_t address) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
@@ -140,16 +147,16 @@ __device__ void multiply_nn(float (&c)[m][cols / 8][4], const uint32_t (&a)[m][k
 }
 
 /// A product's result, rounded, as the left operand of the next product.
-template <int m, int n>
+template <class T, int m, int n>
 __device__ void round_to_left(uint32_t (&a)[m][n / 2][4], const float (&c)[m][n][4]) {
 #pragma unroll
   for (int i = 0; i < m; ++i)
 #pragma unroll
     for (int j = 0; j < n; j += 2) {
-      a[i][j / 2][0] = pack(c[i][j][0], c[i][j][1]);
-      a[i][j / 2][1] = pack(c[i][j][2], c[i][j][3]);
-      a[i][j / 2][2] = pack(c[i][j + 1][0], c[i][j + 1][1]);
-      a[i][j / 2][3] = pack(c[i][j + 1][2], c[i][j + 1][3]);
+      a[i][j / 2][0] = pack<T>(c[i][j][0], c[i][j][1]);
+      a[i][j / 2][1] = pack<T>(c[i][j][2], c[i][j][3]);
+      a[i][j / 2][2] = pack<T>(c[i][j + 1][0], c[i][j + 1][1]);
+      a[i][j / 2][3] = pack<T>(c[i][j + 1][2], c[i][j + 1][3]);
     }
 }
 
@@ -165,8 +172,8 @@ __device__ void store_warp_rows(T* to, int64_t pitch, int count, T* rows,
 #pragma unroll
     for (int j = 0; j < cols / 8; ++j) {
       T* const at = rows + (16 * i + lane / 4) * tile_pitch<cols> + 8 * j + lane % 4 * 2;
-      *reinterpret_cast<uint32_t*>(at) = pack(c[i][j][0], c[i][j][1]);
-      *reinterpret_cast<uint32_t*>(at + 8 * tile_pitch<cols>) = pack(c[i][j][2], c[i][j][3]);
+      *reinterpret_cast<uint32_t*>(at) = pack<T>(c[i][j][0], c[i][j][1]);
+      *reinterpret_cast<uint32_t*>(at + 8 * tile_pitch<cols>) = pack<T>(c[i][j][2], c[i][j][3]);
     }
   __syncwarp();
   constexpr int units = cols / 8;

@@ -5,10 +5,10 @@
 namespace qlab::cuda {
 namespace {
 
-// bf16: within 2^-19 of the value for |z| up to 16, far below half a unit of the result.
+// 16 bits: within 2^-19 of the value for |z| up to 16, far below half a unit of the result.
 template <class T>
 __device__ inline float sigmoid(float z) {
-  if constexpr (std::is_same_v<T, bf16>)
+  if constexpr (Half<T>)
     return __fdividef(1.0f, 1.0f + __expf(-z));
   else
     return 1.0f / (1.0f + expf(-z));

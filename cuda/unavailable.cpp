@@ -34,6 +34,7 @@ using In = const Tensor&;
 int device_count() { return 0; }
 std::string build_version() { return ""; }
 std::string device_name(int) { missing(); }
+bool supports_bf16(int) { missing(); }
 MemoryInfo memory_info(int) { missing(); }
 void set_device(int) { missing(); }
 void* allocate(size_t, int) { missing(); }
@@ -62,6 +63,7 @@ double Stopwatch::seconds() { missing(); }
 
 // core/ops
 void add(In, In, In) { missing(); }
+void scale(In, float) { missing(); }
 void add_bias(In, In) { missing(); }
 void attention(In, In, In, In, In, In, In, const AttentionShape&, In) { missing(); }
 void attention_backward(In, In, In, In, In, In, In, In, In, In, In, const AttentionShape&, In) {

@@ -48,6 +48,7 @@ struct Reader {
     if (!field.allowed.empty()) {
       if (text.starts_with("torch.")) text = text.substr(6);
       if (text == "bfloat16") text = "bf16";
+      if (text == "float16") text = "fp16";
       if (text == "float32") text = "fp32";
     }
     check_allowed(text);
@@ -331,7 +332,7 @@ void check_computable(const Config& config, const std::string& origin) {
   const auto place = config.origins.find("quant.type");
   fail(
       "{}: quant.type: of int8 only the bytes are known, for qlab memory and inspect; nothing "
-      "trains or evaluates with it: set nf4, bf16 or fp32",
+      "trains or evaluates with it: set nf4, bf16, fp16 or fp32",
       place == config.origins.end() ? origin : place->second);
 }
 

@@ -25,10 +25,10 @@ struct MemoryBudget {
 };
 
 struct QuantConfig {
-  std::string type = "nf4";  // nf4 | bf16 | fp32 | int8 (bytes alone)
+  std::string type = "nf4";  // nf4 | bf16 | fp16 | fp32 | int8 (bytes alone)
   int64_t block_size = 64;
   bool double_quant = true;
-  std::string compute_dtype = "auto";  // auto (bf16 on cuda, fp32 on cpu) | bf16 | fp32
+  std::string compute_dtype = "auto";  // auto | bf16 | fp16 | fp32
   MemoryBudget resident{"0"};          // bytes | auto
 };
 

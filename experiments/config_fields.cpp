@@ -36,7 +36,7 @@ std::vector<Field> make_fields() {
        .slot = QLAB_SLOT(quant.type),
        .meaning = "how the frozen linear layers are stored; of int8 only the bytes are known, for "
                   "qlab memory and inspect",
-       .allowed = {"nf4", "bf16", "fp32", "int8"},
+       .allowed = {"nf4", "bf16", "fp16", "fp32", "int8"},
        .unsupported = "fp4 and other types"},
       {"quant.block_size",
        QLAB_SLOT(quant.block_size),
@@ -47,9 +47,10 @@ std::vector<Field> make_fields() {
        "store the NF4 scales themselves in 8 bits"},
       {"quant.compute_dtype",
        QLAB_SLOT(quant.compute_dtype),
-       "type of activations and products; auto is bf16 on cuda and fp32 on cpu",
+       "type of activations and products; auto is bf16 on cuda, fp16 on a GPU without bf16, and "
+       "fp32 on cpu",
        numbers,
-       {"auto", "bf16", "fp32"}},
+       {"auto", "bf16", "fp16", "fp32"}},
       {.key = "quant.resident",
        .slot = QLAB_SLOT(quant.resident),
        .meaning =

@@ -7,9 +7,9 @@ namespace qlab {
 std::vector<std::vector<size_t>> gangs_of(const std::vector<const Config*>& trials, Device device) {
   std::vector<std::string> keys;
   for (const Config* c : trials)
-    keys.push_back(base_key(*c, compute_dtype(*c, device), device) + "|" + c->train.recompute +
-                   "|" + c->train.memory_budget.text + "|" + c->quant.resident.text +
-                   (c->train.graphs ? "|graphs|" : "|") +
+    keys.push_back(base_key(*c, compute_dtype(*c, device.meta()), device) + "|" +
+                   c->train.recompute + "|" + c->train.memory_budget.text + "|" +
+                   c->quant.resident.text + (c->train.graphs ? "|graphs|" : "|") +
                    std::to_string(c->parallel.trials_per_gpu));
   std::vector<std::vector<size_t>> gangs;
   std::vector<bool> taken(trials.size());

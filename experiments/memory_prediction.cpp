@@ -157,8 +157,8 @@ MemoryPrediction predict_memory(const ModelSource& model, std::span<const PaperT
   MemoryPrediction out;
   const Accounts host_accounts(host);  // on a CPU the same as the device's
   const Accounts accounts(meta);
-  const std::unique_ptr<Llama> llama = load_llama(
-      model, weight_spec(first), compute_dtype(first, target), meta, plan.host_embeddings);
+  const std::unique_ptr<Llama> llama =
+      load_llama(model, weight_spec(first), compute_dtype(first, meta), meta, plan.host_embeddings);
   out.phases.push_back(accounts.phase("load"));
   if (target.is_cuda()) out.host_peak = host_accounts.phase("load").peak;
   LargestStep step;

@@ -26,14 +26,14 @@ double seconds_of(const F& issue) {
   return times[times.size() / 2];
 }
 
-Tensor random_matrix(int64_t n, uint64_t key, Device device) {
+Tensor random_matrix(int64_t n, uint64_t key, DType dtype, Device device) {
   std::vector<bf16> values(static_cast<size_t>(n * n));
   for (size_t i = 0; i < values.size(); i += 4) {
     const Philox random = philox(key, static_cast<uint32_t>(i), 0, 0, 0);
     for (size_t j = 0; j < 4; ++j)
       values[i + j] = static_cast<bf16>(uniform(random.lane[j]) - 0.5f);
   }
-  return Tensor::from_vector(values, {n, n}, device);
+  return cast(Tensor::from_vector(values, {n, n}, device), dtype);
 }
 
 }  // namespace
@@ -48,8 +48,9 @@ Ceilings measure_ceilings(Device device) {
     ceilings.bytes_per_s = 2.0 * static_cast<double>(bytes) / seconds_of([&] { copy(to, from); });
   }
   constexpr int64_t n = 8192;
-  const Tensor a = random_matrix(n, 1, device), b = random_matrix(n, 2, device);
-  const Tensor c = Tensor::empty({n, n}, DType::bf16, device);
+  const DType dtype = cuda::supports_bf16(device.index) ? DType::bf16 : DType::f16;
+  const Tensor a = random_matrix(n, 1, dtype, device), b = random_matrix(n, 2, dtype, device);
+  const Tensor c = Tensor::empty({n, n}, dtype, device);
   const double flops = 2.0 * static_cast<double>(n * n) * static_cast<double>(n);
   ceilings.flops_per_s = flops / seconds_of([&] { gemm(c, a, Op::none, b, Op::transpose); });
   return ceilings;

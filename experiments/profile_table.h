@@ -6,8 +6,8 @@
 
 namespace qlab {
 
-/// Rates measured on the spot: a product of two bf16 matrices of 8192 x 8192 (random values), and a
-/// copy of 1 GiB, bytes read and written.
+/// Rates measured on the spot: a product of two bf16 (fp16 where there is no bf16) matrices of 8192
+/// x 8192 (random values), and a copy of 1 GiB, bytes read and written.
 struct Ceilings {
   double flops_per_s = 0, bytes_per_s = 0;
 };

@@ -95,7 +95,9 @@ std::vector<Planned> plan_trials(const Sweep& sweep, const std::string& dir, Dev
     const Fingerprints prints{model.fingerprint, library.train_set(c).fingerprint,
                               c.data.eval.empty() ? "" : library.eval_set(c).fingerprint,
                               adapter_fingerprint(c.lora.adapter)};
-    const std::string hash = trial_hash(trial, prints, name_of(compute_dtype(c, device)));
+    const DType compute = at_key(
+        c, "quant.compute_dtype", [&] { return compute_dtype(c, device); }, true);
+    const std::string hash = trial_hash(trial, prints, name_of(compute));
     Planned p{&trial, dir + "/trials/" + trial_directory(dir + "/trials", hash, trial.name)};
     p.finished = TrialFiles::read_status(p.dir) == "finished";
     planned.push_back(p);

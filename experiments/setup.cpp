@@ -20,8 +20,8 @@ void check_vocabulary(const Dataset& data, const std::string& path, int64_t voca
 
 WeightSpec weight_spec(const Config& config) {
   WeightSpec spec;
-  for (const WeightFormat format :
-       {WeightFormat::nf4, WeightFormat::int8, WeightFormat::bf16, WeightFormat::fp32})
+  for (const WeightFormat format : {WeightFormat::nf4, WeightFormat::int8, WeightFormat::bf16,
+                                    WeightFormat::fp16, WeightFormat::fp32})
     if (config.quant.type == name_of(format)) spec.format = format;
   spec.block_size = config.quant.block_size;
   spec.double_quant = config.quant.double_quant;
@@ -53,9 +53,22 @@ Recompute recompute_of(const Config& config) {
 }
 
 DType compute_dtype(const Config& config, Device device) {
-  if (config.quant.compute_dtype == "auto")
-    return device.target == DeviceType::cuda ? DType::bf16 : DType::f32;
-  return dtype_from_name(config.quant.compute_dtype);
+  const bool bf16 = !device.is_cuda() || cuda::supports_bf16(device.index);
+  if (config.quant.compute_dtype == "auto") {
+    if (device.target == DeviceType::cpu) return DType::f32;
+    return bf16 ? DType::bf16 : DType::f16;
+  }
+  const DType asked = dtype_from_name(config.quant.compute_dtype);
+  if (asked == DType::bf16 && !bf16)
+    fail(
+        "quant.compute_dtype: bf16 needs a GPU of compute capability 8.0 or newer, and {} is "
+        "older: set fp16",
+        device_description(device));
+  return asked;
+}
+
+std::string compute_dtype_word(DType compute) {
+  return compute == DType::f32 ? "fp32" : compute == DType::bf16 ? "bf16" : "fp16";
 }
 
 int64_t examples_to_train(const TrainConfig& config, const Dataset& data) {

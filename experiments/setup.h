@@ -20,8 +20,12 @@ WeightSpec weight_spec(const Config& config);
 LoraSpec lora_spec(const Config& config);
 AdamWConfig adamw_config(const Config& config);
 Recompute recompute_of(const Config& config);
-/// What quant.compute_dtype means on the device: bf16 on cuda and fp32 on the CPU unless said.
+/// What quant.compute_dtype means on the device. Unless said: fp32 on the CPU, bf16 on a GPU, fp16
+/// on one that has no bf16. What stands for a GPU in a prediction (meta) has bf16, whose bytes are
+/// those of fp16.
 DType compute_dtype(const Config& config, Device device);
+/// The word for it in quant.compute_dtype.
+std::string compute_dtype_word(DType compute);
 
 /// How many examples of the set a trial trains on, those of later epochs counted again.
 int64_t examples_to_train(const TrainConfig& config, const Dataset& data);

@@ -4,6 +4,7 @@
 #include <chrono>
 #include <cmath>
 
+#include "core/ops/add.h"
 #include "core/ops/copy.h"
 #include "data/file.h"
 #include "experiments/memory_text.h"
@@ -41,7 +42,9 @@ TrialRun::TrialRun(const Config& config, std::string name, const std::string& di
       order_(static_cast<int64_t>(train_.examples.size()),
              static_cast<uint64_t>(config.train.data_seed.value_or(config.train.seed)),
              config.data.shuffle),
-      schedule_(schedule_from_name(config.optim.schedule)) {
+      schedule_(schedule_from_name(config.optim.schedule)),
+      scales_loss_(model.compute_dtype() == DType::f16) {
+  config_.quant.compute_dtype = compute_dtype_word(model.compute_dtype());
   const TrainConfig& t = config_.train;
   if (!config_.data.eval.empty()) eval_ = &library.eval_set(config_);
   const int64_t window = t.batch_size * t.grad_accum;
@@ -125,25 +128,38 @@ void TrialRun::record_evaluation(const Evaluation& evaluation) {
 
 void TrialRun::update() {
   lr_ = config_.optim.lr * schedule_factor(schedule_, progress_.step, warmup_steps_, total_steps_);
+  const float factor = loss_factor();
+  if (factor != 1) scale_inplace(adapter_->gradients(), 1 / factor);
   optimizer_->step(adapter_->parameters(), adapter_->gradients(), static_cast<float>(lr_));
   adapter_->refresh();
   const double norm = scalar(optimizer_->grad_norm());
   ++progress_.step;
   progress_.trained_tokens += window_tokens_;
   fresh_ = false;
-  if (!std::isfinite(loss_) || !std::isfinite(norm)) {
-    // The optimizer has already left the adapter as it was before this step.
+  // Where the norm is not finite the optimizer has left the adapter as it was before this step.
+  const bool finite = std::isfinite(norm);
+  const bool skipped = scales_loss_ && !finite && std::isfinite(loss_) && factor > 1;
+  if (scales_loss_) progress_.loss_scale.update(finite);
+  if (skipped) {
+    optimizer_->set_steps(optimizer_->steps() - 1);
+    files_.log(fmt::format("step {}: skipped, its gradients overflow in fp16 at a loss scale of {}",
+                           progress_.step, factor));
+  } else if (!std::isfinite(loss_) || !finite) {
     return give_up(
         fmt::format("diverged at step {}: loss {}, gradient norm {}; try a lower "
                     "optim.lr",
                     progress_.step, std::abs(loss_), std::abs(norm)));
   }
-  if (progress_.step % config_.train.log_every == 0 || progress_.step == total_steps_)
-    files_.append_metrics({{"step", progress_.step},
-                           {"loss", loss_},
-                           {"lr", lr_},
-                           {"grad_norm", norm},
-                           {"tokens", progress_.trained_tokens}});
+  if (progress_.step % config_.train.log_every == 0 || progress_.step == total_steps_) {
+    Json line = {{"step", progress_.step},
+                 {"loss", loss_},
+                 {"lr", lr_},
+                 {"tokens", progress_.trained_tokens}};
+    if (!skipped) line["grad_norm"] = norm;
+    if (scales_loss_) line["loss_scale"] = factor;
+    if (scales_loss_) line["skipped_steps"] = progress_.loss_scale.skipped;
+    files_.append_metrics(line);
+  }
 }
 
 void TrialRun::give_up(const std::string& error) {
@@ -170,6 +186,10 @@ void TrialRun::write_status(const char* status, const std::string& error) {
       {"load_peak_bytes", memory_.load_peak()},
       {"gang_size", gang_size_},
       {"device", device_description(device)}};
+  if (scales_loss_) {
+    json["loss_scale"] = progress_.loss_scale.factor;
+    json["skipped_steps"] = progress_.loss_scale.skipped;
+  }
   if (predicted_) {
     json["predicted_peak_bytes"] = predicted_->training;
     json["predicted_load_peak_bytes"] = predicted_->loading;
@@ -351,7 +371,7 @@ void Gang::train_step() {
       const double scale = t->config_.train.loss_norm == "tokens"
                                ? 1.0 / static_cast<double>(t->window_tokens_)
                                : 1.0 / static_cast<double>(trained * t->window_batches_);
-      builder.add(batch, t->adapter_.get(), true, static_cast<float>(scale));
+      builder.add(batch, t->adapter_.get(), true, static_cast<float>(scale) * t->loss_factor());
       rows.emplace_back(t, scale);
       counts.push_back(trained);
     }

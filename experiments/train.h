@@ -41,6 +41,8 @@ class TrialRun {
   bool evaluation_due() const;
   void record_evaluation(const Evaluation& evaluation);
   void update();
+  /// Of the step's loss: 1 unless the run computes in fp16.
+  float loss_factor() const { return scales_loss_ ? progress_.loss_scale.factor : 1.0f; }
   void give_up(const std::string& error);
   void write_status(const char* status, const std::string& error = "");
   void save_adapter_files();
@@ -68,6 +70,7 @@ class TrialRun {
   std::optional<PredictedPeaks> predicted_;
   double first_eval_loss_ = 0, last_eval_loss_ = 0, best_eval_loss_ = 0;
   bool fresh_ = false;  // the adapter is still the identity: B is zero
+  bool scales_loss_;
 
   /// A step of this process: how long it took, this trial's tokens, the gang's model_flops().
   struct Timed {

@@ -126,7 +126,10 @@ void TrialFiles::save_state(const TrialProgress& progress, const Adapter& adapte
                      {"optimizer_steps", std::to_string(optimizer.steps())},
                      {"trained_tokens", std::to_string(progress.trained_tokens)},
                      {"tokens", std::to_string(progress.tokens)},
-                     {"seconds", fmt::format("{}", progress.seconds)}});
+                     {"seconds", fmt::format("{}", progress.seconds)},
+                     {"loss_scale", fmt::format("{}", progress.loss_scale.factor)},
+                     {"finite_steps", std::to_string(progress.loss_scale.finite)},
+                     {"skipped_steps", std::to_string(progress.loss_scale.skipped)}});
 }
 
 std::optional<TrialProgress> TrialFiles::load_state(const Adapter& adapter, AdamW& optimizer) {
@@ -169,7 +172,12 @@ TrialProgress TrialFiles::read_state(const std::string& file_path, const Adapter
   const auto number = [&](const char* key) { return std::stoll(text(key)); };
   adapter.refresh();
   optimizer.set_steps(number("optimizer_steps"));
-  return {number("step"), number("trained_tokens"), number("tokens"), std::stod(text("seconds"))};
+  TrialProgress progress{
+      number("step"), number("trained_tokens"), number("tokens"), std::stod(text("seconds")), {}};
+  if (file.metadata().contains("loss_scale"))  // states of older versions have none
+    progress.loss_scale = {std::stof(text("loss_scale")), number("finite_steps"),
+                           number("skipped_steps")};
+  return progress;
 }
 
 }  // namespace qlab

@@ -10,6 +10,7 @@
 
 #include "experiments/memory_log.h"
 #include "nn/lora.h"
+#include "optim/loss_scale.h"
 #include "optim/optimizer.h"
 
 namespace qlab {
@@ -20,6 +21,7 @@ struct TrialProgress {
   int64_t trained_tokens = 0;  // so far
   int64_t tokens = 0;          // passed through the model in training, prompts included
   double seconds = 0;          // spent in training steps
+  LossScale loss_scale;        // of a run in fp16
 };
 
 class TrialFiles {

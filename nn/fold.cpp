@@ -50,7 +50,8 @@ void fold_adapters(const Tensor& block, int64_t width, std::span<const FoldPart>
           const int64_t r = part.a.dim(0), local = row - part.row;
           if (local < 0 || local >= part.b.dim(0)) continue;
           const float* const b = part.b.data<float>() + local * r;
-          for (int64_t i = 0; i < r; ++i) tail[part.column + i] = static_cast<T>(part.scale * b[i]);
+          for (int64_t i = 0; i < r; ++i)
+            tail[part.column + i] = static_cast<T>(foldable<T>(part.scale * b[i]));
         }
       }
     });
@@ -60,7 +61,7 @@ void fold_adapters(const Tensor& block, int64_t width, std::span<const FoldPart>
       for (int64_t row = 0; row < part.a.dim(0); ++row) {
         const float* const a = part.a.data<float>() + row * k;
         T* const target = weight + (n + part.column + row) * pitch;
-        for (int64_t col = 0; col < k; ++col) target[col] = static_cast<T>(a[col]);
+        for (int64_t col = 0; col < k; ++col) target[col] = static_cast<T>(foldable<T>(a[col]));
       }
   });
 }

@@ -6,8 +6,8 @@
 // owns columns K + column .. K + column + r and rows N + column .. N + column + r; what lies
 // between the parts is zero, so that tokens of several trials, each with zeros in the columns of
 // the others, share the products and keep their bits where a product is one chain over K, as on
-// CUDA in bf16: columns start at multiples of 16, a step of the tensor cores, and a step of zeros
-// adds nothing.
+// CUDA in 16 bits: columns start at multiples of 16, a step of the tensor cores, and a step of
+// zeros adds nothing.
 #pragma once
 #include <span>
 
@@ -26,6 +26,15 @@ struct FoldPart {
   int64_t row = 0;     // of W where the module begins
   int64_t column = 0;  // a multiple of fold_step; the next part begins at least r columns on
 };
+
+/// What stands in a block of T for x: f16 ends at its largest number, since infinities of a trial
+/// that diverges would make NaN of the others' zeros.
+template <class T>
+QLAB_HD inline float foldable(float x) {
+  constexpr float largest = 65504;
+  if constexpr (std::is_same_v<T, f16>) return x > largest ? largest : x < -largest ? -largest : x;
+  return x;
+}
 
 /// Fills the last R columns of rows 0 .. N and the last R rows in columns 0 .. K of block
 /// [N + R, K + R], R = width; each element rounded once from fp32. The last R x R stay as they are.

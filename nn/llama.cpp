@@ -11,8 +11,9 @@
 namespace qlab {
 namespace {
 
-WeightSpec unquantized(DType compute) {
-  return {compute == DType::f32 ? WeightFormat::fp32 : WeightFormat::bf16};
+WeightFormat unquantized(DType compute) {
+  if (compute == DType::f32) return WeightFormat::fp32;
+  return compute == DType::bf16 ? WeightFormat::bf16 : WeightFormat::fp16;
 }
 
 Tensor to_dtype(const Tensor& t, DType dtype, Device device) {
@@ -80,13 +81,13 @@ Llama::Llama(const LlamaConfig& config, const WeightSpec& spec, DType compute, D
                                   linear("mlp.up_proj", inter, hidden, config.mlp_bias)};
     layer.down_proj.members = {linear("mlp.down_proj", hidden, inter, config.mlp_bias)};
   }
-  set_folded(device.target == DeviceType::cuda && compute == DType::bf16 &&
+  set_folded(device.target == DeviceType::cuda && compute != DType::f32 &&
              spec.format == WeightFormat::nf4);
   norm_ = dense("model.norm.weight", {hidden}, DType::f32);
   const Tensor head = config.tie_word_embeddings
                           ? embed_tokens_
                           : dense("lm_head.weight", {config.vocab_size, hidden}, compute);
-  lm_head_ = Weight::share(head, unquantized(compute).format);
+  lm_head_ = Weight::share(head, unquantized(compute));
   synchronize(device);
 }
 

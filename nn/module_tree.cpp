@@ -174,6 +174,7 @@ int64_t hf_footprint(const LlamaConfig& c, const WeightSpec& spec,
     case WeightFormat::fp32:
       return 4 * (count.linear + count.other) + lora_bytes;
     case WeightFormat::bf16:
+    case WeightFormat::fp16:
       return 2 * (count.linear + count.other) + lora_bytes;
     case WeightFormat::int8:
       return count.linear + 2 * count.other + lora_bytes;

@@ -76,9 +76,9 @@ Nf4Tensor quantize_nf4(const Tensor& x, int64_t block_size, bool double_quant) {
                  block_size <= 4096,
              "[quantize_nf4] quant.block_size must be a power of two from 32 to 4096, got {}",
              block_size);
-  QLAB_CHECK(x.dtype() == DType::f32 || x.dtype() == DType::bf16 ||
+  QLAB_CHECK(x.dtype() == DType::f32 || x.dtype() == DType::bf16 || x.dtype() == DType::f16 ||
                  (x.dtype() == DType::f64 && x.device().target == DeviceType::cpu),
-             "[quantize_nf4] weights must be float32 or bfloat16, got {}", x.str());
+             "[quantize_nf4] weights must be float32, bfloat16 or float16, got {}", x.str());
   QLAB_CHECK(x.contiguous(), "[quantize_nf4] weights must be contiguous, got {}", x.str());
   const Device device = x.device();
   const int64_t n = x.numel(), blocks = ceil_div(n, block_size);

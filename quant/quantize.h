@@ -32,7 +32,7 @@ struct Nf4Tensor {
 inline constexpr int64_t nested_block_size = 256;
 inline constexpr int64_t mean_lanes = 1024;  // of the sum behind the offset
 
-/// x is f32, bf16 (or f64 on the CPU), contiguous. block_size: a power of two, 32 to 4096.
+/// x is f32, bf16, f16 (or f64 on the CPU), contiguous. block_size: a power of two, 32 to 4096.
 /// The codes and scales are tagged weights and constants.
 Nf4Tensor quantize_nf4(const Tensor& x, int64_t block_size, bool double_quant);
 /// y [shape], row pitch honoured: value(code) * scale, one fp32 product rounded once to y's dtype.

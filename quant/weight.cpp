@@ -10,6 +10,8 @@ const char* name_of(WeightFormat format) {
       return "fp32";
     case WeightFormat::bf16:
       return "bf16";
+    case WeightFormat::fp16:
+      return "fp16";
     case WeightFormat::nf4:
       return "nf4";
     case WeightFormat::int8:
@@ -31,7 +33,7 @@ Weight Weight::from_dense(const Tensor& w, const WeightSpec& spec) {
     if (!w.device().is_meta())
       fail(
           "int8: only the bytes of such weights are known, nothing computes with them; use nf4, "
-          "bf16 or fp32");
+          "bf16, fp16 or fp32");
     {
       const MemoryTag tag(Category::weights);
       weight.dense_ = Tensor::empty(w.shape(), DType::u8, w.device());
@@ -41,8 +43,7 @@ Weight Weight::from_dense(const Tensor& w, const WeightSpec& spec) {
     return weight;
   }
   const MemoryTag tag(Category::weights);
-  const DType dtype = spec.format == WeightFormat::fp32 ? DType::f32 : DType::bf16;
-  weight.dense_ = Tensor::empty(w.shape(), dtype, w.device());
+  weight.dense_ = Tensor::empty(w.shape(), dtype_from_name(name_of(spec.format)), w.device());
   copy(weight.dense_, w);
   return weight;
 }

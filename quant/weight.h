@@ -11,7 +11,7 @@
 
 namespace qlab {
 
-enum class WeightFormat : uint8_t { fp32, bf16, nf4, int8 };
+enum class WeightFormat : uint8_t { fp32, bf16, fp16, nf4, int8 };
 const char* name_of(WeightFormat format);
 
 struct WeightSpec {

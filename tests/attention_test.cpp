@@ -345,7 +345,7 @@ TEST_P(AttentionTest, TakesColumnsOfWiderMatrices) {
 }
 
 TEST(Attention, DoesNotDependOnTheNumberOfThreads) {
-  for (const Case& c : {cpu_f32, cpu_bf16})
+  for (const Case& c : {cpu_f32, cpu_bf16, cpu_f16})
     expect_same_for_all_thread_counts([&] {
       const Problem p = make_problem({100, 3, 77}, 6, 3, 32, c);
       const Attention a = p.forward();

@@ -114,6 +114,7 @@ data_seed: 9
   EXPECT_EQ(c.quant.type, "nf4");
   EXPECT_FALSE(c.quant.double_quant);
   EXPECT_EQ(c.quant.compute_dtype, "bf16");
+  EXPECT_EQ(parse("bnb_4bit_compute_dtype: torch.float16").quant.compute_dtype, "fp16");
   EXPECT_EQ(c.lora.alpha, 8);
   EXPECT_EQ(c.lora.scale(), 4);
   EXPECT_EQ(c.lora.targets.pattern, "all-linear");
@@ -140,7 +141,7 @@ TEST(Config, Int8HasBytesAndNothingElse) {
   } catch (const Error& e) {
     EXPECT_STREQ(e.what(),
                  "run.yaml:4: quant.type: of int8 only the bytes are known, for qlab memory and "
-                 "inspect; nothing trains or evaluates with it: set nf4, bf16 or fp32");
+                 "inspect; nothing trains or evaluates with it: set nf4, bf16, fp16 or fp32");
   }
 }
 
@@ -177,9 +178,10 @@ TEST(Config, WrongTypesNameLineAndValue) {
   EXPECT_EQ(error_of("lora_alpha: [1]"), "run.yaml:1: lora_alpha: expected a number, got a list");
   EXPECT_EQ(error_of("quant: {double_quant: 1}"),
             "run.yaml:1: quant.double_quant: expected true or false, got \"1\"");
-  EXPECT_EQ(error_of("quant: {type: fp4}"),
-            "run.yaml:1: quant.type: expected one of nf4, bf16, fp32, int8, got \"fp4\"; fp4 and "
-            "other types are not supported");
+  EXPECT_EQ(
+      error_of("quant: {type: fp4}"),
+      "run.yaml:1: quant.type: expected one of nf4, bf16, fp16, fp32, int8, got \"fp4\"; fp4 and "
+      "other types are not supported");
   EXPECT_EQ(error_of("quant: nf4"), "run.yaml:1: quant is a block of keys, got \"nf4\"");
   EXPECT_EQ(error_of("optim: {lr: }"), "run.yaml:1: optim.lr: expected a number, got nothing");
   EXPECT_THAT(error_of("optim: {betas: 0.9}"), HasSubstr("expected two numbers"));

@@ -18,6 +18,28 @@ TEST_P(CopyTest, CastRoundsToNearestEven) {
       std::isnan(values(cast(tensor({NAN}, {1}, Case{device(), DType::f32}), DType::bf16))[0]));
 }
 
+// Between two f16, at both ends of its range, and below the normal numbers, in steps of 2^-24.
+TEST_P(CopyTest, CastToHalfRoundsToNearestEven) {
+  const std::vector<std::pair<double, double>> cases = {{1 + 0x1p-11, 1},
+                                                        {1 + 3 * 0x1p-11, 1 + 0x1p-9},
+                                                        {-1 - 0x1p-11, -1},
+                                                        {65519, 65504},
+                                                        {65520, INFINITY},
+                                                        {-1e30, -INFINITY},
+                                                        {0x1.004p-14, 0x1.004p-14},
+                                                        {0x1p-24, 0x1p-24},
+                                                        {0x1p-25, 0},
+                                                        {-3 * 0x1p-25, -0x1p-23},
+                                                        {5 * 0x1p-26, 0x1p-24},
+                                                        {0x1.ffcp-15, 0x1p-14}};
+  std::vector<double> from, to;
+  for (const auto& [x, y] : cases) from.push_back(x), to.push_back(y);
+  const Shape shape{static_cast<int64_t>(from.size())};
+  const Case f32{device(), DType::f32};
+  EXPECT_EQ(values(cast(tensor(from, shape, f32), DType::f16)), to);
+  EXPECT_TRUE(std::isnan(values(cast(tensor({NAN}, {1}, f32), DType::f16))[0]));
+}
+
 TEST_P(CopyTest, WideningAndBackIsExact) {
   for (const Shape& shape : {Shape{1, 1}, Shape{3, 7}, Shape{129, 1023}}) {
     const Tensor x = random(shape);

@@ -58,6 +58,16 @@ TEST_P(FoldTest, MatchesTheCpu) {
   EXPECT_EQ(make(device()), make(Device::cpu()));
 }
 
+// A diverged neighbour in f16: its infinities would turn the zeros of other trials into NaN.
+TEST_P(FoldTest, StaysFinite) {
+  const Case f32{device(), DType::f32};
+  const Tensor block = tensor(std::vector<double>(24 * 24, 0.0), {24, 24}, GetParam());
+  const FoldPart part{tensor(std::vector<double>(8, -1e30), {1, 8}, f32),
+                      tensor(std::vector<double>(8, 1e30), {8, 1}, f32), 2.0f, 0, 0};
+  fold_adapters(block, 16, std::span(&part, 1));
+  for (const double x : values(block)) EXPECT_TRUE(std::isfinite(x));
+}
+
 TEST(Fold, RejectsWhatDoesNotFit) {
   const Tensor block = tensor(normals(24 * 24, 1), {24, 24}, cpu_f32);
   const Tensor a = tensor(normals(8, 1), {1, 8}, cpu_f32),

@@ -121,7 +121,7 @@ TEST_P(GemmTest, SumsLongChainsInParts) {
 
 // What lets trials train together: a row's bits depend on that row alone.
 TEST(Gemm, RowsAreIndependentOfTheirNumberAndPlace) {
-  for (const Case& c : {cpu_f32, cpu_bf16})
+  for (const Case& c : {cpu_f32, cpu_bf16, cpu_f16})
     for (const int64_t n : {8, 70}) {
       const int64_t k = 83, total = 600;
       const Tensor x = tensor(normals(total * k, 1), {total, k}, c);
@@ -150,7 +150,7 @@ TEST(Gemm, ColumnsAreIndependentOfTheirNumber) {
 }
 
 TEST(Gemm, DoesNotDependOnTheNumberOfThreads) {
-  for (const Case& c : {cpu_f32, cpu_bf16})
+  for (const Case& c : {cpu_f32, cpu_bf16, cpu_f16})
     expect_same_for_all_thread_counts([&] {
       const Tensor x = tensor(normals(130 * 200, 1), {130, 200}, c);
       const Tensor w = tensor(normals(150 * 200, 2), {150, 200}, c);

@@ -72,14 +72,29 @@ TEST(Lanes, BitsDoNotDependOnTheWidth) {
   }
 }
 
-TEST(Lanes, StoresBf16AsTheScalarConversion) {
-  std::vector<float> x{0x1.01p0f, 0x1.03p0f, -0x1.01p0f, 1e-40f, 3.4e38f, INFINITY, -INFINITY, NAN};
+template <class T>
+void expect_scalar_conversions() {
+  std::vector<float> x{0x1.01p0f, 0x1.03p0f,   -0x1.01p0f,  1e-40f, 3.4e38f,
+                       INFINITY,  -INFINITY,   NAN,         65519,  65520,
+                       0x1p-25f,  -0x1.8p-24f, 0x1.ffdp-15f};
   for (const double v : normals(1000, 5)) x.push_back(static_cast<float>(v));
-  std::vector<bf16> y(x.size());
+  std::vector<T> y(x.size());
+  std::vector<float> back(x.size());
   const int64_t n = static_cast<int64_t>(x.size());
-  for (int64_t i = 0; i < n; i += 16)
+  for (int64_t i = 0; i < n; i += 16) {
     cpu::Lanes<float, 16>::load(x.data() + i, n - i).store(y.data() + i, n - i);
-  for (size_t i = 0; i < x.size(); ++i) EXPECT_EQ(y[i].bits, bf16(x[i]).bits) << x[i];
+    cpu::Lanes<float, 16>::load(y.data() + i, n - i).store(back.data() + i, n - i);
+  }
+  for (size_t i = 0; i < x.size(); ++i) {
+    EXPECT_EQ(y[i].bits, T(x[i]).bits) << x[i];
+    if (!std::isnan(x[i])) {
+      EXPECT_EQ(back[i], static_cast<float>(y[i])) << x[i];
+    }
+  }
+}
+TEST(Lanes, StoresAsTheScalarConversion) {
+  expect_scalar_conversions<bf16>();
+  expect_scalar_conversions<f16>();
 }
 
 }  // namespace

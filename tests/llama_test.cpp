@@ -305,8 +305,7 @@ TEST_P(LlamaTest, EvaluationDoesNotDependOnItsBatches) {
                   .stopped);
 }
 
-INSTANTIATE_TEST_SUITE_P(Models, LlamaTest, testing::Values(cpu_f32, cpu_bf16, cuda_f32, cuda_bf16),
-                         name);
+INSTANTIATE_TEST_SUITE_P(Models, LlamaTest, model_cases, name);
 
 // Central differences of the loss in fp32. The loss is a mean of R values, each within about
 // 2^-22 of 6, so a difference over 2h is known to about 2^-22 6 / (sqrt(R) h): with h = 0.02 and

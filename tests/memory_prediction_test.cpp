@@ -52,6 +52,8 @@ TEST_P(PredictionTest, IsThePeakToTheByte) {
       {"quant.type=bf16"},
       {"quant.type=fp32", "quant.compute_dtype=fp32"},
       {"quant.compute_dtype=bf16"},
+      {"quant.compute_dtype=fp16"},
+      {"quant.type=fp16"},
       {"train.recompute=selective"},
       {"train.recompute=full"},
       {"train.recompute=offload"},

@@ -157,7 +157,7 @@ TEST(Footprint, CountsParameters) {
 TEST(Footprint, OfInt8OnADevice) {
   const Tensor w = Tensor::empty({4, 8}, DType::f32, Device::cpu());
   EXPECT_THAT(error_of([&] { Weight::from_dense(w, {WeightFormat::int8}); }),
-              HasSubstr("use nf4, bf16 or fp32"));
+              HasSubstr("use nf4, bf16, fp16 or fp32"));
 }
 
 // What the paper's rule says of a loaded model is what the allocator holds.

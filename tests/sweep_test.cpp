@@ -265,7 +265,7 @@ TEST_F(SweepTest, Errors) {
   EXPECT_THAT(error("parameters: {lora.r: {values: [4]}}\nexclude: [lora.r == 4]"),
               HasSubstr("the sweep is empty"));
   EXPECT_THAT(error("derived: {lora.r: lora.q * 2}"), HasSubstr("unknown key \"lora.q\""));
-  EXPECT_THAT(error("exclude: [quant.type == bf61]"), HasSubstr("one of nf4, bf16, fp32"));
+  EXPECT_THAT(error("exclude: [quant.type == bf61]"), HasSubstr("one of nf4, bf16, fp16, fp32"));
   EXPECT_THAT(error("seeds: []"), HasSubstr("empty"));
   EXPECT_THAT(error("seeds: 3"), HasSubstr("expected a list"));
   EXPECT_THAT(error("metric: {name: accuracy}"), HasSubstr("one of eval_loss"));
@@ -369,7 +369,7 @@ TEST(Expression, Errors) {
   EXPECT_THAT(error("lora.rr == 2"), HasSubstr("did you mean \"lora.r\"?"));
   EXPECT_THAT(error("quant.type * 2 > 1"), HasSubstr("\"nf4\" is not a number"));
   EXPECT_THAT(error("lora.r == nf4"), HasSubstr("cannot be compared"));
-  EXPECT_THAT(error("quant.type == nf5"), HasSubstr("one of nf4, bf16, fp32"));
+  EXPECT_THAT(error("quant.type == nf5"), HasSubstr("one of nf4, bf16, fp16, fp32"));
   EXPECT_THAT(error("train.steps > 5"), HasSubstr("has no value here"));
   EXPECT_THAT(error("(1 > 2"), HasSubstr("\")\" is missing"));
   EXPECT_THAT(error("1 >"), HasSubstr("missing at the end"));

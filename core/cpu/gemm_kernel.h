@@ -9,14 +9,15 @@
 
 namespace qlab::cpu {
 
-/// op(A) [M, K] and op(B) [K, N] as strided views of f32 or bf16; C row-major f32 or bf16.
+/// op(A) [M, K] and op(B) [K, N] as strided views of `in`; C row-major in `out`: f32,
+/// bf16 or f16.
 struct GemmArgs {
   const void* a;
   const void* b;
   void* c;
   int64_t m, n, k;
   int64_t a_row, a_col, b_row, b_col, c_row;  // strides in elements
-  bool a_bf16, b_bf16, c_bf16;
+  DType in, out;
   float alpha, beta;
 };
 

@@ -15,6 +15,7 @@ inline float widen(const float& x) { return x; }
 inline float widen(const bf16& x) {
   return __builtin_bit_cast(float, static_cast<uint32_t>(x.bits) << 16);
 }
+inline float widen(const f16& x) { return half_to_float(x.bits); }
 
 // Packs `tile` consecutive outer indices of a strided [outer, k] view as [k][tile].
 template <int tile, class T>
@@ -43,21 +44,24 @@ void pack(const T* source, int64_t outer_stride, int64_t k_stride, int64_t outer
 }
 
 template <int tile>
-void pack_operand(const void* data, bool is_bf16, int64_t outer_stride, int64_t k_stride,
+void pack_operand(const void* data, DType dtype, int64_t outer_stride, int64_t k_stride,
                   int64_t first, int64_t outer, int64_t k, float* packed) {
-  if (is_bf16)
-    pack<tile>(static_cast<const bf16*>(data) + first * outer_stride, outer_stride, k_stride,
-               outer - first, k, packed);
+  const auto from = [&](const auto* source) {
+    pack<tile>(source + first * outer_stride, outer_stride, k_stride, outer - first, k, packed);
+  };
+  if (dtype == DType::bf16)
+    from(static_cast<const bf16*>(data));
+  else if (dtype == DType::f16)
+    from(static_cast<const f16*>(data));
   else
-    pack<tile>(static_cast<const float*>(data) + first * outer_stride, outer_stride, k_stride,
-               outer - first, k, packed);
+    from(static_cast<const float*>(data));
 }
 
 void pack_a(const GemmArgs& g, int64_t tile, float* packed) {
-  pack_operand<m_tile>(g.a, g.a_bf16, g.a_row, g.a_col, tile * m_tile, g.m, g.k, packed);
+  pack_operand<m_tile>(g.a, g.in, g.a_row, g.a_col, tile * m_tile, g.m, g.k, packed);
 }
 void pack_b(const GemmArgs& g, int64_t tile, float* packed) {
-  pack_operand<n_tile>(g.b, g.b_bf16, g.b_col, g.b_row, tile * n_tile, g.n, g.k, packed);
+  pack_operand<n_tile>(g.b, g.in, g.b_col, g.b_row, tile * n_tile, g.n, g.k, packed);
 }
 
 // Where a gradient goes back through the vocabulary K is 49k to 128k. In one chain of that length
@@ -121,8 +125,10 @@ void tile(const GemmArgs& g, int64_t i, int64_t j, const float* a, const float* 
   const int64_t rows = std::min<int64_t>(m_tile, g.m - row);
   const int64_t cols = std::min<int64_t>(n_tile, g.n - col);
   accumulate_rows<m_tile>(static_cast<int>(rows), a, b, g.k, sums);
-  if (g.c_bf16)
+  if (g.out == DType::bf16)
     write_tile<bf16>(g, sums, row, col, rows, cols);
+  else if (g.out == DType::f16)
+    write_tile<f16>(g, sums, row, col, rows, cols);
   else
     write_tile<float>(g, sums, row, col, rows, cols);
 }

@@ -37,6 +37,14 @@ void add_inplace(const Tensor& a, const Tensor& b) {
       a.device(), [&] { cpu::add(a, a, b); }, [&] { cuda::add(a, a, b); });
 }
 
+void scale_inplace(const Tensor& a, float factor) {
+  QLAB_CHECK(a.contiguous(), "[scale_inplace] a must be contiguous, got {}", a.str());
+  if (a.numel() == 0) return;
+  const OpScope scope("scale", a.device(), {0, bytes_of_all(a, a)});
+  on_device(
+      a.device(), [&] { cpu::scale(a, factor); }, [&] { cuda::scale(a, factor); });
+}
+
 void add_bias(const Tensor& y, const Tensor& bias) {
   QLAB_CHECK(y.rank() == 2, "[add_bias] y must be [T, C], got {}", y.str());
   check_shape("add_bias", "bias", bias, {y.dim(1)});
@@ -58,6 +66,17 @@ void add(const Tensor& y, const Tensor& a, const Tensor& b) {
     parallel_for(y.numel(), 1 << 15, [=](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i)
         out[i] = static_cast<T>(static_cast<A>(left[i]) + static_cast<A>(right[i]));
+    });
+  });
+}
+
+void scale(const Tensor& a, float factor) {
+  dispatch(CpuFloats{}, a.dtype(), "scale", [&]<class T>() {
+    using A = accumulate_t<T>;
+    T* values = a.data<T>();
+    parallel_for(a.numel(), 1 << 15, [=](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i)
+        values[i] = static_cast<T>(static_cast<A>(values[i]) * static_cast<A>(factor));
     });
   });
 }

@@ -123,9 +123,8 @@ void gemm(const Tensor& c, const Tensor& a, Op op_a, const Tensor& b, Op op_b, f
              nt_b ? b.pitch() : 1,
              nt_b ? 1 : b.pitch(),
              c.pitch(),
-             a.dtype() == DType::bf16,
-             b.dtype() == DType::bf16,
-             c.dtype() == DType::bf16,
+             a.dtype(),
+             c.dtype(),
              alpha,
              beta};
   const GemmKernel& kernel = gemm_kernel();

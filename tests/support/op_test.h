@@ -26,7 +26,10 @@ struct Case {
 };
 
 inline std::string name_of_case(const Case& c) {
-  const char* dtype = c.dtype == DType::f64 ? "f64" : c.dtype == DType::f32 ? "f32" : "bf16";
+  const char* dtype = c.dtype == DType::f64    ? "f64"
+                      : c.dtype == DType::f32  ? "f32"
+                      : c.dtype == DType::bf16 ? "bf16"
+                                               : "f16";
   return std::string(c.device.is_cuda() ? "cuda_" : "cpu_") + dtype;
 }
 inline std::string name(const testing::TestParamInfo<Case>& info) {
@@ -35,18 +38,23 @@ inline std::string name(const testing::TestParamInfo<Case>& info) {
 inline void PrintTo(const Case& c, std::ostream* out) { *out << name_of_case(c); }
 
 inline const Case cpu_f64{Device::cpu(), DType::f64}, cpu_f32{Device::cpu(), DType::f32},
-    cpu_bf16{Device::cpu(), DType::bf16}, cuda_f32{Device::cuda(), DType::f32},
-    cuda_bf16{Device::cuda(), DType::bf16};
-inline const auto all_cases = testing::Values(cpu_f64, cpu_f32, cpu_bf16, cuda_f32, cuda_bf16);
+    cpu_bf16{Device::cpu(), DType::bf16}, cpu_f16{Device::cpu(), DType::f16},
+    cuda_f32{Device::cuda(), DType::f32}, cuda_bf16{Device::cuda(), DType::bf16},
+    cuda_f16{Device::cuda(), DType::f16};
+/// What models compute in, and with it the reference.
+inline const auto model_cases =
+    testing::Values(cpu_f32, cpu_bf16, cpu_f16, cuda_f32, cuda_bf16, cuda_f16);
+inline const auto all_cases =
+    testing::Values(cpu_f64, cpu_f32, cpu_bf16, cpu_f16, cuda_f32, cuda_bf16, cuda_f16);
 
 inline std::vector<double> values(const Tensor& x) {
   const Tensor host = (x.contiguous() ? x : x.clone()).to(Device::cpu());
   synchronize(x.device());
   std::vector<double> out;
-  dispatch(Types<double, float, bf16, int64_t, int32_t, uint8_t>{}, x.dtype(), "values",
+  dispatch(Types<double, float, bf16, f16, int64_t, int32_t, uint8_t>{}, x.dtype(), "values",
            [&]<class T>() {
              for (int64_t i = 0; i < host.numel(); ++i) {
-               if constexpr (std::is_same_v<T, bf16>)
+               if constexpr (Half<T>)
                  out.push_back(static_cast<float>(host.data<T>()[i]));
                else
                  out.push_back(static_cast<double>(host.data<T>()[i]));
@@ -86,13 +94,16 @@ inline std::vector<int32_t> integers(int64_t count, int64_t bound, uint64_t seed
 inline Tensor as_reference(const Tensor& x) {
   const Tensor host = x.clone().to(Device::cpu());
   synchronize(x.device());
-  const bool floating =
-      x.dtype() == DType::f64 || x.dtype() == DType::f32 || x.dtype() == DType::bf16;
+  const bool floating = x.dtype() == DType::f64 || x.dtype() == DType::f32 ||
+                        x.dtype() == DType::bf16 || x.dtype() == DType::f16;
   return floating ? cast(host, DType::f64) : host;
 }
 
 inline double unit_roundoff(DType dtype) {
-  return dtype == DType::f64 ? 0x1p-53 : dtype == DType::f32 ? 0x1p-24 : 0x1p-8;
+  return dtype == DType::f64   ? 0x1p-53
+         : dtype == DType::f32 ? 0x1p-24
+         : dtype == DType::f16 ? 0x1p-11
+                               : 0x1p-8;
 }
 
 /// |a - b| <= (2u + 8 sqrt(n) v)(s + |b|): u and v the roundoffs of storage and accumulation, n the
@@ -176,6 +187,8 @@ class OpTest : public testing::TestWithParam<Case> {
   void SetUp() override {
     if (GetParam().device.is_cuda() && cuda::device_count() == 0)
       GTEST_SKIP() << "needs a GPU and a build with CUDA";
+    if (GetParam().device.is_cuda() && dtype() == DType::bf16 && !cuda::supports_bf16(0))
+      GTEST_SKIP() << "needs a GPU with bf16";
   }
   Device device() const { return GetParam().device; }
   DType dtype() const { return GetParam().dtype; }
