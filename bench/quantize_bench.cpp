@@ -23,7 +23,9 @@ struct Format {
   }
   std::string str() const {
     return fmt::format("{}x{}/b{}/{}/{}", shape[0], shape[1], block, nested ? "nested" : "plain",
-                       dtype == DType::f32 ? "f32" : "bf16");
+                       dtype == DType::f32    ? "f32"
+                       : dtype == DType::bf16 ? "bf16"
+                                              : "f16");
   }
 };
 
@@ -120,7 +122,7 @@ const Register registered(10, [] {
         gpu ? std::vector<Shape>{{1024, 4096}, {4096, 4096}, {6144, 4096}, usual, {28672, 4096}}
             : std::vector<Shape>{{576, 576}, usual, {4096, 4096}};
     for (const Shape& shape : shapes)
-      for (const DType dtype : {DType::bf16, DType::f32})
+      for (const DType dtype : {DType::bf16, DType::f16, DType::f32})
         register_format({shape, 64, true, dtype}, device);
     for (int64_t block = 32; block <= 4096; block *= 2)
       for (const bool nested : {true, false})

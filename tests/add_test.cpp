@@ -16,6 +16,8 @@ TEST_P(AddTest, Golden) {
   EXPECT_EQ(values(a), (std::vector<double>{1.25, 6, 0, 4.5}));
   add_bias(a, tensor({1, -1}, {2}, Case{device(), DType::f32}));
   EXPECT_EQ(values(a), (std::vector<double>{2.25, 5, 1, 3.5}));
+  scale_inplace(a, -0.25f);
+  EXPECT_EQ(values(a), (std::vector<double>{-0.5625, -1.25, -0.25, -0.875}));
 }
 
 TEST_P(AddTest, MatchesReference) {
@@ -32,6 +34,9 @@ TEST_P(AddTest, MatchesReference) {
     expect_close(shifted, shifted0, 1);
     add_inplace(a, b);
     expect_same_bits(a, sum);
+    scale_inplace(a, 0.3f);
+    scale_inplace(sum0, 0.3f);
+    expect_close(a, sum0, 1);
   }
 }
 
@@ -42,6 +47,7 @@ TEST(Add, RejectsWhatDoesNotFit) {
   EXPECT_ERROR(add(a, cast(a, DType::f64)), "[add] both must have one dtype");
   EXPECT_ERROR(add(a.slice_cols(0, 2), a.slice_cols(0, 2)), "contiguous");
   EXPECT_ERROR(add_inplace(a, b), "[add_inplace] b must be [2, 3]");
+  EXPECT_ERROR(scale_inplace(a.slice_cols(0, 2), 2), "[scale_inplace] a must be contiguous");
   EXPECT_ERROR(add_bias(a, tensor({1, 2}, {2}, cpu_f32)), "bias must be [3]");
   EXPECT_ERROR(add_bias(a, tensor({1, 2, 3}, {3}, cpu_f64)), "bias must be float32");
 }
