@@ -141,7 +141,7 @@ void TrialRun::update() {
   const bool skipped = scales_loss_ && !finite && std::isfinite(loss_) && factor > 1;
   if (scales_loss_) progress_.loss_scale.update(finite);
   if (skipped) {
-    optimizer_->set_steps(optimizer_->steps() - 1);
+    optimizer_->skip();
     files_.log(fmt::format("step {}: skipped, its gradients overflow in fp16 at a loss scale of {}",
                            progress_.step, factor));
   } else if (!std::isfinite(loss_) || !finite) {

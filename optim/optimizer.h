@@ -19,6 +19,8 @@ class AdamW {
 
   const Tensor& m() const { return m_; }
   const Tensor& v() const { return v_; }
+  /// The last step, whose gradient norm was not finite, does not count.
+  void skip() { --steps_; }
   int64_t steps() const { return steps_; }
   void set_steps(int64_t steps) { steps_ = steps; }  // after m() and v() were restored
 

@@ -71,6 +71,8 @@ TEST_P(LossScaleTest, AStepThatOverflowsIsSkipped) {
   EXPECT_GE(skipped, 1u);
   EXPECT_LE(skipped, 8u);
   EXPECT_EQ(run.values("grad_norm").size(), 12 - skipped);
+  EXPECT_THAT(read_text_file(folder_ / "a/state/state.safetensors"),
+              testing::HasSubstr(fmt::format(R"("optimizer_steps":"{}")", 12 - skipped)));
   size_t s = 1;
   while (s < 11 && scales[s] < 3e8) ++s;
   for (; s + 1 < 12; ++s)

@@ -54,6 +54,7 @@ class TrainingTest : public testing::TestWithParam<Device> {
   /// A limit that a failed test left behind would fail all that follow.
   void TearDown() override { limit_memory(device(), std::numeric_limits<int64_t>::max()); }
   Device device() const { return GetParam(); }
+  bool has_bf16() const { return !device().is_cuda() || cuda::supports_bf16(0); }
 
   /// A run of six steps that evaluates and saves every second one.
   Config config(const std::vector<std::string>& sets = {}) const {
