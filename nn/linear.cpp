@@ -67,9 +67,10 @@ Tensor with_room(const Tensor& x, int64_t width) {
   return y;
 }
 
-/// The block [N + R, K + R] of nn/fold.h; without `expand` W is left out.
-Tensor folded_block(const LinearGroup& group, const Layout& layout, bool expand, DType dtype,
-                    Device device) {
+/// The block [N + R, K + R] of nn/fold.h; without `expand` W is left out. Held, it may have the
+/// adapters already.
+Tensor folded_block(const LinearGroup& group, const Layout& layout, bool expand, bool has_adapters,
+                    DType dtype, Device device) {
   const int64_t n = group.out_features(), k = group.in_features(), width = layout.width;
   Tensor block = group.resident;
   if (block.defined()) {
@@ -88,7 +89,7 @@ Tensor folded_block(const LinearGroup& group, const Layout& layout, bool expand,
     }
   }
   block = block.slice_rows(0, n + width).slice_cols(0, k + width);
-  if (width == 0) return block;
+  if (width == 0 || (has_adapters && group.resident.defined())) return block;
   std::vector<FoldPart> parts;
   for (const SegmentParts& segment : layout.segments)
     for (const AdapterPart& part : segment.parts)
@@ -142,10 +143,11 @@ void fill_s(const Tensor& x, const Tensor& block, const Layout& layout, const Li
 }
 
 Tensor folded_backward(const Tensor& incoming, const Node& node, const LinearGroup& group,
-                       const Batch& batch, const Layout& layout, Tensor& g) {
+                       const Batch& batch, const Layout& layout, bool has_adapters, Tensor& g) {
   const int64_t n = group.out_features(), k = group.in_features(), width = layout.width;
   g = with_room(incoming, width);
-  const Tensor block = folded_block(group, layout, node.needs(0), g.dtype(), g.device());
+  const Tensor block =
+      folded_block(group, layout, node.needs(0), has_adapters, g.dtype(), g.device());
   Tensor wide = g;
   std::vector<Tensor> apart;  // ds of segments with dropout
   if (width > 0) {
@@ -273,7 +275,7 @@ Variable linear(Tape& tape, const Variable& x, const LinearGroup& group, const B
   if (group.folded) {
     const Tensor input = with_room(x.value, width);
     const Tensor wide = width > 0 ? input.widened(input.dim(1) + width) : input;
-    const Tensor block = folded_block(group, layout, wanted, y.dtype(), y.device());
+    const Tensor block = folded_block(group, layout, wanted, false, y.dtype(), y.device());
     if (width > 0) fill_s(wide, block, layout, group, batch);
     if (wanted)
       gemm(y, wide, Op::none, block.slice_rows(0, n), Op::transpose, 1.0f,
@@ -286,9 +288,10 @@ Variable linear(Tape& tape, const Variable& x, const LinearGroup& group, const B
   if (wanted) add_biases(y, group);
   Variable result = tape.record(
       "linear", y, {x, residual}, std::move(slots),
-      [&group, batch, layout](const Tensor& g, const Node& node) {
+      [&group, batch, layout, pass = ++group.passes](const Tensor& g, const Node& node) {
         Tensor dy = g;  // with room for ds, which the residual's gradient then has too
-        const Tensor dx = group.folded ? folded_backward(g, node, group, batch, layout, dy)
+        const bool latest = group.passes == pass;
+        const Tensor dx = group.folded ? folded_backward(g, node, group, batch, layout, latest, dy)
                                        : separate_backward(g, node, group, batch, layout);
         return std::vector<Tensor>{dx, dy};
       },

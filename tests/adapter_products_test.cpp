@@ -1,6 +1,7 @@
 #include "nn/adapter_products.h"
 
 #include "nn/fold.h"
+#include "nn/linear.h"
 #include "tests/support/op_test.h"
 
 namespace qlab::test {
@@ -196,6 +197,58 @@ TEST_P(AdapterProductsTest, BitsDoNotDependOnTheNeighbours) {
       for (size_t i = 0; i < results.size(); ++i) expect_same_bits(results[i], alone[5 + i]);
     }
   }
+}
+
+// A group whose weight is held expanded keeps the adapters of its latest forward pass there; an
+// earlier one's backward pass must not meet them.
+TEST_P(AdapterProductsTest, HeldWeightsMeetTheAdaptersOfTheirPass) {
+  if (dtype() == DType::f64) GTEST_SKIP() << "weights are held in the compute dtype";
+  const std::string name = "model.layers.0.mlp.down_proj";
+  const int64_t n = 48, k = 64, t = 30, width = 16;
+  LinearGroup group;
+  group.folded = true;
+  group.members.resize(1);
+  group.members[0].name = name;
+  group.members[0].weight = Weight::from_dense(
+      random({n, k}, 0.1),
+      WeightSpec{dtype() == DType::f32 ? WeightFormat::fp32 : WeightFormat::bf16});
+  group.resident = Tensor::with_tail(n + width, k, width, dtype(), device()).widened(k + width);
+  group.members[0].weight.expand(group.resident.slice_rows(0, n).slice_cols(0, k));
+  const Tensor input = random({t, k}), gradient = random({t, n});
+  const auto make = [&](uint64_t seed) {
+    LoraSpec spec;
+    spec.r = 8;
+    auto adapter = std::make_unique<Adapter>(spec, std::vector{Adapter::Shape{0, name, k, n}}, seed,
+                                             4, dtype(), device());
+    copy(adapter->module(name).b, random_f32({n, spec.r}, 0.1));
+    adapter->refresh();
+    return adapter;
+  };
+  const auto one = make(1), two = make(2);
+  struct Pass {
+    Batch batch;
+    Tape tape;
+    Variable x, y;
+  };
+  const auto forward = [&](const Adapter& adapter) {
+    auto pass = std::make_unique<Pass>();
+    pass->batch.segments = {{.end = t, .adapter = &adapter}};
+    pass->x = pass->tape.input(input, true);
+    pass->y = linear(pass->tape, pass->x, group, pass->batch);
+    return pass;
+  };
+  const auto backward = [&](Pass& pass) {
+    pass.tape.backward(pass.y, gradient.clone());
+    return pass.tape.gradient(pass.x).clone();
+  };
+  const auto first = forward(*one);
+  forward(*two);
+  const Tensor late = backward(*first), late_da = one->module(name).da.clone();
+  fill_zero(one->gradients());
+  const auto again = forward(*one);
+  const Tensor at_once = backward(*again);
+  expect_same_bits(late, at_once);
+  expect_same_bits(late_da, one->module(name).da);
 }
 
 TEST(AdapterProducts, RejectWhatDoesNotFit) {
