@@ -14,17 +14,22 @@ struct Dropout {
   int64_t y_pitch, x_pitch;
   uint64_t key;
   uint32_t threshold;
-  float kept;  // 1 - p
+  float factor;
   bool accumulate;
 
   template <int width>
   __device__ void apply(int64_t row, int64_t col) const {
     float v[width];
     load(v, x + row * x_pitch + col);
+    // One draw decides eight features.
+    const Philox random =
+        dropout_bits(key, example[row], position[row], static_cast<uint32_t>(col / 8));
 #pragma unroll
-    for (int j = 0; j < width; ++j)
-      v[j] =
-          dropout_keeps(key, example[row], position[row], col + j, threshold) ? v[j] / kept : 0.0f;
+    for (int j = 0; j < width; ++j) {
+      const auto feature = static_cast<uint32_t>(width == 8 ? j : col % 8);
+      const uint32_t bits = random.lane[feature / 2] >> feature % 2 * 16 & 0xffff;
+      v[j] = bits >= threshold ? v[j] * factor : 0.0f;
+    }
     T* const target = y + row * y_pitch + col;
     if (accumulate) {
       float sum[width];
@@ -43,7 +48,7 @@ void dropout(const Tensor& y, const Tensor& x, const Tensor& example, const Tens
     elementwise("dropout",
                 Dropout<T>{y.data<T>(), x.data<T>(), example.data<int64_t>(),
                            position.data<int32_t>(), y.pitch(), x.pitch(), key.key,
-                           dropout_threshold(key.p), 1.0f - key.p, accumulate},
+                           dropout_threshold(key.p), static_cast<float>(dropout_factor(key.p)), accumulate},
                 x.rows(), x.cols(), vectorizable(x.cols(), y, x));
   });
 }

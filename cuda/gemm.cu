@@ -91,6 +91,21 @@ cublasLtHandle_t handle(const Product& p) {
   return entry->second;
 }
 
+/// The product whose algorithm is taken. One that may split K is an adapter's own: its choice may
+/// not depend on pitches, which grow with the adapters of the others in a gang. Every pitch is a
+/// multiple of 16 bytes then, which is all that an algorithm asks.
+Product canonical(Product p) {
+  const int64_t per_16_bytes = p.in == DType::f32 ? 4 : 8;
+  if (p.split_k == SplitK::no || p.a_pitch % per_16_bytes != 0 || p.b_pitch % per_16_bytes != 0 ||
+      p.c_pitch % per_16_bytes != 0 || p.d_pitch % per_16_bytes != 0)
+    return p;
+  const auto next = [](int64_t cols) { return (cols + 63) / 64 * 64; };
+  p.a_pitch = next(p.op_a == Op::none ? p.k : p.m);
+  p.b_pitch = next(p.op_b == Op::none ? p.n : p.k);
+  p.c_pitch = p.d_pitch = next(p.n);
+  return p;
+}
+
 /// The library's first choice among the algorithms allowed; false when it offers none.
 bool first_choice(cublasLtMatmulAlgo_t& algorithm, const Product& p, Descriptors& d,
                   uint32_t reductions) {
@@ -166,7 +181,9 @@ void multiply(const Tensor& c, const Tensor& a, Op op_a, const Tensor& b, Op op_
               float beta, const Tensor& addend, SplitK split_k, const Tensor& workspace) {
   const Product p = describe(c, a, op_a, b, op_b, addend, split_k, workspace);
   Descriptors d(p, a, b);
-  const cublasLtMatmulAlgo_t algorithm = choose(p, d);
+  const Product asked = canonical(p);
+  Descriptors shapes(asked, a, b);
+  const cublasLtMatmulAlgo_t algorithm = choose(asked, shapes);
   check_blas(cublasLtMatmul(handle(p), &d.product, &alpha, b.raw(), &d.b, a.raw(), &d.a, &beta,
                             addend.raw(), &d.d, c.raw(), &d.c, &algorithm,
                             workspace.defined() ? workspace.raw() : nullptr,

@@ -57,6 +57,12 @@ __device__ inline void copy_async(uint32_t to, const void* from, bool inside) {
                  : "memory");
 }
 __device__ inline void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+/// Ends a group of copies; wait_for_copies<n> waits until at most n groups are unfinished.
+__device__ inline void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int pending>
+__device__ inline void wait_for_copies() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(pending) : "memory");
+}
 
 #else
 
@@ -66,6 +72,9 @@ __device__ inline void load_matrices(uint32_t (&)[4], uint32_t) {}
 __device__ inline void load_transposed(uint32_t (&)[4], uint32_t) {}
 template <int bytes>
 __device__ inline void copy_async(uint32_t, const void*, bool) {}
+__device__ inline void wait_for_copies() {}
+__device__ inline void commit_copies() {}
+template <int pending>
 __device__ inline void wait_for_copies() {}
 
 #endif

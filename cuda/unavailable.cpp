@@ -13,6 +13,7 @@
 #include "core/ops/rows.h"
 #include "core/ops/swiglu.h"
 #include "core/profile.h"
+#include "nn/adapter_products.h"
 #include "nn/fold.h"
 #include "optim/adamw.h"
 #include "quant/quantize.h"
@@ -53,6 +54,12 @@ void pop_range() { missing(); }
 void start_external_profiler() { missing(); }
 void stop_external_profiler() { missing(); }
 void fold_adapters(In, int64_t, std::span<const FoldPart>) { missing(); }
+bool adapter_kernels_present() { return true; }
+void adapter_forward(In, In, In, const AdapterRows&, In) { missing(); }
+void adapter_out_gradients(In, In, In, In, const AdapterRows&, In) { missing(); }
+void adapter_in_gradients(In, In, const AdapterRows&, In) { missing(); }
+void adapter_add_da(In, const AdapterRows&) { missing(); }
+void adapter_input_gradient(In, In, In, const AdapterRows&) { missing(); }
 Graph::Graph(const std::function<void()>&) { missing(); }
 Graph::~Graph() = default;
 void Graph::launch() const { missing(); }

@@ -4,32 +4,25 @@
 
 #include "core/ops/add.h"
 #include "core/ops/copy.h"
-#include "core/ops/dropout.h"
 #include "core/ops/gemm.h"
+#include "nn/adapter_products.h"
 #include "nn/fold.h"
 
 namespace qlab {
 namespace {
 
-/// One segment's adapter on one module.
-struct Part {
-  const LoraModule* lora;
-  int64_t row;  // of the group's outputs where the module begins
-  int64_t column;
-  DropoutKey dropout;
-
-  int64_t r() const { return lora->a.dim(0); }
-  int64_t out() const { return lora->b.dim(0); }
-};
-
 /// The adapters of one segment, for at most row_unit of its rows. Column 0 is that of the first
-/// segment.
+/// segment; those of the parts count from the segment's own.
 struct SegmentParts {
   int64_t begin, end;  // token rows
   int64_t column, width;
-  std::vector<Part> parts;
+  std::vector<AdapterPart> parts;
 
   bool dropout() const { return parts.front().dropout.p > 0; }
+  AdapterRows rows(const Batch& batch) const {
+    if (!dropout()) return {parts, {}, {}};
+    return {parts, batch.examples.slice_rows(begin, end), batch.positions.slice_rows(begin, end)};
+  }
 };
 
 struct Layout {
@@ -47,7 +40,7 @@ Layout layout_of(const LinearGroup& group, const Batch& batch) {
     int64_t row = 0;
     for (const Linear& member : group.members) {
       if (const LoraModule* lora = s.adapter->find(member.index)) {
-        own.parts.push_back({lora, row, own.column + own.width, {lora->dropout_key, p}});
+        own.parts.push_back({lora, row, own.width, {lora->dropout_key, p}});
         own.width += (lora->a.dim(0) + fold_step - 1) / fold_step * fold_step;
       }
       row += member.weight.out_features();
@@ -63,47 +56,6 @@ Layout layout_of(const LinearGroup& group, const Batch& batch) {
   return layout;
 }
 
-Tensor dropped(const Tensor& x, const SegmentParts& s, const Part& part, const Batch& batch) {
-  const Tensor rows = x.slice_rows(s.begin, s.end);
-  if (part.dropout.p == 0) return rows;
-  return dropout(rows, batch.examples.slice_rows(s.begin, s.end),
-                 batch.positions.slice_rows(s.begin, s.end), part.dropout);
-}
-
-/// The columns of `part` in a tensor whose column 0 is the segment's first.
-Tensor columns(const Tensor& s, const SegmentParts& segment, const Part& part) {
-  const int64_t first = part.column - segment.column;
-  return s.slice_cols(first, first + part.r());
-}
-
-/// da and db grow by those of the segment; dy [rows, N], s and ds [rows, width], ds = scale dy B.
-void adapter_gradients(const SegmentParts& segment, const Tensor& dy, const Tensor& s,
-                       const Tensor& ds, const Tensor& x, const Batch& batch) {
-  for (const Part& part : segment.parts) {
-    const LoraModule& lora = *part.lora;
-    gemm(lora.db, dy.slice_cols(part.row, part.row + part.out()), Op::transpose,
-         columns(s, segment, part), Op::none, lora.scale, 1.0f, {}, SplitK::allowed);
-    gemm(lora.da, columns(ds, segment, part), Op::transpose, dropped(x, segment, part, batch),
-         Op::none, 1.0f, 1.0f, {}, SplitK::allowed);
-  }
-}
-
-/// dx += mask (ds A) / (1 - p) of a segment with dropout, or += ds A.
-void add_adapter_dx(const Tensor& dx, const SegmentParts& segment, const Tensor& ds,
-                    const Batch& batch) {
-  const Tensor target = dx.slice_rows(segment.begin, segment.end);
-  for (const Part& part : segment.parts) {
-    const Tensor own = columns(ds, segment, part);
-    if (part.dropout.p == 0) {
-      gemm(target, own, Op::none, part.lora->a_compute, Op::none, 1.0f, 1.0f);
-      continue;
-    }
-    dropout_add(target, matmul_nn(own, part.lora->a_compute),
-                batch.examples.slice_rows(segment.begin, segment.end),
-                batch.positions.slice_rows(segment.begin, segment.end), part.dropout);
-  }
-}
-
 // ---- folded
 
 /// x itself when it has room for `width` more columns, otherwise a copy that has.
@@ -115,9 +67,10 @@ Tensor with_room(const Tensor& x, int64_t width) {
   return y;
 }
 
-/// The block [N + R, K + R] of nn/fold.h; without `expand` W is left out.
-Tensor folded_block(const LinearGroup& group, const Layout& layout, bool expand, DType dtype,
-                    Device device) {
+/// The block [N + R, K + R] of nn/fold.h; without `expand` W is left out. Held, it may have the
+/// adapters already.
+Tensor folded_block(const LinearGroup& group, const Layout& layout, bool expand, bool has_adapters,
+                    DType dtype, Device device) {
   const int64_t n = group.out_features(), k = group.in_features(), width = layout.width;
   Tensor block = group.resident;
   if (block.defined()) {
@@ -136,12 +89,14 @@ Tensor folded_block(const LinearGroup& group, const Layout& layout, bool expand,
     }
   }
   block = block.slice_rows(0, n + width).slice_cols(0, k + width);
-  if (width == 0) return block;
+  if (width == 0 || (has_adapters && group.resident.defined())) return block;
   std::vector<FoldPart> parts;
   for (const SegmentParts& segment : layout.segments)
-    for (const Part& part : segment.parts)
-      if (parts.empty() || parts.back().column < part.column)  // once for all units of rows
-        parts.push_back({part.lora->a, part.lora->b, part.lora->scale, part.row, part.column});
+    for (const AdapterPart& part : segment.parts)
+      if (parts.empty() ||
+          parts.back().column < segment.column + part.column)  // once for all units
+        parts.push_back(
+            {part.lora->a, part.lora->b, part.lora->scale, part.row, segment.column + part.column});
   QLAB_CHECK(static_cast<int64_t>(parts.size()) <= max_fold_parts,
              "[linear] {} adapters of trials that train together on {}, at most {} fit: set a "
              "smaller parallel.trials_per_gpu",
@@ -165,36 +120,34 @@ bool one_adapter(const Layout& layout, int64_t rows) {
          first.width == layout.width;
 }
 
+/// A of a segment, [width, K], and scale B, [N, width], in the block.
+Tensor stacked_a(const Tensor& block, const SegmentParts& segment, int64_t n, int64_t k) {
+  return block.slice_rows(n + segment.column, n + segment.column + segment.width).slice_cols(0, k);
+}
+Tensor stacked_b(const Tensor& block, const SegmentParts& segment, int64_t n, int64_t k) {
+  return block.slice_rows(0, n).slice_cols(k + segment.column, k + segment.column + segment.width);
+}
+
 /// s = A dropout(x) into the tail of x [T, K + R].
 void fill_s(const Tensor& x, const Tensor& block, const Layout& layout, const LinearGroup& group,
             const Batch& batch) {
   const int64_t k = group.in_features(), n = group.out_features();
-  const Tensor input = x.slice_cols(0, k);
   // Rows of A between the parts are zero, so that a product over all of them clears the columns.
   const bool written = one_adapter(layout, x.dim(0));
   const Tensor tail = cleared_tail(x, k, layout, written);
-  for (const SegmentParts& segment : layout.segments) {
-    const Tensor rows = tail.slice_rows(segment.begin, segment.end);
-    const auto product = [&](const Tensor& in, int64_t first, int64_t last) {
-      gemm(rows.slice_cols(first, last), in, Op::none,
-           block.slice_rows(n + first, n + last).slice_cols(0, k), Op::transpose, 1.0f, 0.0f, {},
-           SplitK::allowed);
-    };
-    if (!segment.dropout()) {
-      product(input.slice_rows(segment.begin, segment.end), segment.column,
-              segment.column + segment.width);
-      continue;
-    }
-    for (const Part& part : segment.parts)
-      product(dropped(input, segment, part, batch), part.column, part.column + part.r());
-  }
+  for (const SegmentParts& segment : layout.segments)
+    adapter_forward(tail.slice_rows(segment.begin, segment.end)
+                        .slice_cols(segment.column, segment.column + segment.width),
+                    x.slice_rows(segment.begin, segment.end).slice_cols(0, k),
+                    stacked_a(block, segment, n, k), segment.rows(batch));
 }
 
 Tensor folded_backward(const Tensor& incoming, const Node& node, const LinearGroup& group,
-                       const Batch& batch, const Layout& layout, Tensor& g) {
+                       const Batch& batch, const Layout& layout, bool has_adapters, Tensor& g) {
   const int64_t n = group.out_features(), k = group.in_features(), width = layout.width;
   g = with_room(incoming, width);
-  const Tensor block = folded_block(group, layout, node.needs(0), g.dtype(), g.device());
+  const Tensor block =
+      folded_block(group, layout, node.needs(0), has_adapters, g.dtype(), g.device());
   Tensor wide = g;
   std::vector<Tensor> apart;  // ds of segments with dropout
   if (width > 0) {
@@ -208,12 +161,11 @@ Tensor folded_backward(const Tensor& incoming, const Node& node, const LinearGro
           segment.dropout()
               ? Tensor::empty({rows, segment.width}, g.dtype(), g.device())
               : tail.slice_rows(segment.begin, segment.end).slice_cols(segment.column, last);
-      const Tensor dy = g.slice_rows(segment.begin, segment.end);
-      gemm(ds, dy, Op::none, block.slice_rows(0, n).slice_cols(k + segment.column, k + last),
-           Op::none, 1.0f, 0.0f, {}, SplitK::allowed);
       const Tensor rows_of_x = x.slice_rows(segment.begin, segment.end);
-      adapter_gradients(segment, dy, rows_of_x.slice_cols(k + segment.column, k + last), ds,
-                        x.slice_cols(0, k), batch);
+      adapter_backward(ds, g.slice_rows(segment.begin, segment.end),
+                       stacked_b(block, segment, n, k),
+                       rows_of_x.slice_cols(k + segment.column, k + last),
+                       rows_of_x.slice_cols(0, k), segment.rows(batch));
       if (segment.dropout()) apart.push_back(std::move(ds));
     }
   }
@@ -221,7 +173,9 @@ Tensor folded_backward(const Tensor& incoming, const Node& node, const LinearGro
   const Tensor dx = matmul_nn(wide, block.slice_cols(0, k));
   size_t next = 0;
   for (const SegmentParts& segment : layout.segments)
-    if (segment.dropout()) add_adapter_dx(dx, segment, apart[next++], batch);
+    if (segment.dropout())
+      adapter_input_gradient(dx.slice_rows(segment.begin, segment.end), apart[next++],
+                             stacked_a(block, segment, n, k), segment.rows(batch));
   return dx;
 }
 
@@ -242,10 +196,11 @@ Tensor separate_forward(const Tensor& x, const Tensor& y, const LinearGroup& gro
   if (layout.width == 0) return {};
   const Tensor s = Tensor::empty({x.dim(0), layout.widest}, x.dtype(), x.device());
   for (const SegmentParts& segment : layout.segments)
-    for (const Part& part : segment.parts) {
+    for (const AdapterPart& part : segment.parts) {
       const LoraModule& lora = *part.lora;
-      const Tensor own = columns(s.slice_rows(segment.begin, segment.end), segment, part);
-      gemm(own, dropped(x, segment, part, batch), Op::none, lora.a_compute, Op::transpose);
+      const Tensor own = columns(s.slice_rows(segment.begin, segment.end), part);
+      gemm(own, dropped(x.slice_rows(segment.begin, segment.end), part, segment.rows(batch)),
+           Op::none, lora.a_compute, Op::transpose);
       if (!wanted) continue;
       gemm(y.slice_rows(segment.begin, segment.end).slice_cols(part.row, part.row + part.out()),
            own, Op::none, lora.b_compute, Op::transpose, lora.scale, 1.0f);
@@ -269,12 +224,15 @@ Tensor separate_backward(const Tensor& g, const Node& node, const LinearGroup& g
   for (const SegmentParts& segment : layout.segments) {
     const Tensor dy = g.slice_rows(segment.begin, segment.end);
     const Tensor ds = Tensor::empty({dy.dim(0), segment.width}, g.dtype(), g.device());
-    for (const Part& part : segment.parts)
-      gemm(columns(ds, segment, part), dy.slice_cols(part.row, part.row + part.out()), Op::none,
+    for (const AdapterPart& part : segment.parts)
+      gemm(columns(ds, part), dy.slice_cols(part.row, part.row + part.out()), Op::none,
            part.lora->b_compute, Op::none, part.lora->scale);
-    adapter_gradients(segment, dy, node.saved("linear.s").slice_rows(segment.begin, segment.end),
-                      ds, node.saved("linear.x"), batch);
-    if (dx.defined()) add_adapter_dx(dx, segment, ds, batch);
+    adapter_gradients(ds, dy, node.saved("linear.s").slice_rows(segment.begin, segment.end),
+                      node.saved("linear.x").slice_rows(segment.begin, segment.end),
+                      segment.rows(batch));
+    if (dx.defined())
+      adapter_input_gradient(dx.slice_rows(segment.begin, segment.end), ds, {},
+                             segment.rows(batch));
   }
   return dx;
 }
@@ -317,7 +275,7 @@ Variable linear(Tape& tape, const Variable& x, const LinearGroup& group, const B
   if (group.folded) {
     const Tensor input = with_room(x.value, width);
     const Tensor wide = width > 0 ? input.widened(input.dim(1) + width) : input;
-    const Tensor block = folded_block(group, layout, wanted, y.dtype(), y.device());
+    const Tensor block = folded_block(group, layout, wanted, false, y.dtype(), y.device());
     if (width > 0) fill_s(wide, block, layout, group, batch);
     if (wanted)
       gemm(y, wide, Op::none, block.slice_rows(0, n), Op::transpose, 1.0f,
@@ -330,9 +288,10 @@ Variable linear(Tape& tape, const Variable& x, const LinearGroup& group, const B
   if (wanted) add_biases(y, group);
   Variable result = tape.record(
       "linear", y, {x, residual}, std::move(slots),
-      [&group, batch, layout](const Tensor& g, const Node& node) {
+      [&group, batch, layout, pass = ++group.passes](const Tensor& g, const Node& node) {
         Tensor dy = g;  // with room for ds, which the residual's gradient then has too
-        const Tensor dx = group.folded ? folded_backward(g, node, group, batch, layout, dy)
+        const bool latest = group.passes == pass;
+        const Tensor dx = group.folded ? folded_backward(g, node, group, batch, layout, latest, dy)
                                        : separate_backward(g, node, group, batch, layout);
         return std::vector<Tensor>{dx, dy};
       },

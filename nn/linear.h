@@ -28,6 +28,9 @@ struct LinearGroup {
   /// The block of nn/fold.h with W already expanded, [N + R, K + R] with room for some R, where the
   /// model holds it resident; undefined otherwise.
   Tensor resident;
+  /// Forward passes so far: each leaves its adapters in `resident`, where its backward pass finds
+  /// them unless another came between.
+  mutable int64_t passes = 0;
 
   int64_t in_features() const { return members.front().weight.in_features(); }
   int64_t out_features() const;

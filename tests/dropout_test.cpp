@@ -26,10 +26,20 @@ Places places(int64_t tokens, const Case& c) {
   return {example, position, c};
 }
 
-TEST(Dropout, ThresholdIsPTimesTwoToThe32) {
+TEST(Dropout, ThresholdIsPTimesTwoToThe16) {
   EXPECT_EQ(dropout_threshold(0), 0u);
-  EXPECT_EQ(dropout_threshold(0.25f), 0x40000000u);
-  EXPECT_EQ(dropout_threshold(0.5f), 0x80000000u);
+  EXPECT_EQ(dropout_threshold(0.1f), 6554u);
+  EXPECT_EQ(dropout_threshold(0.25f), 0x4000u);
+  EXPECT_EQ(dropout_threshold(0.5f), 0x8000u);
+  EXPECT_EQ(dropout_threshold(0.9999999f), 0xffffu);
+}
+
+// What is kept grows by the inverse of how often it is kept.
+TEST(Dropout, KeepsTheMean) {
+  for (const float p : {0.0f, 0.05f, 0.1f, 0.5f, 0.9f})
+    EXPECT_DOUBLE_EQ(dropout_factor(p) * (65536 - dropout_threshold(p)), 65536) << p;
+  EXPECT_EQ(dropout_factor(0), 1);
+  EXPECT_NEAR(dropout_factor(0.1f), 1 / 0.9, 2e-5);
 }
 
 TEST_P(DropoutTest, FollowsTheRuleElementByElement) {

@@ -53,11 +53,11 @@ void dropout_add(const Tensor& y, const Tensor& x, const Tensor& example, const 
 namespace cpu {
 namespace {
 
-/// philox() for the counters first, first + 1, ... of one token, side by side in the lanes of
-/// vector registers; random[j] decides feature j.
+/// dropout_bits() for units first, first + 1, ... of one token, side by side in the lanes of vector
+/// registers; random[j] decides feature j.
 template <int width>
 struct PhiloxVector {
-  static constexpr int counters = width / 4;
+  static constexpr int counters = width / 4, features = 8 * counters;
   using U32 = typename VectorOf<uint32_t, width>::type;
   using U64 = typename VectorOf<uint64_t, width>::type;
 
@@ -73,17 +73,15 @@ struct PhiloxVector {
     U32 c2 = U32{} + static_cast<uint32_t>(example);
     U32 c3 = U32{} + static_cast<uint32_t>(static_cast<uint64_t>(example) >> 32);
     uint32_t k0 = static_cast<uint32_t>(key), k1 = static_cast<uint32_t>(key >> 32);
-    for (int round = 0; round < 10; ++round, k0 += 0x9E3779B9u, k1 += 0xBB67AE85u) {
+    for (int round = 0; round < dropout_rounds; ++round, k0 += 0x9E3779B9u, k1 += 0xBB67AE85u) {
       const U32 h0 = high_product(c0, 0xD2511F53u), h1 = high_product(c2, 0xCD9E8D57u);
       const U32 l0 = c0 * 0xD2511F53u, l1 = c2 * 0xCD9E8D57u;
       c0 = h1 ^ c1 ^ k0, c1 = l1;
       c2 = h0 ^ c3 ^ k1, c3 = l0;
     }
     for (int l = 0; l < counters; ++l) {
-      random[4 * l] = c0[l];
-      random[4 * l + 1] = c1[l];
-      random[4 * l + 2] = c2[l];
-      random[4 * l + 3] = c3[l];
+      const uint32_t lanes[4] = {c0[l], c1[l], c2[l], c3[l]};
+      for (int j = 0; j < 8; ++j) random[8 * l + j] = lanes[j / 2] >> j % 2 * 16 & 0xffff;
     }
   }
 };
@@ -100,22 +98,22 @@ void dropout(const Tensor& y, const Tensor& x, const Tensor& example, const Tens
     using A = accumulate_t<T>;
     T* out = y.data<T>();
     const T* in = x.data<T>();
-    const A keep = A(1) - static_cast<A>(key.p);
+    const A factor = static_cast<A>(dropout_factor(key.p));
     parallel_for(x.rows(), std::max<int64_t>(1, 16384 / cols), [=](int64_t begin, int64_t end) {
       vectorized([&]<int width>() QLAB_INLINE {
         for (int64_t t = begin; t < end; ++t)
-          for (int64_t i = 0; i < cols; i += width) {
-            uint32_t random[width];
-            PhiloxVector<width>::fill(random, key.key, static_cast<uint32_t>(i >> 2), place[t],
+          for (int64_t i = 0; i < cols; i += PhiloxVector<width>::features) {
+            constexpr int features = PhiloxVector<width>::features;
+            uint32_t random[features];
+            PhiloxVector<width>::fill(random, key.key, static_cast<uint32_t>(i >> 3), place[t],
                                       owner[t]);
-            const int64_t n = std::min<int64_t>(width, cols - i);
+            const int64_t n = std::min<int64_t>(features, cols - i);
             T* to = out + t * y_pitch + i;
             const T* from = in + t * x_pitch + i;
-            A kept[width];
-            const A share = keep;
+            A kept[features];
             for (int64_t j = 0; j < n; ++j) {
-              const A quotient = static_cast<A>(from[j]) / share;
-              kept[j] = random[j] >= threshold ? quotient : A(0);
+              const A grown = static_cast<A>(from[j]) * factor;
+              kept[j] = random[j] >= threshold ? grown : A(0);
             }
             if (accumulate)
               for (int64_t j = 0; j < n; ++j) kept[j] += static_cast<A>(to[j]);

@@ -1,0 +1,269 @@
+#include "nn/adapter_products.h"
+
+#include "nn/fold.h"
+#include "nn/linear.h"
+#include "tests/support/op_test.h"
+
+namespace qlab::test {
+namespace {
+
+struct Sizes {
+  int64_t t, k, r;
+  std::vector<int64_t> outs;
+  float p;
+};
+
+/// A segment's adapters on modules of one input, and what meets them.
+struct Problem {
+  Tensor x, dy, a, b, s, ds, dx, examples, positions;
+  std::vector<LoraModule> modules;
+  std::vector<AdapterPart> parts;
+
+  AdapterRows rows() const { return {parts, examples, positions}; }
+};
+
+class AdapterProductsTest : public OpTest {
+ protected:
+  static int64_t width_of(int64_t r) { return (r + fold_step - 1) / fold_step * fold_step; }
+
+  /// [rows, cols] with `tail` more behind each row, after `before` other rows.
+  Tensor placed(int64_t rows, int64_t cols, int64_t tail, int64_t before, double scale = 1) {
+    const Tensor block = Tensor::with_tail(before + rows, cols, tail, dtype(), device());
+    const Tensor y = block.slice_rows(before, before + rows);
+    copy(y, random({rows, cols}, scale));
+    return y;
+  }
+
+  Problem problem(const Sizes& z, int64_t tail = 64, int64_t before = 0) {
+    Problem p;
+    int64_t n = 0;
+    for (const int64_t out : z.outs) n += out;
+    const int64_t width = width_of(z.r), all = width * std::ssize(z.outs);
+    p.x = placed(z.t, z.k, tail, before);
+    p.dy = placed(z.t, n, tail, before, 0.1);
+    p.dx = placed(z.t, z.k, tail, before);
+    p.s = placed(z.t, all, tail, before);
+    p.ds = placed(z.t, all, tail, before);
+    p.a = Tensor::with_tail(all, z.k, tail, dtype(), device());
+    p.b = Tensor::with_tail(n, all, tail, dtype(), device());
+    fill_zero(p.a);
+    fill_zero(p.b);
+    int64_t row = 0, column = 0;
+    const DType sums = dtype() == DType::f64 ? DType::f64 : DType::f32;
+    for (const int64_t out : z.outs) {
+      LoraModule lora;
+      lora.scale = 0.5f;
+      lora.a_compute = random({z.r, z.k}, 0.1);
+      copy(p.a.slice_rows(column, column + z.r), lora.a_compute);
+      copy(p.b.slice_rows(row, row + out).slice_cols(column, column + z.r),
+           random({out, z.r}, 0.1));
+      lora.a = random({z.r, z.k}, Case{device(), sums});
+      lora.b = random({out, z.r}, Case{device(), sums});
+      lora.da = random({z.r, z.k}, Case{device(), sums}, 3);
+      lora.db = random({out, z.r}, Case{device(), sums}, 3);
+      p.modules.push_back(lora);
+      row += out;
+      column += width;
+    }
+    row = column = 0;
+    for (size_t i = 0; i < z.outs.size(); ++i) {
+      p.parts.push_back({&p.modules[i], row, column, {17 + i, z.p}});
+      row += z.outs[i];
+      column += width;
+    }
+    std::vector<int64_t> examples;
+    std::vector<int32_t> positions;
+    for (int64_t i = 0; i < z.t; ++i) {
+      examples.push_back((int64_t{1} << 33) + i / 50);
+      positions.push_back(static_cast<int32_t>(i % 50));
+    }
+    p.examples = tensor_of(examples, GetParam());
+    p.positions = tensor_of(positions, GetParam());
+    return p;
+  }
+
+  /// The same values in f64 on the CPU.
+  static Problem reference_of(const Problem& from) {
+    Problem p;
+    p.x = as_reference(from.x), p.dy = as_reference(from.dy), p.a = as_reference(from.a);
+    p.b = as_reference(from.b), p.s = as_reference(from.s), p.ds = as_reference(from.ds);
+    p.dx = as_reference(from.dx), p.examples = as_reference(from.examples);
+    p.positions = as_reference(from.positions);
+    for (LoraModule lora : from.modules) {
+      for (Tensor* t : {&lora.a, &lora.b, &lora.da, &lora.db, &lora.a_compute})
+        *t = as_reference(*t);
+      p.modules.push_back(lora);
+    }
+    p.parts = from.parts;
+    for (size_t i = 0; i < p.parts.size(); ++i) p.parts[i].lora = &p.modules[i];
+    return p;
+  }
+
+  /// The columns that a rank fills: what stands between them is not everywhere written.
+  static Tensor used(const Tensor& s, const AdapterPart& part) { return columns(s, part).clone(); }
+};
+
+INSTANTIATE_TEST_SUITE_P(Ops, AdapterProductsTest, all_cases, name);
+
+const std::vector<Sizes> cases = {
+    {1, 264, 20, {72}, 0.1f},
+    {77, 576, 5, {192}, 0},
+    {300, 1544, 16, {576, 200, 192}, 0},
+    {300, 1544, 16, {576, 200, 192}, 0.1f},
+    {129, 576, 32, {576, 192, 192}, 0.3f},
+    {515, 264, 64, {520}, 0.1f},
+    {200, 512, 40, {1032, 512}, 0.05f},
+    {33, 64, 17, {64, 32}, 0},
+    {2000, 64, 16, {8200}, 0},
+    {900, 40, 32, {2064, 520}, 0.1f},
+    {40, 72, 80, {64}, 0.1f},
+    {40, 70, 8, {63, 9}, 0.1f},
+};
+
+TEST_P(AdapterProductsTest, MatchTheFormulas) {
+  for (const Sizes& z : cases) {
+    SCOPED_TRACE(fmt::format("T {} K {} r {} modules {} p {}", z.t, z.k, z.r, z.outs.size(), z.p));
+    const Problem got = problem(z);
+    adapter_forward(got.s, got.x, got.a, got.rows());
+    const Problem want = reference_of(got);
+    adapter_forward(want.s, want.x, want.a, want.rows());
+    // Off a GPU's kernels a dropped copy of x is rounded.
+    const bool rounded = z.p > 0 && dtype() == DType::bf16;
+    const double terms = std::sqrt(static_cast<double>(z.k));
+    for (const AdapterPart& part : got.parts)
+      expect_close(used(got.s, part), used(want.s, part), z.k, rounded ? 0.3 * terms : 0);
+
+    adapter_backward(got.ds, got.dy, got.b, got.s, got.x, got.rows());
+    const Problem then = reference_of(got);  // with the rounded s, and below the rounded ds
+    adapter_backward(then.ds, then.dy, then.b, want.s, then.x, then.rows());
+    copy(want.s, as_reference(got.s));
+    copy(want.ds, as_reference(got.ds));
+    adapter_gradients(want.ds, want.dy, want.s, want.x, want.rows());
+    int64_t n = 0;
+    for (const int64_t out : z.outs) n = std::max(n, out);
+    for (size_t i = 0; i < got.parts.size(); ++i) {
+      SCOPED_TRACE("module " + std::to_string(i));
+      expect_close(used(got.ds, got.parts[i]), used(then.ds, got.parts[i]), n);
+      expect_close(got.modules[i].db, want.modules[i].db, z.t);
+      const Tensor& da = got.modules[i].da;
+      if (rounded)
+        expect_close(cast(da, DType::bf16), want.modules[i].da, z.t,
+                     3 * std::sqrt(static_cast<double>(z.t)));
+      else
+        expect_close(da, want.modules[i].da, z.t);
+    }
+
+    adapter_input_gradient(got.dx, got.ds, got.a, got.rows());
+    adapter_input_gradient(want.dx, want.ds, want.a, want.rows());
+    expect_close(got.dx, want.dx, z.r);
+  }
+}
+
+// Whatever lies before and behind the rows, and however wide the others make them.
+TEST_P(AdapterProductsTest, BitsDoNotDependOnTheNeighbours) {
+  if (device().is_cuda() && dtype() == DType::f32) GTEST_SKIP() << "the library's choice";
+  for (const Sizes& z :
+       {Sizes{300, 1544, 16, {576, 200, 192}, 0.1f}, Sizes{515, 264, 32, {520}, 0}}) {
+    std::vector<Tensor> alone;
+    for (const auto& [tail, before] : {std::pair<int64_t, int64_t>{64, 0}, {1024, 24}}) {
+      Problem p = problem(z, tail, before);
+      if (!alone.empty()) {
+        copy(p.x, alone[0]);
+        copy(p.dy, alone[1]);
+        copy(p.dx, alone[2]);
+        copy(p.a, alone[3]);
+        copy(p.b, alone[4]);
+        for (size_t i = 0; i < p.parts.size(); ++i) {
+          const int64_t column = p.parts[i].column;
+          copy(p.modules[i].a_compute, p.a.slice_rows(column, column + z.r));
+        }
+      } else {
+        for (const Tensor& t : {p.x, p.dy, p.dx, p.a, p.b}) alone.push_back(t.clone());
+      }
+      for (const LoraModule& lora : p.modules) fill_zero(lora.da), fill_zero(lora.db);
+      fill_zero(p.s);
+      adapter_forward(p.s, p.x, p.a, p.rows());
+      adapter_backward(p.ds, p.dy, p.b, p.s, p.x, p.rows());
+      if (z.p > 0) adapter_input_gradient(p.dx, p.ds, p.a, p.rows());
+      std::vector<Tensor> results{p.s.clone(), p.ds.clone(), p.dx.clone()};
+      for (const LoraModule& lora : p.modules) {
+        results.push_back(lora.da.clone());
+        results.push_back(lora.db.clone());
+      }
+      if (alone.size() == 5) {
+        alone.insert(alone.end(), results.begin(), results.end());
+        continue;
+      }
+      for (size_t i = 0; i < results.size(); ++i) expect_same_bits(results[i], alone[5 + i]);
+    }
+  }
+}
+
+// A group whose weight is held expanded keeps the adapters of its latest forward pass there; an
+// earlier one's backward pass must not meet them.
+TEST_P(AdapterProductsTest, HeldWeightsMeetTheAdaptersOfTheirPass) {
+  if (dtype() == DType::f64) GTEST_SKIP() << "weights are held in the compute dtype";
+  const std::string name = "model.layers.0.mlp.down_proj";
+  const int64_t n = 48, k = 64, t = 30, width = 16;
+  LinearGroup group;
+  group.folded = true;
+  group.members.resize(1);
+  group.members[0].name = name;
+  group.members[0].weight = Weight::from_dense(
+      random({n, k}, 0.1),
+      WeightSpec{dtype() == DType::f32 ? WeightFormat::fp32 : WeightFormat::bf16});
+  group.resident = Tensor::with_tail(n + width, k, width, dtype(), device()).widened(k + width);
+  group.members[0].weight.expand(group.resident.slice_rows(0, n).slice_cols(0, k));
+  const Tensor input = random({t, k}), gradient = random({t, n});
+  const auto make = [&](uint64_t seed) {
+    LoraSpec spec;
+    spec.r = 8;
+    auto adapter = std::make_unique<Adapter>(spec, std::vector{Adapter::Shape{0, name, k, n}}, seed,
+                                             4, dtype(), device());
+    copy(adapter->module(name).b, random_f32({n, spec.r}, 0.1));
+    adapter->refresh();
+    return adapter;
+  };
+  const auto one = make(1), two = make(2);
+  struct Pass {
+    Batch batch;
+    Tape tape;
+    Variable x, y;
+  };
+  const auto forward = [&](const Adapter& adapter) {
+    auto pass = std::make_unique<Pass>();
+    pass->batch.segments = {{.end = t, .adapter = &adapter}};
+    pass->x = pass->tape.input(input, true);
+    pass->y = linear(pass->tape, pass->x, group, pass->batch);
+    return pass;
+  };
+  const auto backward = [&](Pass& pass) {
+    pass.tape.backward(pass.y, gradient.clone());
+    return pass.tape.gradient(pass.x).clone();
+  };
+  const auto first = forward(*one);
+  forward(*two);
+  const Tensor late = backward(*first), late_da = one->module(name).da.clone();
+  fill_zero(one->gradients());
+  const auto again = forward(*one);
+  const Tensor at_once = backward(*again);
+  expect_same_bits(late, at_once);
+  expect_same_bits(late_da, one->module(name).da);
+}
+
+TEST(AdapterProducts, RejectWhatDoesNotFit) {
+  const auto make = [](int64_t rows, int64_t cols) {
+    return tensor(normals(rows * cols, 1), {rows, cols}, cpu_f32);
+  };
+  LoraModule lora;
+  lora.a = make(4, 8), lora.b = make(6, 4);
+  const AdapterPart part{&lora, 0, 0, {}};
+  const AdapterRows rows{std::span(&part, 1), {}, {}};
+  EXPECT_ERROR(adapter_forward(make(5, 16), make(5, 8), make(12, 8), rows), "s must be");
+  EXPECT_ERROR(adapter_forward(make(5, 16), make(5, 8), make(16, 7), rows), "a must be");
+  EXPECT_ERROR(adapter_backward(make(5, 8), make(5, 6), make(6, 16), make(5, 16), make(5, 8), rows),
+               "ds must be");
+}
+
+}  // namespace
+}  // namespace qlab::test
