@@ -50,6 +50,8 @@ struct Reader {
       if (text == "bfloat16") text = "bf16";
       if (text == "float32") text = "fp32";
     }
+    for (const auto& [word, own] : field.words)
+      if (text == word) text = own;
     check_allowed(text);
     *out = text;
   }

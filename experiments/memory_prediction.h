@@ -62,6 +62,7 @@ struct MemoryPrediction {
   int64_t held_expanded = 0;           // of the base, in the compute dtype (quant.resident)
   std::vector<ProfileLine> work;       // of the largest training micro-batch and an update
   int64_t host_peak = 0;               // of the host, for a GPU's run: what loading stages
+  int64_t paged_out = 0;               // of the optimizers' states, in host memory
 
   const MemoryPhase& highest() const;
   int64_t peak() const { return highest().peak; }

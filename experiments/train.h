@@ -40,7 +40,8 @@ class TrialRun {
   std::vector<Sequence> micro_batch(int64_t step, int64_t micro) const;
   bool evaluation_due() const;
   void record_evaluation(const Evaluation& evaluation);
-  void update();
+  void update(const Tensor& idle);
+  void note_pages();
   void give_up(const std::string& error);
   void write_status(const char* status, const std::string& error = "");
   void save_adapter_files();
@@ -74,12 +75,15 @@ class TrialRun {
     double seconds;
     int64_t tokens;
     double flops;
+    PageTraffic traffic;
   };
   std::vector<Timed> timed_;
 
   // Of the step being taken.
   int64_t step_tokens_ = 0;
   double loss_ = 0, lr_ = 0;
+  PageTraffic traffic_;
+  int64_t paged_out_ = 0;
   int64_t window_tokens_ = 0, window_batches_ = 0;  // the last window of a run may be shorter
 };
 
@@ -90,6 +94,7 @@ struct TrainProgress {
   double loss, tokens_per_s, seconds_left;
   double mfu;  // model FLOP utilization of the last step; 0 where the peak is unknown
   bool last;
+  PageTraffic traffic;  // of the last update
 };
 struct EvaluationProgress {
   std::string name;
