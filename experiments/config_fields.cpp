@@ -166,8 +166,8 @@ std::vector<Field> make_fields() {
        {"none", "selective", "full", "offload", "auto"}},
       {.key = "train.memory_budget",
        .slot = QLAB_SLOT(train.memory_budget),
-       .meaning = "with recompute auto, what the run may take of the device in all, for example "
-                  "24GiB; auto: what is free, on a GPU less 1 GiB or an eighth",
+       .meaning = "with recompute auto or a paged optimizer, what the run may take of the device "
+                  "in all, for example 24GiB; auto: what is free, on a GPU less 1 GiB or an eighth",
        .effect = none},
       {.key = "train.graphs",
        .slot = QLAB_SLOT(train.graphs),

@@ -45,6 +45,7 @@ struct RunPlan {
   std::vector<Recompute> layers;  // what each of them computes again
   int64_t resident = 0;           // bytes for weights held expanded
   bool host_embeddings = false;   // model.embeddings
+  int64_t paged_out = 0;          // bytes of optimizer states in host memory, predicted
   int64_t peak = 0;               // of the allocator, predicted
   double step_seconds = 0;        // predicted by experiments/cost_model.h
 };

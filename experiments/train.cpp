@@ -153,7 +153,7 @@ void TrialRun::note_pages() {
   if (now == paged_out_) return;
   paged_out_ = now;
   files_.log(fmt::format("step {}: {} of the optimizer's {} of paged states in host memory",
-                         progress_.step, format_bytes(now),
+                         progress_.step + 1, format_bytes(now),
                          format_bytes(optimizer_->moments().bytes())));
 }
 
@@ -185,7 +185,7 @@ void TrialRun::write_status(const char* status, const std::string& error) {
     json["predicted_peak_bytes"] = predicted_->training;
     json["predicted_load_peak_bytes"] = predicted_->loading;
   }
-  if (config_.optim.type.starts_with("paged_")) {
+  if (is_paged(config_)) {
     PageTraffic all;
     std::vector<double> stalls;
     for (const Timed& t : timed_) {
@@ -263,9 +263,11 @@ RunPlan Gang::make_plan() const {
   std::vector<PaperTrial> gang = on_paper();
   for (PaperTrial& t : gang)  // where they lie was decided before the base was loaded
     t.config.model.embeddings = model_.host_embeddings() != nullptr ? "host" : "device";
-  RunPlan plan =
-      plan_run(library_.model(first.model.path), gang, device,
-               memory_budget(first, device, target_here(device).capacity), rates_of(device));
+  // The allocator of a run with paged states is limited to its budget already.
+  const std::optional<int64_t> capacity = target_here(device).capacity;
+  int64_t budget = memory_budget(first, device, capacity);
+  if (is_paged(first) && capacity && first.train.memory_budget.text == "auto") budget = *capacity;
+  RunPlan plan = plan_run(library_.model(first.model.path), gang, device, budget, rates_of(device));
   for (TrialRun* t : running())
     t->files_.log(fmt::format("plan: {}; {} at the peak", describe(plan), format_bytes(plan.peak)));
   return plan;
