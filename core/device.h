@@ -86,6 +86,38 @@ class Graph {
   void* executable_ = nullptr;
 };
 
+/// A stream for copies that run beside the device's own.
+class CopyStream {
+ public:
+  CopyStream();
+  ~CopyStream();
+  CopyStream(const CopyStream&) = delete;
+  CopyStream& operator=(const CopyStream&) = delete;
+  /// Between the device and page-locked host memory.
+  void copy(void* destination, const void* source, size_t bytes);
+
+ private:
+  friend class Event;
+  void* stream_ = nullptr;
+};
+
+/// A moment in a stream, by default the device's own.
+class Event {
+ public:
+  Event();
+  ~Event();
+  Event(const Event&) = delete;
+  Event& operator=(const Event&) = delete;
+  void record(const CopyStream* stream = nullptr);
+  /// What is issued to the stream from now on begins after the moment that was recorded last.
+  void wait(const CopyStream* stream = nullptr) const;
+  /// Negative where this one came later; waits for both.
+  double seconds_until(const Event& later) const;
+
+ private:
+  void* event_ = nullptr;
+};
+
 /// The device's own clock around what is issued between start() and seconds().
 class Stopwatch {
  public:

@@ -87,6 +87,7 @@ std::map<Device, MemoryAccount, DeviceLess> accounts;
 std::map<Device, int64_t, DeviceLess> limits;
 std::map<int64_t, std::pair<Device, LiveTensor>> live_on_meta;  // by running number
 int64_t meta_count = 0;
+std::vector<std::pair<Device, Evictable*>> evictables;
 thread_local const MemoryName* innermost_name = nullptr;
 
 void charge(MemoryAccount& account, Category category, int64_t bytes) {
@@ -122,12 +123,39 @@ int64_t left_of_limit(Device device) {
   return limit == limits.end() ? INT64_MAX : limit->second - accounts[device].total;
 }
 
-void* allocate_on(Device device, int64_t bytes) {
+/// Has others give back what `bytes` lack; false when they have nothing more.
+bool evict_for(Device device, int64_t bytes) {
+  std::vector<Evictable*> asked;
+  {
+    const std::lock_guard lock(account_mutex);
+    for (auto it = evictables.rbegin(); it != evictables.rend(); ++it)
+      if (it->first == device) asked.push_back(it->second);
+  }
+  if (asked.empty()) return false;
+  int64_t missing = bytes - available_memory(device), freed = 0;
+  if (missing <= 0) missing = bytes;  // enough in all, but not in one piece
+  for (Evictable* who : asked)
+    if (freed < missing) freed += who->evict(missing - freed);
+  return freed > 0;
+}
+
+void* try_to_allocate(Device device, int64_t bytes) {
   if (bytes > left_of_limit(device)) return nullptr;
   if (device.is_cuda()) return cuda::allocate(static_cast<size_t>(bytes), device.index);
   // Linux hands out more than it has; ask before a large block, so that the error is ours.
   if (bytes > (int64_t{1} << 28) && bytes > available_host_bytes()) return nullptr;
   return std::aligned_alloc(alignment, static_cast<size_t>(bytes));
+}
+
+void* allocate_on(Device device, int64_t bytes) {
+  void* data = try_to_allocate(device, bytes);
+  while (data == nullptr && evict_for(device, bytes)) data = try_to_allocate(device, bytes);
+  return data;
+}
+
+/// What allocate_on() would have others give back.
+void evict_on_paper(Device meta, int64_t bytes) {
+  while (bytes > left_of_limit(meta) && evict_for(meta, bytes)) continue;
 }
 
 void release_on(Device device, void* data) {
@@ -213,6 +241,15 @@ int64_t available_memory(Device device) {
   return std::min(within, device.is_cuda()
                               ? static_cast<int64_t>(cuda::memory_info(device.index).free_bytes)
                               : available_host_bytes());
+}
+
+void add_evictable(Device device, Evictable* who) {
+  const std::lock_guard lock(account_mutex);
+  evictables.emplace_back(device, who);
+}
+void remove_evictable(Device device, Evictable* who) {
+  const std::lock_guard lock(account_mutex);
+  std::erase(evictables, std::pair(device, who));
 }
 
 std::vector<LiveTensor> live_tensors(Device meta) {
@@ -356,7 +393,9 @@ void StepMemory::reserve(StepPlan& plan) {
     if (base_ != nullptr) release_on(device_, base_);
     base_ = nullptr, bytes_ = 0, held_ = {};
   }
-  if (!device_.is_meta()) {
+  if (device_.is_meta()) {
+    evict_on_paper(device_, plan.bytes);
+  } else {
     base_ = allocate_on(device_, plan.bytes);
     if (base_ == nullptr) out_of_memory(device_, plan.bytes, "a step");
   }
@@ -395,6 +434,7 @@ std::shared_ptr<Storage> Storage::allocate(int64_t bytes, Device device) {
       if (recording->named) recording->plan.labels.push_back({MemoryName::path(), "", ""});
       charge(recording->account, current_category, bytes);
     } else {
+      evict_on_paper(device, bytes);
       storage->source_ = Source::meta;
       LiveTensor live{MemoryName::path(), "", current_category, bytes};
       {

@@ -77,6 +77,21 @@ void limit_memory(Device device, int64_t bytes);
 /// its limit leaves.
 int64_t available_memory(Device device);
 
+/// Something that can give memory of its device back for a while, as an optimizer's states that
+/// wait on the host. Asked before an allocation outside of steps is refused; on meta where it would
+/// be.
+class Evictable {
+ public:
+  /// Frees at least `bytes` where it can. Returns what it freed; 0 when nothing is left to free.
+  virtual int64_t evict(int64_t bytes) = 0;
+
+ protected:
+  ~Evictable() = default;
+};
+/// The one added last is asked first.
+void add_evictable(Device device, Evictable* who);
+void remove_evictable(Device device, Evictable* who);
+
 /// A tensor on paper.
 struct LiveTensor {
   std::string name;  // where it belongs: "lm_head", "backward model.layers.3 swiglu.gate_up"

@@ -203,6 +203,48 @@ void Graph::launch() const {
         "cudaGraphLaunch");
 }
 
+CopyStream::CopyStream() {
+  cudaStream_t stream = nullptr;
+  check(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), "cudaStreamCreate");
+  stream_ = stream;
+}
+CopyStream::~CopyStream() { cudaStreamDestroy(static_cast<cudaStream_t>(stream_)); }
+
+void CopyStream::copy(void* destination, const void* source, size_t bytes) {
+  if (bytes == 0) return;
+  check(cudaMemcpyAsync(destination, source, bytes, cudaMemcpyDefault,
+                        static_cast<cudaStream_t>(stream_)),
+        "cudaMemcpyAsync");
+}
+
+Event::Event() {
+  cudaEvent_t event = nullptr;
+  check(cudaEventCreate(&event), "cudaEventCreate");
+  event_ = event;
+}
+Event::~Event() { cudaEventDestroy(static_cast<cudaEvent_t>(event_)); }
+
+void Event::record(const CopyStream* stream) {
+  check(cudaEventRecord(
+            static_cast<cudaEvent_t>(event_),
+            stream == nullptr ? current_stream() : static_cast<cudaStream_t>(stream->stream_)),
+        "cudaEventRecord");
+}
+void Event::wait(const CopyStream* stream) const {
+  check(cudaStreamWaitEvent(
+            stream == nullptr ? current_stream() : static_cast<cudaStream_t>(stream->stream_),
+            static_cast<cudaEvent_t>(event_), 0),
+        "cudaStreamWaitEvent");
+}
+double Event::seconds_until(const Event& later) const {
+  const auto begin = static_cast<cudaEvent_t>(event_), end = static_cast<cudaEvent_t>(later.event_);
+  check(cudaEventSynchronize(begin), "cudaEventSynchronize");
+  check(cudaEventSynchronize(end), "cudaEventSynchronize");
+  float milliseconds = 0;
+  check(cudaEventElapsedTime(&milliseconds, begin, end), "cudaEventElapsedTime");
+  return 1e-3 * static_cast<double>(milliseconds);
+}
+
 Stopwatch::Stopwatch() {
   cudaEvent_t begin = nullptr, end = nullptr;
   check(cudaEventCreate(&begin), "cudaEventCreate");

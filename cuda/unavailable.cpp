@@ -16,6 +16,7 @@
 #include "nn/adapter_products.h"
 #include "nn/fold.h"
 #include "optim/adamw.h"
+#include "optim/adamw8bit.h"
 #include "quant/quantize.h"
 
 namespace qlab::cuda {
@@ -63,6 +64,14 @@ void adapter_input_gradient(In, In, In, const AdapterRows&) { missing(); }
 Graph::Graph(const std::function<void()>&) { missing(); }
 Graph::~Graph() = default;
 void Graph::launch() const { missing(); }
+CopyStream::CopyStream() { missing(); }
+CopyStream::~CopyStream() = default;
+void CopyStream::copy(void*, const void*, size_t) { missing(); }
+Event::Event() { missing(); }
+Event::~Event() = default;
+void Event::record(const CopyStream*) { missing(); }
+void Event::wait(const CopyStream*) const { missing(); }
+double Event::seconds_until(const Event&) const { missing(); }
 Stopwatch::Stopwatch() { missing(); }
 Stopwatch::~Stopwatch() = default;
 void Stopwatch::start() { missing(); }
@@ -94,5 +103,6 @@ void quantize_scales(const Nf4Tensor&, In, In) { missing(); }
 void dequantize_nf4(In, const Nf4Tensor&) { missing(); }
 void grad_norm(In, In, In) { missing(); }
 void adamw(In, In, In, In, In, In) { missing(); }
+void adamw8bit(In, const Moments8&, int64_t, int64_t, In, In, In) { missing(); }
 
 }  // namespace qlab::cuda

@@ -51,6 +51,8 @@ struct Reader {
       if (text == "float16") text = "fp16";
       if (text == "float32") text = "fp32";
     }
+    for (const auto& [word, own] : field.words)
+      if (text == word) text = own;
     check_allowed(text);
     *out = text;
   }

@@ -79,7 +79,7 @@ struct TrainConfig {
 };
 
 struct OptimConfig {
-  std::string type = "adamw";
+  std::string type = "adamw";  // adamw | adamw8bit | paged_adamw | paged_adamw8bit
   double lr = 2e-4;
   std::array<double, 2> betas{0.9, 0.999};
   double eps = 1e-8;

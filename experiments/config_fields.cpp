@@ -14,6 +14,15 @@ Range at_least(double low) { return {.low = low}; }
 Range above(double low) { return {.low = low, .low_open = true}; }
 const Range kFraction{.low = 0, .high = 1, .high_open = true};
 
+/// Hugging Face's names of optimizers.
+const std::vector<std::pair<std::string, const char*>> kOptimizers{
+    {"adamw_torch", "adamw"},
+    {"adamw_torch_fused", "adamw"},
+    {"adamw_8bit", "adamw8bit"},
+    {"adamw_bnb_8bit", "adamw8bit"},
+    {"paged_adamw_32bit", "paged_adamw"},
+    {"paged_adamw_8bit", "paged_adamw8bit"}};
+
 #define QLAB_SLOT(member) [](Config& c) -> Slot { return &c.member; }
 
 std::vector<Field> make_fields() {
@@ -158,8 +167,8 @@ std::vector<Field> make_fields() {
        {"none", "selective", "full", "offload", "auto"}},
       {.key = "train.memory_budget",
        .slot = QLAB_SLOT(train.memory_budget),
-       .meaning = "with recompute auto, what the run may take of the device in all, for example "
-                  "24GiB; auto: what is free, on a GPU less 1 GiB or an eighth",
+       .meaning = "with recompute auto or a paged optimizer, what the run may take of the device "
+                  "in all, for example 24GiB; auto: what is free, on a GPU less 1 GiB or an eighth",
        .effect = none},
       {.key = "train.graphs",
        .slot = QLAB_SLOT(train.graphs),
@@ -188,9 +197,12 @@ std::vector<Field> make_fields() {
        .range = at_least(0)},
       {.key = "optim.type",
        .slot = QLAB_SLOT(optim.type),
-       .meaning = "optimizer",
-       .allowed = {"adamw"},
-       .unsupported = "8-bit, paged and other optimizers"},
+       .meaning = "AdamW with its states in 32 bits, or in 8 as bitsandbytes has them; paged_: "
+                  "states wait in host memory while the device has no room for them, with the same "
+                  "numbers and the same identity",
+       .allowed = {"adamw", "adamw8bit", "paged_adamw", "paged_adamw8bit"},
+       .unsupported = "other optimizers",
+       .words = kOptimizers},
       {.key = "optim.lr",
        .slot = QLAB_SLOT(optim.lr),
        .meaning = "peak learning rate",
@@ -248,8 +260,6 @@ std::vector<Field> make_fields() {
 std::vector<Alias> make_aliases() {
   const std::vector<std::pair<std::string, const char*>> recompute{{"true", "full"},
                                                                    {"false", "none"}};
-  const std::vector<std::pair<std::string, const char*>> optimizers{{"adamw_torch", "adamw"},
-                                                                    {"adamw_torch_fused", "adamw"}};
   return {
       {"model_name_or_path", "model.path"},
       {"load_in_4bit", "quant.type", {{"true", "nf4"}, {"false", "bf16"}}},
@@ -280,7 +290,7 @@ std::vector<Alias> make_aliases() {
       {"eval_steps", "train.eval_every"},
       {"logging_steps", "train.log_every"},
       {"save_steps", "train.save_every"},
-      {"optim", "optim.type", optimizers},
+      {"optim", "optim.type", kOptimizers},
       {"learning_rate", "optim.lr"},
       {"adam_beta1", "optim.beta1"},
       {"adam_beta2", "optim.beta2"},

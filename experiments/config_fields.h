@@ -36,6 +36,7 @@ struct Field {
   bool is_path = false;
   bool hidden = false;           // reached by aliases only
   std::string unsupported = {};  // values of other programs, for errors
+  std::vector<std::pair<std::string, const char*>> words = {};  // of other programs, and ours
 };
 
 /// Another spelling; `values` translates some values, and nullptr says that the setting is void.

@@ -86,6 +86,8 @@ std::string canonical(const Config& config) {
       std::sort(sorted.names.begin(), sorted.names.end());
       text = sorted.str();
     }
+    // Where states wait changes no number: a run that does not fit can go on with them paged.
+    if (field.key == "optim.type" && text.starts_with("paged_")) text = text.substr(6);
     out += fmt::format("{}={}\n", field.key, text);
   }
   return out;

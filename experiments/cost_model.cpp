@@ -32,7 +32,9 @@ constexpr Share shares[] = {
     {"dropout", 0, 0.92},
     {"dropout_add", 0, 0.92},
     {"adamw", 0, 0.97},
+    {"adamw8bit", 0, 0.37},
     {"offload", 0, 54.8e9 / 2.97e12},  // pinned memory over PCIe
+    {"page", 0, 104e9 / 2.97e12},      // in and out at once
 };
 constexpr double other_share = 0.85;
 

@@ -40,7 +40,9 @@ std::string same_work(const PaperTrial& trial) {
   Config c = trial.config;
   c.train.seed = 0;
   c.train.init_seed = c.train.data_seed = c.train.dropout_seed = 0;
+  const std::string optimizer = c.optim.type;
   c.optim = {};
+  c.optim.type = optimizer;
   c.lora.alpha = 1;
   c.lora.dropout = c.lora.dropout > 0 ? 0.5 : 0;
   std::string key = to_yaml(c);

@@ -40,7 +40,8 @@ int print_one(const Config& config, Library& library, const MemoryOptions& optio
   const int64_t budget = memory_budget(config, target.device, target.capacity);
   question.plan = plan_or_leanest(model, gang, target.device, budget, target.rates);
   const MemoryPrediction prediction =
-      predict_memory(model, gang, target.device, target.capacity, question.plan);
+      predict_memory(model, gang, target.device,
+                     allocator_limit(config, target.device, target.capacity), question.plan);
   std::optional<Remedy> remedy;
   if (prediction.peak() > capacity) remedy = cheapest_fit(model, gang, target.device, capacity);
   if (options.json)

@@ -172,7 +172,7 @@ MemoryPrediction predict_memory(const ModelSource& model, std::span<const PaperT
       run.adapter = std::make_unique<Adapter>(spec, llama->adapter_shapes(spec), 0, 0,
                                               llama->adapter_dtype(spec), meta);
       const int64_t count = run.adapter->parameter_count();
-      run.optimizer = std::make_unique<AdamW>(adamw_config(t.config), count, meta);
+      run.optimizer = std::make_unique<AdamW>(adamw_config(t.config), run.adapter->sizes(), meta);
       out.trainable_params += count;
       participants.push_back({run.adapter.get(), t.train_lengths, t.eval_lengths});
     }
@@ -185,14 +185,17 @@ MemoryPrediction predict_memory(const ModelSource& model, std::span<const PaperT
     count_largest_step(*stepper, participants);
     for (const PaperRun& run : runs) {
       fill_zero(run.adapter->gradients());
-      run.optimizer->step(run.adapter->parameters(), run.adapter->gradients(), 0.0f);
+      run.optimizer->step(run.adapter->parameters(), run.adapter->gradients(), 0.0f,
+                          stepper->idle());
       run.adapter->refresh();
+      out.paged_out += run.optimizer->moments().bytes_on_host();
     }
     out.work = counter.lines();
     out.phases.push_back(accounts.phase("train"));
     for (const PaperRun& run : runs) adapter_tensors(*run.adapter);
     out.phases.push_back(accounts.phase("save"));
-    if (target.is_cuda()) out.host_peak = std::max(out.host_peak, host_accounts.phase("run").peak);
+    if (target.is_cuda())
+      out.host_peak = std::max(out.host_peak, host_accounts.phase("run").peak + out.paged_out);
   }
   out.step_bytes = step.plan.bytes;
   out.step = step.plan.course();
@@ -235,6 +238,8 @@ std::optional<Remedy> cheapest_fit(const ModelSource& model, std::span<const Pap
       if (const auto remedy = set("train.recompute", "full")) return remedy;
     if (first.train.recompute != "offload" && target.is_cuda())
       if (const auto remedy = set("train.recompute", "offload")) return remedy;
+    if (!is_paged(first))
+      if (const auto remedy = set("optim.type", "paged_" + first.optim.type)) return remedy;
     while (tried.size() > 1) {
       tried.resize((tried.size() + 1) / 2);
       std::erase_if(sets, [](const std::string& s) { return s.starts_with("parallel."); });

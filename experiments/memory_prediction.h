@@ -45,6 +45,7 @@ struct RunPlan {
   std::vector<Recompute> layers;  // what each of them computes again
   int64_t resident = 0;           // bytes for weights held expanded
   bool host_embeddings = false;   // model.embeddings
+  int64_t paged_out = 0;          // bytes of optimizer states in host memory, predicted
   int64_t peak = 0;               // of the allocator, predicted
   double step_seconds = 0;        // predicted by experiments/cost_model.h
 };
@@ -62,6 +63,7 @@ struct MemoryPrediction {
   int64_t held_expanded = 0;           // of the base, in the compute dtype (quant.resident)
   std::vector<ProfileLine> work;       // of the largest training micro-batch and an update
   int64_t host_peak = 0;               // of the host, for a GPU's run: what loading stages
+  int64_t paged_out = 0;               // of the optimizers' states, in host memory
 
   const MemoryPhase& highest() const;
   int64_t peak() const { return highest().peak; }

@@ -77,7 +77,8 @@ std::string memory_text(const MemoryQuestion& question, const Config& config,
     text += row("adapters", at(peak, Category::adapters),
                 with_commas(p.trainable_params) + " trainable parameters");
     text += row("gradients", at(peak, Category::gradients));
-    text += row("optimizer states", at(peak, Category::optimizer));
+    text += row("optimizer states", at(peak, Category::optimizer),
+                p.paged_out > 0 ? format_bytes(p.paged_out) + " more on the host, paged" : "");
     text += row("activations", at(peak, Category::activations));
   }
   text += row("workspace", at(peak, Category::workspace));
@@ -132,7 +133,8 @@ Json memory_json(const MemoryQuestion& question, const MemoryPrediction& p,
                {"step_seconds", question.plan.step_seconds},
                {"step_tokens", question.tokens},
                {"step_bytes", p.step_bytes},
-               {"host_peak_bytes", p.host_peak}};
+               {"host_peak_bytes", p.host_peak},
+               {"paged_out_bytes", p.paged_out}};
   if (!question.assumed.empty()) json["assumed"] = question.assumed;
   if (question.target.gpu) {
     const GpuSpec& gpu = *question.target.gpu;

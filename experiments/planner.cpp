@@ -41,8 +41,8 @@ std::vector<Recompute> policy_at(int64_t i, int64_t layers) {
 class Search {
  public:
   Search(const ModelSource& model, std::span<const PaperTrial> gang, Device target,
-         const Rates& rates)
-      : model_(model), gang_(gang), target_(target), rates_(rates) {}
+         const Rates& rates, std::optional<int64_t> capacity)
+      : model_(model), gang_(gang), target_(target), rates_(rates), capacity_(capacity) {}
 
   RunPlan run(int64_t budget) {
     const int64_t layers = model_.config.num_hidden_layers;
@@ -77,7 +77,7 @@ class Search {
 
  private:
   MemoryPrediction predict(int64_t i, int64_t resident) const {
-    return predict_memory(model_, gang_, target_, {}, plan_at(i, resident));
+    return predict_memory(model_, gang_, target_, capacity_, plan_at(i, resident));
   }
 
   RunPlan plan_at(int64_t i, int64_t resident) const {
@@ -99,6 +99,7 @@ class Search {
       if (held.peak() <= budget) plan.resident = left, prediction = std::move(held);
     }
     plan.peak = prediction.peak();
+    plan.paged_out = prediction.paged_out;
     plan.step_seconds = predicted_seconds(prediction.work, rates_);
     return plan;
   }
@@ -123,18 +124,38 @@ class Search {
   std::span<const PaperTrial> gang_;
   Device target_;
   const Rates& rates_;
+  std::optional<int64_t> capacity_;  // within which states are paged
   bool host_embeddings_ = false;
 };
+
+/// With states on the device, or moving where that is faster or the only way.
+RunPlan search(const ModelSource& model, std::span<const PaperTrial> gang, Device target,
+               int64_t budget, const Rates& rates) {
+  const auto run = [&](std::optional<int64_t> capacity) {
+    return Search(model, gang, target, rates, capacity).run(budget);
+  };
+  if (std::none_of(gang.begin(), gang.end(), [](const auto& t) { return is_paged(t.config); }))
+    return run({});
+  RunPlan paged = run(budget);
+  if (paged.paged_out == 0) return paged;
+  try {
+    RunPlan kept = run({});
+    return kept.step_seconds <= paged.step_seconds ? kept : paged;
+  } catch (const OutOfMemory&) {
+    return paged;
+  }
+}
 
 }  // namespace
 
 RunPlan plan_run(const ModelSource& model, std::span<const PaperTrial> gang, Device target,
                  int64_t budget, const Rates& rates) {
   const Config& first = gang.front().config;
-  if (first.train.recompute == "auto") return Search(model, gang, target, rates).run(budget);
+  if (first.train.recompute == "auto") return search(model, gang, target, budget, rates);
   RunPlan plan = asked_plan(first, model.config.num_hidden_layers);
   const MemoryPrediction prediction = predict_memory(model, gang, target, budget, plan);
   plan.peak = prediction.peak();
+  plan.paged_out = prediction.paged_out;
   plan.step_seconds = predicted_seconds(prediction.work, rates);
   return plan;
 }
@@ -161,6 +182,11 @@ int64_t memory_budget(const Config& config, Device target, std::optional<int64_t
   return target.is_cuda() && capacity ? all - std::min(spared, all / 8) : all;
 }
 
+std::optional<int64_t> allocator_limit(const Config& config, Device target,
+                                       std::optional<int64_t> capacity) {
+  return is_paged(config) && capacity ? memory_budget(config, target, capacity) : capacity;
+}
+
 std::string describe(const RunPlan& plan) {
   std::string text;
   for (size_t first = 0; first < plan.layers.size();) {
@@ -172,6 +198,8 @@ std::string describe(const RunPlan& plan) {
     first = last + 1;
   }
   if (plan.host_embeddings) text += "; embeddings in host memory";
+  if (plan.paged_out > 0)
+    text += fmt::format("; {} of optimizer states in host memory", format_bytes(plan.paged_out));
   if (plan.resident > 0)
     text += fmt::format("; at most {} of weights held expanded", format_bytes(plan.resident));
   return text;

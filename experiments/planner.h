@@ -25,6 +25,11 @@ RunPlan plan_or_leanest(const ModelSource& model, std::span<const PaperTrial> ga
 /// train.memory_budget where that is less. Without one other programs are left a little of a GPU.
 int64_t memory_budget(const Config& config, Device target, std::optional<int64_t> capacity);
 
+/// Of a run with a paged optimizer, what the allocator itself may have: states leave before the
+/// budget is exceeded. Otherwise all.
+std::optional<int64_t> allocator_limit(const Config& config, Device target,
+                                       std::optional<int64_t> capacity);
+
 /// "layers 1-20 fully again, 21-32 norms and SwiGLU again; 4.30 GB of weights held expanded"
 std::string describe(const RunPlan& plan);
 

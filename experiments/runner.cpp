@@ -167,6 +167,27 @@ void note_missing(const Sweep& sweep, const std::function<void(const std::string
   for (const std::string& note : notes) print("not here: " + note);
 }
 
+/// What the allocator hands out for as long as a gang with paged states trains.
+class PagedLimit {
+ public:
+  PagedLimit(const Config& first, Device device, int64_t planned)
+      : device_(device), before_(target_here(device).capacity) {
+    if (!is_paged(first) || !before_) return;
+    limit_memory(device, std::max(*allocator_limit(first, device, before_), planned));
+    limited_ = true;
+  }
+  ~PagedLimit() {
+    if (limited_) limit_memory(device_, *before_);
+  }
+  PagedLimit(const PagedLimit&) = delete;
+  PagedLimit& operator=(const PagedLimit&) = delete;
+
+ private:
+  Device device_;
+  std::optional<int64_t> before_;
+  bool limited_ = false;
+};
+
 class Runner {
  public:
   Runner(Library& library, Device device, bool force,
@@ -219,7 +240,9 @@ class Runner {
  private:
   void train(const std::vector<Planned>& gang) {
     Config first = gang.front().trial->config;
-    first.model.embeddings = check_fits(gang).host_embeddings ? "host" : "device";
+    const RunPlan plan = check_fits(gang);
+    const PagedLimit limit(first, device_, plan.peak);
+    first.model.embeddings = plan.host_embeddings ? "host" : "device";
     Llama& model = load(first, compute_dtype(first, device_));
     std::vector<std::unique_ptr<TrialRun>> runs;
     std::vector<TrialRun*> pointers;

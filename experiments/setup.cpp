@@ -41,10 +41,16 @@ LoraSpec lora_spec(const Config& config) {
 }
 
 AdamWConfig adamw_config(const Config& config) {
-  return {static_cast<float>(config.optim.betas[0]), static_cast<float>(config.optim.betas[1]),
-          static_cast<float>(config.optim.eps), static_cast<float>(config.optim.weight_decay),
-          static_cast<float>(config.optim.max_grad_norm)};
+  return {static_cast<float>(config.optim.betas[0]),
+          static_cast<float>(config.optim.betas[1]),
+          static_cast<float>(config.optim.eps),
+          static_cast<float>(config.optim.weight_decay),
+          static_cast<float>(config.optim.max_grad_norm),
+          config.optim.type.ends_with("8bit"),
+          is_paged(config)};
 }
+
+bool is_paged(const Config& config) { return config.optim.type.starts_with("paged_"); }
 
 Recompute recompute_of(const Config& config) {
   if (config.train.recompute == "selective") return Recompute::selective;

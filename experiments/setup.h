@@ -19,6 +19,8 @@ namespace qlab {
 WeightSpec weight_spec(const Config& config);
 LoraSpec lora_spec(const Config& config);
 AdamWConfig adamw_config(const Config& config);
+/// Whether its optimizer's states may wait on the host.
+bool is_paged(const Config& config);
 Recompute recompute_of(const Config& config);
 /// What quant.compute_dtype means on the device. Unless said: fp32 on the CPU, bf16 on a GPU, fp16
 /// on one that has no bf16. What stands for a GPU in a prediction (meta) has bf16, whose bytes are

@@ -54,6 +54,13 @@ const StepPlan& Stepper::reserve(const BatchBuilder& batch, bool train) {
   return plan;
 }
 
+Tensor Stepper::idle() const {
+  if (memory_.bytes() == 0) return {};
+  return Tensor::from_storage(
+      Storage::wrap(const_cast<void*>(memory_.base()), memory_.bytes(), {}, model_.device()), 0,
+      {memory_.bytes()}, DType::u8);
+}
+
 void Stepper::forget_plans() { shapes_.clear(), graph_count_ = 0; }
 
 std::vector<float> Stepper::run(const BatchBuilder& builder, bool train) {

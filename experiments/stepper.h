@@ -21,6 +21,8 @@ class Stepper {
   const StepPlan& reserve(const BatchBuilder& batch, bool train);
   /// After a change of what the model holds, on which plans and graphs rest.
   void forget_plans();
+  /// The reservation, which nobody uses between steps; undefined where there is none.
+  Tensor idle() const;
   /// nll of every trained row, on the host. With `train` the gradients of the batch's adapters grow
   /// by those of sum_r scale_r nll_r.
   std::vector<float> run(const BatchBuilder& batch, bool train);

@@ -65,9 +65,13 @@ void Terminal::show(const std::string& name, const std::string& text, bool last)
 
 void Terminal::progress(const TrainProgress& p) {
   show(p.name,
-       fmt::format("step {}/{}  loss {:.4f}  {:.0f} tokens/s{}  {} left", p.step, p.total_steps,
+       fmt::format("step {}/{}  loss {:.4f}  {:.0f} tokens/s{}{}  {} left", p.step, p.total_steps,
                    p.loss, p.tokens_per_s,
                    p.mfu > 0 ? fmt::format("  {:.0f} % MFU", 100 * p.mfu) : "",
+                   p.traffic.bytes > 0
+                       ? fmt::format("  {} paged, {:.1f} ms stalled", format_bytes(p.traffic.bytes),
+                                     1e3 * p.traffic.stalled_seconds)
+                       : "",
                    duration(p.seconds_left)),
        p.last);
 }

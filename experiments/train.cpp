@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <chrono>
 #include <cmath>
+#include <limits>
 
 #include "core/ops/add.h"
 #include "core/ops/copy.h"
@@ -59,8 +60,7 @@ TrialRun::TrialRun(const Config& config, std::string name, const std::string& di
                                        static_cast<uint64_t>(t.dropout_seed.value_or(t.seed)),
                                        model.adapter_dtype(spec), model.device());
   if (!config_.lora.adapter.empty()) load_adapter(config_.lora.adapter, *adapter_);
-  optimizer_ =
-      std::make_unique<AdamW>(adamw_config(config_), adapter_->parameter_count(), model.device());
+  optimizer_ = std::make_unique<AdamW>(adamw_config(config_), adapter_->sizes(), model.device());
   files_.write_config(to_yaml(config_));
   const auto saved = files_.load_state(*adapter_, *optimizer_);
   if (saved) {
@@ -126,13 +126,15 @@ void TrialRun::record_evaluation(const Evaluation& evaluation) {
                          evaluation.loss, evaluation.trained_tokens));
 }
 
-void TrialRun::update() {
+void TrialRun::update(const Tensor& idle) {
   lr_ = config_.optim.lr * schedule_factor(schedule_, progress_.step, warmup_steps_, total_steps_);
   const float factor = loss_factor();
   if (factor != 1) scale_inplace(adapter_->gradients(), 1 / factor);
-  optimizer_->step(adapter_->parameters(), adapter_->gradients(), static_cast<float>(lr_));
+  optimizer_->step(adapter_->parameters(), adapter_->gradients(), static_cast<float>(lr_), idle);
   adapter_->refresh();
   const double norm = scalar(optimizer_->grad_norm());
+  traffic_ = optimizer_->moments().traffic();
+  note_pages();
   ++progress_.step;
   progress_.trained_tokens += window_tokens_;
   fresh_ = false;
@@ -160,6 +162,15 @@ void TrialRun::update() {
     if (scales_loss_) line["skipped_steps"] = progress_.loss_scale.skipped;
     files_.append_metrics(line);
   }
+}
+
+void TrialRun::note_pages() {
+  const int64_t now = optimizer_->moments().bytes_on_host();
+  if (now == paged_out_) return;
+  paged_out_ = now;
+  files_.log(fmt::format("step {}: {} of the optimizer's {} of paged states in host memory",
+                         progress_.step + 1, format_bytes(now),
+                         format_bytes(optimizer_->moments().bytes())));
 }
 
 void TrialRun::give_up(const std::string& error) {
@@ -193,6 +204,21 @@ void TrialRun::write_status(const char* status, const std::string& error) {
   if (predicted_) {
     json["predicted_peak_bytes"] = predicted_->training;
     json["predicted_load_peak_bytes"] = predicted_->loading;
+  }
+  if (is_paged(config_)) {
+    PageTraffic all;
+    std::vector<double> stalls;
+    for (const Timed& t : timed_) {
+      all.bytes += t.traffic.bytes;
+      stalls.push_back(t.traffic.stalled_seconds);
+      all.stalled_seconds += stalls.back();
+    }
+    json["paging"] = {{"state_bytes", optimizer_->moments().bytes()},
+                      {"host_bytes", optimizer_->moments().bytes_on_host()},
+                      {"step_moved_bytes", timed_.empty() ? 0 : timed_.back().traffic.bytes},
+                      {"step_stalled_seconds_median", stalls.empty() ? 0.0 : median(stalls)},
+                      {"moved_bytes", all.bytes},
+                      {"stalled_seconds", all.stalled_seconds}};
   }
   // The first steps plan, choose algorithms and record graphs.
   constexpr size_t warming = 3;
@@ -257,9 +283,11 @@ RunPlan Gang::make_plan() const {
   std::vector<PaperTrial> gang = on_paper();
   for (PaperTrial& t : gang)  // where they lie was decided before the base was loaded
     t.config.model.embeddings = model_.host_embeddings() != nullptr ? "host" : "device";
-  RunPlan plan =
-      plan_run(library_.model(first.model.path), gang, device,
-               memory_budget(first, device, target_here(device).capacity), rates_of(device));
+  // The allocator of a run with paged states is limited to its budget already.
+  const std::optional<int64_t> capacity = target_here(device).capacity;
+  int64_t budget = memory_budget(first, device, capacity);
+  if (is_paged(first) && capacity && first.train.memory_budget.text == "auto") budget = *capacity;
+  RunPlan plan = plan_run(library_.model(first.model.path), gang, device, budget, rates_of(device));
   for (TrialRun* t : running())
     t->files_.log(fmt::format("plan: {}; {} at the peak", describe(plan), format_bytes(plan.peak)));
   return plan;
@@ -274,7 +302,8 @@ void Gang::reserve() {
     gang.push_back({trials[i]->adapter_.get(), papers[i].train_lengths, papers[i].eval_lengths});
   const Device device = model_.device();
   std::optional<int64_t> capacity;
-  if (device.is_cuda()) capacity = memory_account(device).total + available_memory(device);
+  const int64_t free = available_memory(device), held = memory_account(device).total;
+  if (free < std::numeric_limits<int64_t>::max() - held) capacity = free + held;
   reserve_steps(model_, stepper_, gang, plan_.resident);
   RunPlan plan = plan_;
   plan.host_embeddings = model_.host_embeddings() != nullptr;
@@ -386,12 +415,12 @@ void Gang::train_step() {
   }
   for (TrialRun* t : active) {
     t->progress_.tokens += t->step_tokens_;
-    t->update();
+    t->update(stepper_.idle());
   }
   const double seconds = seconds_since(start);
   for (TrialRun* t : active) {
     t->progress_.seconds += seconds;
-    t->timed_.push_back({seconds, t->step_tokens_, flops});
+    t->timed_.push_back({seconds, t->step_tokens_, flops, t->traffic_});
   }
 }
 
@@ -452,7 +481,7 @@ void Gang::run() {
                            peak_flops_ > 0 && !t->timed_.empty()
                                ? t->timed_.back().flops / t->timed_.back().seconds / peak_flops_
                                : 0,
-                           t->progress_.step == t->total_steps_});
+                           t->progress_.step == t->total_steps_, t->traffic_});
     }
   }
 }

@@ -40,9 +40,10 @@ class TrialRun {
   std::vector<Sequence> micro_batch(int64_t step, int64_t micro) const;
   bool evaluation_due() const;
   void record_evaluation(const Evaluation& evaluation);
-  void update();
+  void update(const Tensor& idle);
   /// Of the step's loss: 1 unless the run computes in fp16.
   float loss_factor() const { return scales_loss_ ? progress_.loss_scale.factor : 1.0f; }
+  void note_pages();
   void give_up(const std::string& error);
   void write_status(const char* status, const std::string& error = "");
   void save_adapter_files();
@@ -77,12 +78,15 @@ class TrialRun {
     double seconds;
     int64_t tokens;
     double flops;
+    PageTraffic traffic;
   };
   std::vector<Timed> timed_;
 
   // Of the step being taken.
   int64_t step_tokens_ = 0;
   double loss_ = 0, lr_ = 0;
+  PageTraffic traffic_;
+  int64_t paged_out_ = 0;
   int64_t window_tokens_ = 0, window_batches_ = 0;  // the last window of a run may be shorter
 };
 
@@ -93,6 +97,7 @@ struct TrainProgress {
   double loss, tokens_per_s, seconds_left;
   double mfu;  // model FLOP utilization of the last step; 0 where the peak is unknown
   bool last;
+  PageTraffic traffic;  // of the last update
 };
 struct EvaluationProgress {
   std::string name;

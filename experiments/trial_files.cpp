@@ -114,10 +114,9 @@ void TrialFiles::save_state(const TrialProgress& progress, const Adapter& adapte
                             const AdamW& optimizer) {
   std::filesystem::create_directories(path("state"));
   const auto host = [](const Tensor& t) { return t.to(Device::cpu()); };
-  const std::vector<std::pair<std::string, Tensor>> tensors = {
-      {"parameters", host(adapter.parameters())},
-      {"adamw.m", host(optimizer.m())},
-      {"adamw.v", host(optimizer.v())}};
+  std::vector<std::pair<std::string, Tensor>> tensors = {
+      {"parameters", host(adapter.parameters())}};
+  for (const auto& [name, tensor] : optimizer.state()) tensors.emplace_back(name, host(tensor));
   synchronize(adapter.parameters().device());
   // One file holds tensors and position, so that they are replaced together.
   write_safetensors(path("state/state.safetensors"), tensors,
@@ -148,22 +147,22 @@ std::optional<TrialProgress> TrialFiles::load_state(const Adapter& adapter, Adam
 TrialProgress TrialFiles::read_state(const std::string& file_path, const Adapter& adapter,
                                      AdamW& optimizer) const {
   const SafetensorsFile file(file_path);
-  const auto restore = [&](const char* name, const Tensor& to) {
+  // Where the file is mapped: a tensor beside it would add to the peak of a run on a CPU.
+  const auto saved = [&](const std::string& name, const Shape& shape, DType dtype) {
     const Bytes bytes = file.bytes(name);
     const SafetensorsEntry& entry = file.entries().at(name);
-    const Shape shape = to_shape(entry.shape, file_path);
-    if (shape != to.shape() || entry.dtype != "F32")
-      fail("{}: {} is {} {}, this trial needs F32 {}", file_path, name, entry.dtype, shape,
-           to.shape());
-    // From where the file is mapped: a tensor beside it would add to the peak of a run on a CPU.
-    copy(to, Tensor::from_storage(Storage::wrap(const_cast<std::byte*>(bytes.data()),
-                                                static_cast<int64_t>(bytes.size()), {}),
-                                  0, shape, DType::f32));
-    synchronize(to.device());
+    const Shape own = to_shape(entry.shape, file_path);
+    const char* wanted = dtype == DType::u8 ? "U8" : "F32";
+    if (own != shape || entry.dtype != wanted)
+      fail("{}: {} is {} {}, this trial needs {} {}", file_path, name, entry.dtype, own, wanted,
+           shape);
+    return Tensor::from_storage(
+        Storage::wrap(const_cast<std::byte*>(bytes.data()), static_cast<int64_t>(bytes.size()), {}),
+        0, shape, dtype);
   };
-  restore("parameters", adapter.parameters());
-  restore("adamw.m", optimizer.m());
-  restore("adamw.v", optimizer.v());
+  const Tensor& parameters = adapter.parameters();
+  copy(parameters, saved("parameters", parameters.shape(), DType::f32));
+  synchronize(parameters.device());
   const auto text = [&](const char* key) {
     const auto it = file.metadata().find(key);
     if (it == file.metadata().end()) fail("{}: has no {}", file_path, key);
@@ -171,7 +170,7 @@ TrialProgress TrialFiles::read_state(const std::string& file_path, const Adapter
   };
   const auto number = [&](const char* key) { return std::stoll(text(key)); };
   adapter.refresh();
-  optimizer.set_steps(number("optimizer_steps"));
+  optimizer.restore(saved, number("optimizer_steps"));
   TrialProgress progress{
       number("step"), number("trained_tokens"), number("tokens"), std::stod(text("seconds")), {}};
   if (file.metadata().contains("loss_scale"))  // states of older versions have none

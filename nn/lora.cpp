@@ -133,6 +133,12 @@ const LoraModule& Adapter::module(const std::string& name) const {
   fail("the adapter has no module {}", name);
 }
 
+std::vector<int64_t> Adapter::sizes() const {
+  std::vector<int64_t> sizes;
+  for (const Shape& m : shapes_) sizes.insert(sizes.end(), {spec_.r * m.in, m.out * spec_.r});
+  return sizes;
+}
+
 void Adapter::refresh() const {
   if (spec_.dtype == DType::bf16) copy(parameters_, cast(parameters_, DType::bf16));
   if (compute_.defined()) copy(compute_, parameters_);

@@ -53,6 +53,8 @@ class Adapter {
   const Tensor& parameters() const { return parameters_; }  // fp32 [n]
   const Tensor& gradients() const { return gradients_; }    // fp32 [n]
   int64_t parameter_count() const { return parameters_.numel(); }
+  /// Elements of A and B of each module, in the order of the flat buffer.
+  std::vector<int64_t> sizes() const;
   /// The views of one module by name, for files.
   const LoraModule& module(const std::string& name) const;
   /// Rounds to lora.dtype and renews the compute copies; after every change of parameters().

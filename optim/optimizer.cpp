@@ -3,22 +3,55 @@
 #include <algorithm>
 #include <array>
 #include <cmath>
+#include <numeric>
 
 #include "core/ops/copy.h"
 
 namespace qlab {
+namespace {
 
-AdamW::AdamW(const AdamWConfig& config, int64_t parameters, Device device) : config_(config) {
+Tensor maps_on(Device device) {
+  if (device.is_meta()) return Tensor::empty({2, 256}, DType::f32, device);
+  std::vector<float> both(dynamic_map().begin(), dynamic_map().end());
+  both.insert(both.end(), unsigned_dynamic_map().begin(), unsigned_dynamic_map().end());
+  return Tensor::from_vector(both, {2, 256}, device);
+}
+
+Tensor table_on(const std::vector<int64_t>& table, Device device) {
+  const Shape shape = {static_cast<int64_t>(table.size()) / 3, 3};
+  return device.is_meta() ? Tensor::empty(shape, DType::i64, device)
+                          : Tensor::from_vector(table, shape, device);
+}
+
+}  // namespace
+
+AdamW::AdamW(const AdamWConfig& config, const std::vector<int64_t>& sizes, Device device)
+    : config_(config), parameters_(std::accumulate(sizes.begin(), sizes.end(), int64_t{0})) {
   const MemoryTag tag(Category::optimizer);
   const MemoryName name("AdamW");
-  m_ = Tensor::zeros({parameters}, DType::f32, device);
-  v_ = Tensor::zeros({parameters}, DType::f32, device);
+  constexpr int64_t block = Moments::block_size;
+  static_assert(block == adamw8bit_block);
   norm_ = Tensor::zeros({1}, DType::f32, device);
   step_ = Tensor::empty({8}, DType::f32, device);
   partials_ = Tensor::empty({grad_norm_partials}, DType::f64, device);
+  if (config.eight_bit) {
+    blocks_ = Blocks8::of(sizes);
+    table_ = table_on(blocks_.table, device);
+    maps_ = maps_on(device);
+    absmax_ = Tensor::zeros({2, blocks_.coded}, DType::f32, device);
+    plain_ = Tensor::zeros({2, block * blocks_.plain}, DType::f32, device);
+    moments_ = std::make_unique<Moments>(blocks_.coded, DType::u8, config.paged, device);
+  } else {
+    moments_ = std::make_unique<Moments>((parameters_ + block - 1) / block, DType::f32,
+                                         config.paged, device);
+  }
 }
 
-void AdamW::step(const Tensor& parameters, const Tensor& gradients, float lr) {
+int64_t AdamW::moment_size() const {
+  return config_.eight_bit ? Moments::block_size * blocks_.coded : parameters_;
+}
+
+void AdamW::step(const Tensor& parameters, const Tensor& gradients, float lr, const Tensor& idle) {
   ++steps_;
   const auto t = static_cast<double>(steps_);
   const AdamWStep s{
@@ -41,7 +74,41 @@ void AdamW::step(const Tensor& parameters, const Tensor& gradients, float lr) {
                 8, host.data<float>());
   copy(step_, host);
   qlab::grad_norm(norm_, gradients, partials_);
-  adamw(parameters, m_, v_, gradients, step_, norm_);
+  moments_->visit(idle, [&](int64_t first, int64_t last, const Tensor& m, const Tensor& v) {
+    if (config_.eight_bit) {
+      const Moments8 own{table_, maps_, absmax_, plain_, m, v, blocks_.coded};
+      // The small tensors go with the last of the others.
+      const int64_t end = last == blocks_.coded ? last + blocks_.plain : last;
+      adamw8bit(parameters, own, first, end, gradients, step_, norm_);
+      return;
+    }
+    const int64_t begin = Moments::block_size * first,
+                  end = std::min(Moments::block_size * last, parameters_);
+    adamw(parameters.slice_rows(begin, end), m.slice_rows(0, end - begin),
+          v.slice_rows(0, end - begin), gradients.slice_rows(begin, end), step_, norm_);
+  });
+}
+
+std::vector<std::pair<std::string, Tensor>> AdamW::state() const {
+  std::vector<std::pair<std::string, Tensor>> state = {
+      {"adamw.m", moments_->read(0, moment_size())}, {"adamw.v", moments_->read(1, moment_size())}};
+  if (config_.eight_bit) {
+    state.emplace_back("adamw.absmax", absmax_);
+    state.emplace_back("adamw.plain", plain_);
+  }
+  return state;
+}
+
+void AdamW::restore(const Saved& saved, int64_t steps) {
+  const DType dtype = config_.eight_bit ? DType::u8 : DType::f32;
+  moments_->write(0, saved("adamw.m", {moment_size()}, dtype));
+  moments_->write(1, saved("adamw.v", {moment_size()}, dtype));
+  if (config_.eight_bit) {
+    copy(absmax_, saved("adamw.absmax", absmax_.shape(), DType::f32));
+    copy(plain_, saved("adamw.plain", plain_.shape(), DType::f32));
+    synchronize(absmax_.device());
+  }
+  steps_ = steps;
 }
 
 }  // namespace qlab

@@ -1,32 +1,55 @@
 // The optimizer of one trial: states for its flat parameter buffer, and the step that reads them.
 #pragma once
+#include <functional>
+#include <memory>
+#include <string>
+#include <utility>
+#include <vector>
+
 #include "core/tensor.h"
-#include "optim/adamw.h"
+#include "optim/adamw8bit.h"
+#include "optim/moments.h"
 
 namespace qlab {
 
 struct AdamWConfig {
   float beta1 = 0.9f, beta2 = 0.999f, eps = 1e-8f, weight_decay = 0, max_grad_norm = 1.0f;
+  bool eight_bit = false;  // moments in 8 bits, and bitsandbytes' order of operations
+  bool paged = false;      // moments may wait on the host
 };
 
 class AdamW {
  public:
-  AdamW(const AdamWConfig& config, int64_t parameters, Device device);
+  /// `sizes`: of the tensors that lie one after another in the flat buffer.
+  AdamW(const AdamWConfig& config, const std::vector<int64_t>& sizes, Device device);
   /// One update with learning rate `lr`; nothing changes when the gradient norm is not finite.
-  void step(const Tensor& parameters, const Tensor& gradients, float lr);
+  /// `idle`: memory of the device through which pages may pass, see Moments::visit().
+  void step(const Tensor& parameters, const Tensor& gradients, float lr, const Tensor& idle = {});
   /// L2 norm of the last step's gradients, before clipping: fp32 [1] on the device.
   const Tensor& grad_norm() const { return norm_; }
 
-  const Tensor& m() const { return m_; }
-  const Tensor& v() const { return v_; }
   /// The last step, whose gradient norm was not finite, does not count.
   void skip() { --steps_; }
+  /// What a checkpoint keeps, by name, wherever it lies: adamw.m and adamw.v, fp32 [n]; in 8 bits
+  /// codes, u8 [256 blocks], adamw.absmax [2, blocks], and adamw.plain [2, m], both moments of the
+  /// tensors in 32 bits. A paged optimizer keeps the same.
+  std::vector<std::pair<std::string, Tensor>> state() const;
+  using Saved = std::function<Tensor(const std::string& name, const Shape& shape, DType dtype)>;
+  /// From tensors on the host.
+  void restore(const Saved& saved, int64_t steps);
   int64_t steps() const { return steps_; }
-  void set_steps(int64_t steps) { steps_ = steps; }  // after m() and v() were restored
+
+  const Moments& moments() const { return *moments_; }
 
  private:
+  int64_t moment_size() const;
+
   AdamWConfig config_;
-  Tensor m_, v_, norm_, step_, partials_;
+  int64_t parameters_;
+  Blocks8 blocks_;
+  std::unique_ptr<Moments> moments_;
+  Tensor table_, maps_, absmax_, plain_;  // in 8 bits: see Moments8
+  Tensor norm_, step_, partials_;
   int64_t steps_ = 0;
 };
 

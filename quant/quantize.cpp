@@ -16,13 +16,14 @@ namespace {
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 /// For every i in 0..6: the means of neighbours among 2^i + 1 points from 0.1 to 1, times 10^(i-6),
-/// with both signs; 0 and +1 besides. All in fp32, the points by fused multiply-add from the nearer
-/// end: that reproduces the stored map of bitsandbytes to the last bit.
-std::array<float, 256> make_dynamic_map() {
+/// with both signs, or of twice as many intervals without; 0 and +1 besides. All in fp32, the
+/// points by fused multiply-add from the nearer end: that reproduces the stored map of bitsandbytes
+/// to the last bit.
+std::array<float, 256> make_dynamic_map(bool with_sign) {
   std::array<float, 256> map{};
   size_t filled = 0;
   for (int i = 0; i < 7; ++i) {
-    const int intervals = 1 << i, points = intervals + 1;
+    const int intervals = 1 << (with_sign ? i : i + 1), points = intervals + 1;
     const float step = (1.0f - 0.1f) / static_cast<float>(intervals);
     const auto point = [&](int j) {
       return j < points / 2 ? std::fma(step, static_cast<float>(j), 0.1f)
@@ -32,7 +33,7 @@ std::array<float, 256> make_dynamic_map() {
     for (int j = 0; j < intervals; ++j) {
       const float magnitude = decade * ((point(j) + point(j + 1)) / 2.0f);
       map[filled++] = magnitude;
-      map[filled++] = -magnitude;
+      if (with_sign) map[filled++] = -magnitude;
     }
   }
   map[filled++] = 0.0f;
@@ -67,7 +68,11 @@ Tensor device_map(Device device) {
 }  // namespace
 
 const std::array<float, 256>& dynamic_map() {
-  static const std::array<float, 256> map = make_dynamic_map();
+  static const std::array<float, 256> map = make_dynamic_map(true);
+  return map;
+}
+const std::array<float, 256>& unsigned_dynamic_map() {
+  static const std::array<float, 256> map = make_dynamic_map(false);
   return map;
 }
 

@@ -15,6 +15,8 @@ namespace qlab {
 
 /// The signed 256-entry dynamic map: index 127 is 0, index 255 is +1, there is no -1.
 const std::array<float, 256>& dynamic_map();
+/// The one for values that are never negative: index 0 is 0, index 255 is 1.
+const std::array<float, 256>& unsigned_dynamic_map();
 
 /// A tensor of `shape` in NF4. n = shape.numel(), blocks = ceil(n / block_size).
 struct Nf4Tensor {

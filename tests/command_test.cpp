@@ -148,8 +148,8 @@ TEST_F(CommandTest, ErrorsNameThePlace) {
   expect_refused({"eval", "gone", "--data", "gone", "--set", int8}, {"--set " + int8, "set nf4"});
   expect_refused({"generate", "gone", "--prompt", "x", "--set", int8},
                  {"--set " + int8, "set nf4"});
-  expect_refused_run("optim: paged_adamw_8bit\n",
-                     {"run.yaml:4: optim", "paged_adamw_8bit", "paged", "not supported"});
+  expect_refused_run("optim: adafactor\n", {"run.yaml:4: optim", "adafactor", "paged_adamw8bit",
+                                            "other optimizers are not supported"});
 }
 
 TEST_F(CommandTest, MistakesOnTheCommandLine) {

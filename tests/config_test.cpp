@@ -259,6 +259,23 @@ TEST(Config, CanonicalTextSeesNumbersNotSpelling) {
             canonical(parse("lora: {targets: [v_proj, q_proj]}")));
 }
 
+TEST(Config, OptimizersHaveOtherNames) {
+  for (const auto& [name, own] :
+       std::map<std::string, std::string>{{"adamw_torch", "adamw"},
+                                          {"adamw_8bit", "adamw8bit"},
+                                          {"adamw_bnb_8bit", "adamw8bit"},
+                                          {"paged_adamw_32bit", "paged_adamw"},
+                                          {"paged_adamw_8bit", "paged_adamw8bit"},
+                                          {"paged_adamw", "paged_adamw"}}) {
+    EXPECT_EQ(parse("optim: " + name).optim.type, own);
+    EXPECT_EQ(parse("optim: {type: " + name + "}").optim.type, own);
+  }
+  // Where states wait is no part of a trial's identity; how they are kept is.
+  EXPECT_EQ(canonical(parse("optim: adamw")), canonical(parse("optim: paged_adamw")));
+  EXPECT_EQ(canonical(parse("optim: adamw8bit")), canonical(parse("optim: paged_adamw8bit")));
+  EXPECT_NE(canonical(parse("optim: adamw")), canonical(parse("optim: adamw8bit")));
+}
+
 TEST(Config, KeysAsText) {
   const Config c = parse("lora: {r: 8}");
   EXPECT_EQ(get_key(c, "lora_alpha"), "16");

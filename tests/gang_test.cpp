@@ -61,7 +61,7 @@ class GangTest : public OpTest {
     std::map<int, AdamW> optimizers;
     for (const int i : gang) {
       adapters[i] = fresh_adapter(*model_, members[i].lora);
-      optimizers.try_emplace(i, AdamWConfig{}, adapters[i]->parameter_count(), device());
+      optimizers.try_emplace(i, AdamWConfig{}, adapters[i]->sizes(), device());
     }
     Stepper stepper(*model_, recompute);
     for (int64_t s = 0; s < steps; ++s) {

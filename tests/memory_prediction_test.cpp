@@ -1,6 +1,8 @@
 // The prediction of a run's memory against the run: equal to the byte, phase by phase.
 #include "experiments/memory_prediction.h"
 
+#include <limits>
+
 #include "core/ops/rms_norm.h"
 #include "experiments/memory_text.h"
 #include "nn/module_tree.h"
@@ -63,6 +65,10 @@ TEST_P(PredictionTest, IsThePeakToTheByte) {
       {"data.eval_seq_len=500", "train.batch_size=1", "data.seq_len=20"},  // evaluation is larger
       {"data.eval=\"\"", "train.eval_every=0", "train.grad_accum=2"},
       {"lora.r=256", "train.batch_size=1", "data.seq_len=2"},  // the optimizer is most of it
+      {"optim.type=adamw8bit"},
+      {"optim.type=adamw8bit", "lora.r=256", "train.batch_size=1", "data.seq_len=2"},
+      {"optim.type=paged_adamw", "lora.r=256"},
+      {"optim.type=paged_adamw8bit", "lora.r=7", "lora.dtype=bf16"},
   };
   for (const std::vector<std::string>& sets : cases) {
     SCOPED_TRACE(sets.empty() ? "" : sets[0]);
@@ -78,6 +84,30 @@ TEST_P(PredictionTest, OfAGang) {
                                     synthetic({"lora.targets=qv", "train.batch_size=1"}),
                                     synthetic({"lora.dropout=0.1", "train.seed=1"})};
   EXPECT_EQ(predicted(gang).peak(), measured(gang));
+}
+
+// Where states leave for the host, within limits that are met by more and more of them.
+TEST_P(PredictionTest, WithStatesOnTheHost) {
+  for (const char* type : {"optim.type=paged_adamw", "optim.type=paged_adamw8bit"}) {
+    const Config c = synthetic({type, "lora.r=256"});
+    const std::vector<PaperTrial> gang = {assumed_trial(c, device())};
+    const auto within = [&](std::optional<int64_t> capacity) {
+      return predict_memory(open_model(c.model.path), gang, device(), capacity);
+    };
+    const int64_t most = within({}).peak(), least = within(1).peak();
+    int64_t out = 0;
+    for (int i = 1; i <= 4; ++i) {
+      const int64_t limit = most - (most - least) * i / 4;
+      const MemoryPrediction prediction = within(limit);
+      const int64_t before = memory_account(device()).total;
+      limit_memory(device(), before + limit);
+      EXPECT_EQ(measured({c}), prediction.peak()) << type << " " << i;
+      limit_memory(device(), std::numeric_limits<int64_t>::max());
+      EXPECT_LE(prediction.peak(), limit);
+      EXPECT_GT(prediction.paged_out, out);
+      out = prediction.paged_out;
+    }
+  }
 }
 
 /// Two norms, one after the other; with `extra` the first takes 1 MiB more, for longer than it

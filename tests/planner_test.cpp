@@ -60,6 +60,34 @@ TEST_P(PlannerTest, SaysWhatIsNeededAtLeast) {
   EXPECT_THAT(error_of([&] { train("small", c); }), testing::HasSubstr("too little"));
 }
 
+// States that move make room for what would be computed again, or for anything to fit at all.
+TEST_P(PlannerTest, PagesStates) {
+  const auto sets = [](const char* type, int64_t budget) {
+    return std::vector<std::string>{"train.recompute=auto", "lora.r=128",
+                                    fmt::format("train.memory_budget={}", budget),
+                                    fmt::format("optim.type={}", type)};
+  };
+  constexpr int64_t plenty = int64_t{1} << 40;
+  const int64_t most = plan(with({"lora.r=128"}), plenty).peak;
+  const int64_t least = plan(with({"lora.r=128", "train.recompute=full"}), plenty).peak;
+  EXPECT_EQ(plan(with(sets("paged_adamw", most)), most).paged_out, 0);
+  const int64_t small = least - 100000;
+  EXPECT_THAT(error_of([&] { plan(with(sets("adamw", small)), small); }),
+              testing::HasSubstr("too little"));
+  const Config c = with(sets("paged_adamw", small));
+  const RunPlan paged = plan(c, small);
+  EXPECT_GT(paged.paged_out, 0);
+  EXPECT_LE(paged.peak, small);
+  EXPECT_THAT(describe(paged), testing::HasSubstr("of optimizer states in host memory"));
+  const Outcome kept = train("kept", with({"lora.r=128"}));
+  const int64_t before = memory_account(device()).total;
+  limit_memory(device(), before + small);
+  const Outcome planned = train("paged", c);
+  limit_memory(device(), std::numeric_limits<int64_t>::max());
+  expect_same(planned, kept);
+  EXPECT_EQ(peak("paged") - before, paged.peak);
+}
+
 // The allocator's own limit, where nobody planned ahead.
 TEST_P(PlannerTest, ALimitIsTheEndOfTheDevice) {
   const Config c = with({});

@@ -1,0 +1,112 @@
+#include "optim/adamw8bit.h"
+
+#include <algorithm>
+#include <cmath>
+
+#include "core/parallel.h"
+#include "core/profile.h"
+
+namespace qlab {
+namespace {
+
+void check_f32(const char* name, const Tensor& x, const Shape& shape, const Tensor& like) {
+  check_shape("adamw8bit", name, x, shape);
+  QLAB_CHECK(x.dtype() == DType::f32, "[adamw8bit] {} must be float32, got {}", name, x.str());
+  check_device("adamw8bit", like, x);
+}
+
+}  // namespace
+
+Blocks8 Blocks8::of(const std::vector<int64_t>& sizes) {
+  Blocks8 blocks;
+  int64_t number = 0;
+  for (const bool coded : {true, false}) {
+    int64_t begin = 0;
+    for (const int64_t size : sizes) {
+      if (size > 0 && (size >= adamw8bit_min_size) == coded) {
+        blocks.table.insert(blocks.table.end(), {number, begin, begin + size});
+        number += (size + adamw8bit_block - 1) / adamw8bit_block;
+      }
+      begin += size;
+    }
+    if (coded) blocks.coded = number;
+  }
+  blocks.plain = number - blocks.coded;
+  return blocks;
+}
+
+void adamw8bit(const Tensor& param, const Moments8& s, int64_t first, int64_t last,
+               const Tensor& grad, const Tensor& step, const Tensor& norm) {
+  const int64_t n = param.numel();
+  check_f32("param", param, {n}, param);
+  check_f32("grad", grad, {n}, param);
+  check_f32("step", step, {8}, param);
+  check_f32("norm", norm, {1}, param);
+  check_f32("maps", s.maps, {2, 256}, param);
+  check_f32("absmax", s.absmax, {2, s.coded}, param);
+  check_f32("plain", s.plain, {2, s.plain.dim(1)}, param);
+  QLAB_CHECK(0 <= first && first <= last && last <= s.coded + s.plain.dim(1) / adamw8bit_block,
+             "[adamw8bit] there are no blocks {} to {}", first, last);
+  const int64_t codes = adamw8bit_block * std::max<int64_t>(std::min(last, s.coded) - first, 0);
+  for (const Tensor* x : {&s.m, &s.v}) {
+    check_shape("adamw8bit", "codes", *x, {codes});
+    QLAB_CHECK(x->dtype() == DType::u8, "[adamw8bit] codes must be uint8, got {}", x->str());
+    check_device("adamw8bit", param, *x);
+  }
+  if (first == last) return;
+  // Read and written: p and both codes; read: g.
+  const OpScope scope("adamw8bit", param.device(),
+                      {0, 16.0 * static_cast<double>(adamw8bit_block * (last - first))});
+  on_device(
+      param.device(), [&] { cpu::adamw8bit(param, s, first, last, grad, step, norm); },
+      [&] { cuda::adamw8bit(param, s, first, last, grad, step, norm); });
+}
+
+namespace cpu {
+
+void adamw8bit(const Tensor& param, const Moments8& moments, int64_t first, int64_t last,
+               const Tensor& grad, const Tensor& step, const Tensor& norm) {
+  const float gradient_norm = *norm.data<float>();
+  if (!std::isfinite(gradient_norm)) return;
+  const float* values = step.data<float>();
+  const AdamWStep s{values[0], values[1], values[2], values[3],
+                    values[4], values[5], values[6], values[7]};
+  const float clip =
+      s.max_grad_norm > 0 ? std::min(1.0f, s.max_grad_norm / (gradient_norm + 1e-6f)) : 1.0f;
+  const int64_t coded = moments.coded, tensors = moments.table.dim(0);
+  const int64_t* table = moments.table.data<int64_t>();
+  const float *map = moments.maps.data<float>(), *unsigned_map = map + 256, *g = grad.data<float>();
+  float *p = param.data<float>(), *absmax = moments.absmax.data<float>();
+  float *plain_m = moments.plain.data<float>(), *plain_v = plain_m + moments.plain.dim(1);
+  uint8_t *m_codes = moments.m.data<uint8_t>(), *v_codes = moments.v.data<uint8_t>();
+  parallel_for(last - first, 64, [=](int64_t from, int64_t to) {
+    for (int64_t b = first + from; b < first + to; ++b) {
+      const int64_t* own = table + 3 * tensor_of_block(table, tensors, b);
+      const int64_t begin = own[1] + (b - own[0]) * adamw8bit_block;
+      const int64_t count = std::min(adamw8bit_block, own[2] - begin);
+      if (b >= coded) {
+        float *m = plain_m + (b - coded) * adamw8bit_block, *v = plain_v + (m - plain_m);
+        for (int64_t i = 0; i < count; ++i)
+          adamw8bit_rule(p[begin + i], m[i], v[i], g[begin + i], s, clip);
+        continue;
+      }
+      uint8_t *m_code = m_codes + (b - first) * adamw8bit_block,
+              *v_code = v_codes + (m_code - m_codes);
+      float m[adamw8bit_block], v[adamw8bit_block], m_max = 0, v_max = 0;
+      for (int64_t i = 0; i < count; ++i) {
+        m[i] = map[m_code[i]] * absmax[b];
+        v[i] = unsigned_map[v_code[i]] * absmax[coded + b];
+        adamw8bit_rule(p[begin + i], m[i], v[i], g[begin + i], s, clip);
+        m_max = std::max(m_max, std::abs(m[i])), v_max = std::max(v_max, v[i]);
+      }
+      absmax[b] = m_max, absmax[coded + b] = v_max;
+      for (int64_t i = 0; i < count; ++i) {
+        m_code[i] = signed_code(map, m[i], m_max);
+        v_code[i] = dynamic_code(unsigned_map, v[i] / v_max);
+      }
+    }
+  });
+}
+
+}  // namespace cpu
+}  // namespace qlab
