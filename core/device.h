@@ -56,6 +56,8 @@ struct MemoryInfo {
 int device_count();           // 0 when built without CUDA or no GPU is there
 std::string build_version();  // CUDA toolkit version, or "" when built without
 std::string device_name(int index);
+/// Ten times the major and the minor number, 86 for 8.6; of a GPU that is not there, 90.
+int compute_capability(int index);
 MemoryInfo memory_info(int index);
 void set_device(int index);
 void* allocate(size_t bytes, int index);  // nullptr when it does not fit

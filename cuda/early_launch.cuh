@@ -25,19 +25,25 @@ inline bool launches_early() {
 }
 
 template <class... Parameters, class... Arguments>
-void launch_early(const char* op, void (*kernel)(Parameters...), unsigned blocks, unsigned threads,
-                  Arguments&&... arguments) {
+void launch_early_shared(const char* op, void (*kernel)(Parameters...), dim3 grid, unsigned threads,
+                         size_t shared_bytes, Arguments&&... arguments) {
   cudaLaunchAttribute attribute{};
   attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   attribute.val.programmaticStreamSerializationAllowed = 1;
   cudaLaunchConfig_t config{};
-  config.gridDim = blocks;
+  config.gridDim = grid;
   config.blockDim = threads;
+  config.dynamicSmemBytes = shared_bytes;
   config.stream = current_stream();
   config.attrs = &attribute;
   config.numAttrs = launches_early() ? 1 : 0;
   check(cudaLaunchKernelEx(&config, kernel, std::forward<Arguments>(arguments)...), op);
   check_launch(op);
+}
+template <class... Parameters, class... Arguments>
+void launch_early(const char* op, void (*kernel)(Parameters...), unsigned blocks, unsigned threads,
+                  Arguments&&... arguments) {
+  launch_early_shared(op, kernel, blocks, threads, 0, std::forward<Arguments>(arguments)...);
 }
 
 }  // namespace qlab::cuda

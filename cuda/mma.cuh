@@ -50,6 +50,13 @@ __device__ inline void copy_async(uint32_t to, const void* from, bool inside) {
                  : "memory");
 }
 __device__ inline void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+/// Copies since the last call are a group; the wait leaves so many of the youngest groups under
+/// way.
+__device__ inline void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int left>
+__device__ inline void wait_for_groups() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(left) : "memory");
+}
 
 #else
 
@@ -60,6 +67,9 @@ __device__ inline void load_transposed(uint32_t (&)[4], uint32_t) {}
 template <int bytes>
 __device__ inline void copy_async(uint32_t, const void*, bool) {}
 __device__ inline void wait_for_copies() {}
+__device__ inline void commit_copies() {}
+template <int left>
+__device__ inline void wait_for_groups() {}
 
 #endif
 

@@ -15,6 +15,7 @@
 #include "core/profile.h"
 #include "nn/fold.h"
 #include "optim/adamw.h"
+#include "quant/nf4_linear.h"
 #include "quant/quantize.h"
 
 namespace qlab::cuda {
@@ -34,6 +35,7 @@ using In = const Tensor&;
 int device_count() { return 0; }
 std::string build_version() { return ""; }
 std::string device_name(int) { missing(); }
+int compute_capability(int) { return 90; }
 MemoryInfo memory_info(int) { missing(); }
 void set_device(int) { missing(); }
 void* allocate(size_t, int) { missing(); }
@@ -83,6 +85,7 @@ void swiglu_backward(In, In, In) { missing(); }
 void quantize_nf4(In, In, In, In, int64_t) { missing(); }
 void quantize_scales(const Nf4Tensor&, In, In) { missing(); }
 void dequantize_nf4(In, const Nf4Tensor&) { missing(); }
+void nf4_matmul_mma(In, In, const Nf4Tensor&, Op, In, In) { missing(); }
 void grad_norm(In, In, In) { missing(); }
 void adamw(In, In, In, In, In, In) { missing(); }
 

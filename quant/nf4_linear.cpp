@@ -1,5 +1,7 @@
 #include "quant/nf4_linear.h"
 
+#include <algorithm>
+
 #include "core/ops/copy.h"
 #include "core/profile.h"
 
@@ -17,8 +19,34 @@ const char* name_of(Nf4Kernel kernel) {
   return "?";
 }
 
-bool nf4_matmul_supported(Nf4Kernel, const Nf4Tensor& w, Op, int64_t, DType, Device device) {
-  return w.shape.rank() == 2 && device.target == DeviceType::cpu;
+namespace {
+
+std::string limits_of(Nf4Kernel kernel) {
+  switch (kernel) {
+    case Nf4Kernel::simt:
+      return fmt::format("at most {} rows", cuda::nf4_simt_rows);
+    case Nf4Kernel::mma:
+      return fmt::format("at most {} rows and {} outputs, compute capability 8.0",
+                         cuda::nf4_mma_rows, cuda::nf4_mma_outputs);
+    case Nf4Kernel::wgmma:
+      return "compute capability 9.0";
+  }
+  return "";
+}
+
+}  // namespace
+
+bool nf4_matmul_supported(Nf4Kernel kernel, const Nf4Tensor& w, Op op, int64_t rows, DType dtype,
+                          Device device) {
+  if (w.shape.rank() != 2) return false;
+  if (device.target == DeviceType::cpu) return true;
+  const int64_t n = w.shape[0], k = w.shape[1];
+  // Rows of codes and of x and y start at 16 bytes, and 32 neighbours along K share a scale.
+  if (dtype != DType::bf16 || n % 8 != 0 || k % 32 != 0 || n * k > INT32_MAX) return false;
+  if (kernel == Nf4Kernel::mma)
+    return rows <= cuda::nf4_mma_rows && (op == Op::transpose ? n : k) <= cuda::nf4_mma_outputs &&
+           cuda::compute_capability(device.index) >= 80;
+  return false;
 }
 
 void nf4_matmul(const Tensor& y, const Tensor& x, const Nf4Tensor& w, Op op, Nf4Kernel kernel,
@@ -39,24 +67,32 @@ void nf4_matmul(const Tensor& y, const Tensor& x, const Nf4Tensor& w, Op op, Nf4
   if (m == 0 || out == 0) return;
   const Device device = x.device();
   QLAB_CHECK(nf4_matmul_supported(kernel, w, op, m, x.dtype(), device),
-             "[nf4_matmul] no {} kernel for {} rows of {} with W {} on {}", name_of(kernel), m,
-             name_of(x.dtype()), w.shape, device.str());
+             "[nf4_matmul] no {} kernel for {} rows of {} with W {} on {}: it takes bfloat16, N a "
+             "multiple of 8, K of 32, {}",
+             name_of(kernel), m, name_of(x.dtype()), w.shape, device.str(), limits_of(kernel));
   Tensor weight, workspace;
   {
     const MemoryTag tag(Category::workspace);
     const MemoryName name("workspace of a product");
-    weight = Tensor::empty(w.shape, x.dtype(), device);
-    workspace = Tensor::empty({cpu::gemm_workspace(m, out, in, x.dtype())}, DType::u8, device);
+    if (device.target == DeviceType::cpu) {
+      weight = Tensor::empty(w.shape, x.dtype(), device);
+      workspace = Tensor::empty({cpu::gemm_workspace(m, out, in, x.dtype())}, DType::u8, device);
+    } else if (const int64_t parts = cuda::nf4_mma_splits(out, in);
+               kernel == Nf4Kernel::mma && parts > 1) {
+      workspace = Tensor::empty({parts, m, out}, DType::f32, device);
+    }
   }
   const OpScope scope(
       "nf4_matmul", device,
       {2.0 * static_cast<double>(m) * static_cast<double>(n) * static_cast<double>(k),
        bytes_of_all(x, y, addend, w.codes, w.absmax, w.absmax_code, w.absmax2)});
-  if (addend.defined() && addend.raw() != y.raw()) copy(y, addend);
   on_device(
       device,
-      [&] { cpu::nf4_matmul(y, x, w, op, addend.defined() ? 1.0f : 0.0f, weight, workspace); },
-      [] {});
+      [&] {
+        if (addend.defined() && addend.raw() != y.raw()) copy(y, addend);
+        cpu::nf4_matmul(y, x, w, op, addend.defined() ? 1.0f : 0.0f, weight, workspace);
+      },
+      [&] { cuda::nf4_matmul_mma(y, x, w, op, addend, workspace); });
 }
 
 namespace cpu {
@@ -68,4 +104,17 @@ void nf4_matmul(const Tensor& y, const Tensor& x, const Nf4Tensor& w, Op op, flo
 }
 
 }  // namespace cpu
+namespace cuda {
+
+// A tile of 128 outputs to a block, two blocks to a multiprocessor of a large GPU, and no part so
+// short that its beginning and end cost more than what it saves.
+int64_t nf4_mma_splits(int64_t outputs, int64_t depth) {
+  constexpr int64_t blocks = 256, shortest = 4, tile = 128;
+  const int64_t tiles = (outputs + tile - 1) / tile, chunks = (depth + tile - 1) / tile;
+  const int64_t wanted = std::clamp<int64_t>(blocks / tiles, 1, (chunks + shortest - 1) / shortest);
+  const int64_t steps = (chunks + wanted - 1) / wanted;
+  return (chunks + steps - 1) / steps;
+}
+
+}  // namespace cuda
 }  // namespace qlab

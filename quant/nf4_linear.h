@@ -31,4 +31,12 @@ namespace cpu {
 void nf4_matmul(const Tensor& y, const Tensor& x, const Nf4Tensor& w, Op op, float beta,
                 const Tensor& weight, const Tensor& workspace);
 }  // namespace cpu
+namespace cuda {
+/// What the kernels take at most.
+inline constexpr int64_t nf4_simt_rows = 8, nf4_mma_rows = 1024, nf4_mma_outputs = 65536;
+/// Parts into which mma cuts the contraction, by the matrix alone.
+int64_t nf4_mma_splits(int64_t outputs, int64_t depth);
+void nf4_matmul_mma(const Tensor& y, const Tensor& x, const Nf4Tensor& w, Op op,
+                    const Tensor& addend, const Tensor& workspace);
+}  // namespace cuda
 }  // namespace qlab

@@ -1,0 +1,450 @@
+#include "cuda/early_launch.cuh"
+#include "cuda/mma.cuh"
+#include "cuda/nf4_decode.cuh"
+#include "quant/nf4_linear.h"
+
+namespace qlab::cuda {
+namespace {
+
+// A block computes 128 outputs of some tokens. It walks along the contraction in chunks of 128: of
+// W a tile of 128 rows and 128 columns, whichever of the two is the contraction, and 128 columns of
+// x. Four warps share out the outputs, and two groups of them the halves of every chunk. The tensor
+// cores' left operand is the decoded W (or its transpose), the right one x transposed. Sums over
+// an index do not care for its order, so a lane takes contraction indices that lie together in
+// memory: 16 neighbours per half of a chunk, four for each product of depth 16.
+constexpr int threads = PairTable::threads;
+constexpr int tile = 128;
+constexpr int x_row = tile * 2;         // bytes
+constexpr int scale_chunk = 32;         // every block size is a multiple of it
+constexpr int scale_pitch = tile + 16;  // floats between the scales of two chunks of columns
+constexpr int output_pitch = tile + 4;  // floats
+
+// Tiles of W come from far and are asked for early, those of x are in a cache.
+constexpr int code_slots = 4, scale_slots = 3, x_slots = 2;
+constexpr int scale_bytes = 4 * scale_pitch * 4;
+template <int tokens>
+struct Shared {
+  static constexpr int codes = PairTable::pitch / 2;  // in the free halves of the table's rows
+  static constexpr int map = PairTable::bytes;
+  static constexpr int scales = map + map_size * 4;
+  static constexpr int x = scales + scale_slots * scale_bytes;
+  static constexpr int bytes = x + x_slots * tokens * x_row;
+};
+constexpr int code_slot_bytes = tile / 2 * PairTable::pitch;  // two rows to a row of the table
+static_assert(code_slots * code_slot_bytes <= PairTable::bytes);
+
+template <class T>
+struct Problem {
+  const uint8_t* codes;
+  Scales scales;
+  const T* x;
+  T* y;
+  const T* addend;  // or null
+  float* partial;   // [splits, m, outputs] where splits > 1
+  int64_t x_pitch, y_pitch, addend_pitch;
+  int n, k, m;
+  int steps;         // chunks along the contraction that a block takes
+  int splits;        // blocks that share out the contraction
+  bool wide_scales;  // two chunks of 32 columns always have one scale
+};
+
+/// Blocks of one tile that have written their part; 0 between launches.
+constexpr int max_tiles = 16384;
+__device__ uint32_t finished[max_tiles];
+
+/// Where 16 of the 64 bytes of a row of codes lie: lanes that read four neighbouring rows, or rows
+/// 16 apart, meet in no bank.
+__device__ inline int code_place(int row, int unit) {
+  const int moved = unit ^ (row >> 1 & 1) * 2 ^ (row >> 4 & 3);
+  return row / 2 * PairTable::pitch + row % 2 * 64 + moved * 16;
+}
+/// The same for rows a multiple of 16 above a known place.
+__device__ constexpr int code_offset(int rows) {
+  return rows / 2 * PairTable::pitch + rows % 2 * 64;
+}
+__device__ inline int scale_place(int row) { return row + row / 32 * 4; }
+
+/// What one thread brings of each chunk, one after the other. Outside of W and x are zeros.
+template <class T, Op op>
+class Loader {
+ public:
+  __device__ Loader(const Problem<T>& p, int first_output, int first_token, int first_chunk)
+      : p_(p) {
+    const int thread = static_cast<int>(threadIdx.x);
+    const int row0 = op == Op::transpose ? first_output : first_chunk * tile;
+    const int column0 = op == Op::transpose ? first_chunk * tile : first_output;
+    {
+      const int row = row0 + thread / 4, column = column0 + thread % 4 * 32;
+      codes_ = p.codes + (static_cast<int64_t>(row) * p.k + column) / 2;
+#pragma unroll
+      for (int i = 0; i < 2; ++i) codes_left_[i] = left(row + tile / 2 * i, column);
+      code_to_ = code_place(thread / 4, thread % 4);
+    }
+    {
+      const int row = row0 + thread / 2, column = column0 + thread % 2 * 2 * scale_chunk;
+      scale_ =
+          static_cast<uint32_t>(row) * static_cast<uint32_t>(p.k) + static_cast<uint32_t>(column);
+      scales_left_[0] = left(row, column);
+      scales_left_[1] = left(row, column + scale_chunk);
+      scale_to_ = thread % 2 * 2 * scale_pitch + scale_place(thread / 2);
+    }
+    const int token = thread / (x_row / 16), unit = thread % (x_row / 16);
+    const int at = first_chunk * tile + unit * 8;
+    x_ = p.x + static_cast<int64_t>(first_token + token) * p.x_pitch + at;
+    x_left_ = (op == Op::transpose ? p.k : p.n) - at;
+    tokens_left_ = p.m - first_token - token;
+    x_to_ = token * x_row + (unit ^ (token & 1)) * 16;
+  }
+
+  __device__ void copy_codes(uint32_t to) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i)
+      copy_async<16>(to + code_to_ + i * code_offset(tile / 2),
+                     codes_ + i * static_cast<int64_t>(p_.k) * (tile / 4), codes_left_[i] > 0);
+    codes_ += op == Op::transpose ? tile / 2 : static_cast<int64_t>(p_.k) * (tile / 2);
+    codes_left_[0] -= tile;
+    codes_left_[1] -= tile;
+  }
+  template <int tokens>
+  __device__ void copy_x(uint32_t to) {
+    constexpr int rows = threads / (x_row / 16);
+#pragma unroll
+    for (int i = 0; i < tokens; i += rows)
+      if (tokens >= rows || threadIdx.x < tokens * (x_row / 16))
+        copy_async<16>(to + x_to_ + i * x_row, x_ + i * p_.x_pitch,
+                       tokens_left_ > i && x_left_ > 0);
+    x_ += tile;
+    x_left_ -= tile;
+  }
+  __device__ void fetch_scales() {
+    if (scales_left_[0] > 0) pair_[0].fetch(p_.scales, scale_ >> p_.scales.shift);
+    if (!p_.wide_scales && scales_left_[1] > 0)
+      pair_[1].fetch(p_.scales, (scale_ + scale_chunk) >> p_.scales.shift);
+    scale_ += op == Op::transpose ? tile : static_cast<uint32_t>(p_.k) * tile;
+  }
+  /// Those fetched last.
+  __device__ void store_scales(float* to, const float* map, float offset) {
+    float first = pair_[0].value(p_.scales, map, offset);
+    float second = p_.wide_scales ? first : pair_[1].value(p_.scales, map, offset);
+    to[scale_to_] = scales_left_[0] > 0 ? first : 0.0f;
+    to[scale_to_ + scale_pitch] = scales_left_[1] > 0 ? second : 0.0f;
+    scales_left_[0] -= tile;
+    scales_left_[1] -= tile;
+  }
+
+ private:
+  /// What is left along the contraction; nothing where the place lies outside in the other
+  /// direction.
+  __device__ int left(int row, int column) const {
+    if (op == Op::transpose) return row < p_.n ? p_.k - column : 0;
+    return column < p_.k ? p_.n - row : 0;
+  }
+  const Problem<T>& p_;
+  const uint8_t* codes_;
+  const T* x_;
+  uint32_t scale_;
+  int codes_left_[2], scales_left_[2], x_left_, tokens_left_;
+  int code_to_, scale_to_, x_to_;
+  AnyScale pair_[2];
+};
+
+/// Two values of W, rounded, side by side.
+__device__ inline uint32_t weights(float first, float first_scale, float second,
+                                   float second_scale) {
+  return pack(__fmul_rn(first, first_scale), __fmul_rn(second, second_scale));
+}
+
+/// Decoded W: [two products of depth 16][two groups of 16 outputs].
+using Left = uint32_t[2][2][4];
+
+/// Outputs are rows of W: the lane has rows 16 i + g and 16 i + g + 8 of the warp's 32.
+struct ForwardCodes {
+  uint2 word[2][2];
+  float scale[2][2];
+
+  __device__ ForwardCodes(const char* codes, const float* scales, int group, int half) {
+    const int lane = static_cast<int>(threadIdx.x) % 32, g = lane / 4, t = lane % 4;
+#pragma unroll
+    for (int i = 0; i < 2; ++i)
+#pragma unroll
+      for (int j = 0; j < 2; ++j) {
+        const int row = 32 * group + 16 * i + 8 * j + g;
+        word[i][j] =
+            *reinterpret_cast<const uint2*>(codes + code_place(row, 2 * half + t / 2) + t % 2 * 8);
+        scale[i][j] = scales[(2 * half + t / 2) * scale_pitch + scale_place(row)];
+      }
+  }
+  __device__ void decode(Left& a, const PairTable& table, int pair) const {
+#pragma unroll
+    for (int i = 0; i < 2; ++i)
+#pragma unroll
+      for (int j = 0; j < 2; ++j)
+#pragma unroll
+        for (int b = 0; b < 4; ++b) {
+          const float2 v = table(pair == 0 ? word[i][j].x : word[i][j].y, b);
+          a[b / 2][i][j + b % 2 * 2] = weights(v.x, scale[i][j], v.y, scale[i][j]);
+        }
+  }
+};
+
+/// Outputs are columns of W: the lane has columns 4 g .. 4 g + 3 of the warp's 32.
+struct BackwardCodes {
+  const char* codes;
+  const float* scales;
+  int at;  // of the first of 16 rows
+
+  __device__ BackwardCodes(const char* codes, const float* scales, int group, int half)
+      : codes(codes) {
+    const int lane = static_cast<int>(threadIdx.x) % 32, g = lane / 4, t = lane % 4;
+    const int row = 64 * half + 16 * t;
+    at = code_place(row, group) + 2 * g;
+    this->scales = scales + group * scale_pitch + scale_place(row);
+  }
+  __device__ void decode(Left& a, const PairTable& table, int pair) const {
+#pragma unroll
+    for (int s = 0; s < 2; ++s) {
+      const int first = 8 * pair + 4 * s;
+      const float4 scale = *reinterpret_cast<const float4*>(scales + first);
+      uint32_t word[4];
+#pragma unroll
+      for (int c = 0; c < 4; ++c) {
+        const int place = (c < 2 ? at : at ^ 32) + code_offset(first + c);  // moved
+        word[c] = *reinterpret_cast<const uint16_t*>(codes + place);
+      }
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const float2 v0 = table(word[0], i), v1 = table(word[1], i);
+        const float2 v2 = table(word[2], i), v3 = table(word[3], i);
+        a[s][i][0] = weights(v0.x, scale.x, v1.x, scale.y);
+        a[s][i][1] = weights(v0.y, scale.x, v1.y, scale.y);
+        a[s][i][2] = weights(v2.x, scale.z, v3.x, scale.w);
+        a[s][i][3] = weights(v2.y, scale.z, v3.y, scale.w);
+      }
+    }
+  }
+};
+
+/// c += W x^T over this warp's half of a chunk.
+template <class T, Op op, int tokens>
+__device__ void multiply_chunk(float (&c)[tokens / 8][2][4], const char* w, const float* scales,
+                               const char* x, const PairTable& table) {
+  const int lane = static_cast<int>(threadIdx.x) % 32, g = lane / 4, t = lane % 4;
+  const int warp = static_cast<int>(threadIdx.x) / 32, group = warp % 4, half = warp / 4;
+  using Codes = std::conditional_t<op == Op::transpose, ForwardCodes, BackwardCodes>;
+  const Codes codes(w, scales, group, half);
+  x += g * x_row + (8 * half + 2 * t) * 16;
+#pragma unroll
+  for (int pair = 0; pair < 2; ++pair) {
+    Left a;
+    codes.decode(a, table, pair);
+    const char* const own = x + (pair ^ (g & 1)) * 16;
+#pragma unroll
+    for (int j = 0; j < tokens / 8; ++j) {
+      const uint4 b = *reinterpret_cast<const uint4*>(own + 8 * j * x_row);
+#pragma unroll
+      for (int i = 0; i < 2; ++i) mma<T>(c[j][i], a[0][i], b.x, b.y);
+#pragma unroll
+      for (int i = 0; i < 2; ++i) mma<T>(c[j][i], a[1][i], b.z, b.w);
+    }
+  }
+}
+
+/// The sum of both halves in shared memory, [tokens, 128 outputs], for the whole block.
+template <Op op, int tokens>
+__device__ void add_halves(float* sum, const float (&c)[tokens / 8][2][4]) {
+  const int lane = static_cast<int>(threadIdx.x) % 32, g = lane / 4, t = lane % 4;
+  const int warp = static_cast<int>(threadIdx.x) / 32, group = warp % 4, half = warp / 4;
+  const auto visit = [&](auto&& element) {
+#pragma unroll
+    for (int j = 0; j < tokens / 8; ++j)
+#pragma unroll
+      for (int i = 0; i < 2; ++i)
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+          const int own = op == Op::transpose ? 16 * i + g + e / 2 * 8 : 4 * g + 2 * i + e / 2;
+          element(sum[(8 * j + 2 * t + e % 2) * output_pitch + 32 * group + own], c[j][i][e]);
+        }
+  };
+  __syncthreads();
+  if (half == 1) visit([](float& at, float value) { at = value; });
+  __syncthreads();
+  if (half == 0) visit([](float& at, float value) { at = value + at; });
+  __syncthreads();
+}
+
+/// y of eight neighbouring outputs of a token.
+template <class T>
+__device__ void write_result(const Problem<T>& p, int token, int output, float (&v)[vector_width]) {
+  if (p.addend != nullptr) {
+    float other[vector_width];
+    load(other, p.addend + token * p.addend_pitch + output);
+#pragma unroll
+    for (int i = 0; i < vector_width; ++i) v[i] += other[i];
+  }
+  store(p.y + token * p.y_pitch + output, v);
+}
+
+template <class T, Op op, int tokens>
+__device__ void finish(const Problem<T>& p, const float* sum, int first_output, int first_token) {
+  constexpr int units = tile / vector_width;
+  const int outputs = op == Op::transpose ? p.n : p.k;
+  const int64_t part = static_cast<int64_t>(p.m) * outputs;
+  const auto visit = [&](auto&& unit) {
+    for (int i = threadIdx.x; i < tokens * units; i += threads) {
+      const int row = i / units, column = i % units * vector_width;
+      const int token = first_token + row, output = first_output + column;
+      if (token < p.m && output < outputs) unit(row, column, token, output);
+    }
+  };
+  if (p.splits == 1)
+    return visit([&](int row, int column, int token, int output) {
+      float v[vector_width];
+      load(v, sum + row * output_pitch + column);
+      write_result(p, token, output, v);
+    });
+  visit([&](int row, int column, int token, int output) {
+    float v[vector_width];
+    load(v, sum + row * output_pitch + column);
+    store(p.partial + blockIdx.y * part + static_cast<int64_t>(token) * outputs + output, v);
+  });
+  // The last block adds the parts, in their order.
+  __shared__ bool last;
+  __threadfence();
+  __syncthreads();
+  const uint32_t own = blockIdx.z * gridDim.x + blockIdx.x;
+  if (threadIdx.x == 0) last = atomicAdd(&finished[own], 1) == gridDim.y - 1;
+  __syncthreads();
+  if (!last) return;
+  __threadfence();
+  if (threadIdx.x == 0) finished[own] = 0;
+  visit([&](int, int, int token, int output) {
+    const float* const from = p.partial + static_cast<int64_t>(token) * outputs + output;
+    float v[vector_width] = {};
+#pragma unroll 4
+    for (int s = 0; s < p.splits; ++s) {
+      float other[vector_width];
+      const auto* const words = reinterpret_cast<const float4*>(from + s * part);
+      const float4 a = __ldcg(words), b = __ldcg(words + 1);
+      other[0] = a.x, other[1] = a.y, other[2] = a.z, other[3] = a.w;
+      other[4] = b.x, other[5] = b.y, other[6] = b.z, other[7] = b.w;
+#pragma unroll
+      for (int e = 0; e < vector_width; ++e) v[e] = s == 0 ? other[e] : v[e] + other[e];
+    }
+    write_result(p, token, output, v);
+  });
+}
+
+// One block per 128 outputs, `tokens` tokens and part of the contraction. Reads W once per `tokens`
+// rows of x, 0.52 bytes an element, and x once per 128 outputs.
+template <class T, Op op, int tokens>
+__global__ void __launch_bounds__(threads, 2) nf4_mma_kernel(Problem<T> p) {
+  extern __shared__ __align__(128) char memory[];
+  using Place = Shared<tokens>;
+  float* const map = reinterpret_cast<float*>(memory + Place::map);
+  const auto codes_at = [](int i) { return Place::codes + i % code_slots * code_slot_bytes; };
+  const auto x_at = [](int i) { return Place::x + i % x_slots * tokens * x_row; };
+  const auto scales_at = [&](int i) {
+    return reinterpret_cast<float*>(memory + Place::scales + i % scale_slots * scale_bytes);
+  };
+  PairTable::fill(memory);
+  await_previous();
+  const bool nested = p.scales.codes != nullptr;
+  if (nested) map[threadIdx.x] = p.scales.map[threadIdx.x];
+  const float offset = nested ? *p.scales.offset : 0.0f;
+  const int first_output = static_cast<int>(blockIdx.x) * tile;
+  const int first_token = static_cast<int>(blockIdx.z) * tokens;
+  const int first_chunk = static_cast<int>(blockIdx.y) * p.steps;
+  const int depth = op == Op::transpose ? p.k : p.n;
+  const int end = min(p.steps, (depth + tile - 1) / tile - first_chunk);
+  const uint32_t shared = shared_address(memory);
+
+  Loader<T, op> loader(p, first_output, first_token, first_chunk);
+  loader.copy_codes(shared + codes_at(0));
+  commit_copies();
+  loader.template copy_x<tokens>(shared + x_at(0));
+  commit_copies();
+  if (end > 1) loader.copy_codes(shared + codes_at(1));
+  commit_copies();
+  loader.fetch_scales();
+  __syncthreads();  // the map
+  loader.store_scales(scales_at(0), map, offset);
+  if (end > 1) {
+    loader.fetch_scales();
+    loader.store_scales(scales_at(1), map, offset);
+  }
+  const PairTable table(memory);
+  float c[tokens / 8][2][4] = {};
+  for (int i = 0; i < end; ++i) {
+    wait_for_groups<1>();  // of the codes of chunk i + 1
+    __syncthreads();
+    if (i + 1 < end) loader.template copy_x<tokens>(shared + x_at(i + 1));
+    commit_copies();
+    if (i + 2 < end) {
+      loader.copy_codes(shared + codes_at(i + 2));
+      loader.fetch_scales();
+    }
+    commit_copies();
+    multiply_chunk<T, op, tokens>(c, memory + codes_at(i), scales_at(i), memory + x_at(i), table);
+    if (i + 2 < end) loader.store_scales(scales_at(i + 2), map, offset);
+  }
+  wait_for_copies();
+  float* const sum = reinterpret_cast<float*>(memory);
+  add_halves<op, tokens>(sum, c);
+  finish<T, op, tokens>(p, sum, first_output, first_token);
+}
+
+int largest_shared_memory() {
+  int device = 0, bytes = 0;
+  check(cudaGetDevice(&device), "cudaGetDevice");
+  check(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
+        "cudaDeviceGetAttribute");
+  return bytes;
+}
+
+template <class T, Op op, int tokens>
+void launch(const Problem<T>& p, int outputs) {
+  constexpr int bytes = Shared<tokens>::bytes;
+  static_assert(tokens * output_pitch * 4 <= bytes);
+  const auto kernel = nf4_mma_kernel<T, op, tokens>;
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes),
+        "nf4_matmul");
+  const dim3 grid(static_cast<unsigned>(ceil_div(outputs, tile)), static_cast<unsigned>(p.splits),
+                  static_cast<unsigned>(ceil_div(p.m, tokens)));
+  launch_early_shared("nf4_matmul", kernel, grid, threads, bytes, p);
+}
+
+/// A row's bits are the same whatever its block takes besides.
+template <Op op, class T>
+void multiply(const Problem<T>& p, int outputs) {
+  if (p.m <= 8) return launch<T, op, 8>(p, outputs);
+  if (p.m <= 16) return launch<T, op, 16>(p, outputs);
+  if (p.m <= 32 || largest_shared_memory() < Shared<64>::bytes)
+    return launch<T, op, 32>(p, outputs);
+  launch<T, op, 64>(p, outputs);
+}
+
+}  // namespace
+
+void nf4_matmul_mma(const Tensor& y, const Tensor& x, const Nf4Tensor& w, Op op,
+                    const Tensor& addend, const Tensor& workspace) {
+  const auto outputs = static_cast<int>(y.cols()), depth = static_cast<int>(x.cols());
+  Problem<bf16> p{.codes = w.codes.data<uint8_t>(),
+                  .scales = scales_of(w),
+                  .x = x.data<bf16>(),
+                  .y = y.data<bf16>(),
+                  .addend = addend.defined() ? addend.data<bf16>() : nullptr,
+                  .partial = workspace.defined() ? workspace.data<float>() : nullptr,
+                  .x_pitch = x.pitch(),
+                  .y_pitch = y.pitch(),
+                  .addend_pitch = addend.defined() ? addend.pitch() : 0,
+                  .n = static_cast<int>(w.shape[0]),
+                  .k = static_cast<int>(w.shape[1]),
+                  .m = static_cast<int>(x.rows()),
+                  .steps = 0,
+                  .splits = static_cast<int>(nf4_mma_splits(outputs, depth)),
+                  .wide_scales = w.block_size >= 64 && w.shape[1] % 64 == 0};
+  p.steps = ceil_div(ceil_div(depth, tile), p.splits);
+  op == Op::transpose ? multiply<Op::transpose>(p, outputs) : multiply<Op::none>(p, outputs);
+}
+
+}  // namespace qlab::cuda
