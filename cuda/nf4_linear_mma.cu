@@ -1,7 +1,6 @@
 #include "cuda/early_launch.cuh"
 #include "cuda/mma.cuh"
-#include "cuda/nf4_decode.cuh"
-#include "quant/nf4_linear.h"
+#include "cuda/nf4_linear.cuh"
 
 namespace qlab::cuda {
 namespace {
@@ -15,7 +14,6 @@ namespace {
 constexpr int threads = PairTable::threads;
 constexpr int tile = 128;
 constexpr int x_row = tile * 2;         // bytes
-constexpr int scale_chunk = 32;         // every block size is a multiple of it
 constexpr int scale_pitch = tile + 16;  // floats between the scales of two chunks of columns
 constexpr int output_pitch = tile + 4;  // floats
 
@@ -32,25 +30,6 @@ struct Shared {
 };
 constexpr int code_slot_bytes = tile / 2 * PairTable::pitch;  // two rows to a row of the table
 static_assert(code_slots * code_slot_bytes <= PairTable::bytes);
-
-template <class T>
-struct Problem {
-  const uint8_t* codes;
-  Scales scales;
-  const T* x;
-  T* y;
-  const T* addend;  // or null
-  float* partial;   // [splits, m, outputs] where splits > 1
-  int64_t x_pitch, y_pitch, addend_pitch;
-  int n, k, m;
-  int steps;         // chunks along the contraction that a block takes
-  int splits;        // blocks that share out the contraction
-  bool wide_scales;  // two chunks of 32 columns always have one scale
-};
-
-/// Blocks of one tile that have written their part; 0 between launches.
-constexpr int max_tiles = 16384;
-__device__ uint32_t finished[max_tiles];
 
 /// Where 16 of the 64 bytes of a row of codes lie: lanes that read four neighbouring rows, or rows
 /// 16 apart, meet in no bank.
@@ -272,68 +251,6 @@ __device__ void add_halves(float* sum, const float (&c)[tokens / 8][2][4]) {
   __syncthreads();
 }
 
-/// y of eight neighbouring outputs of a token.
-template <class T>
-__device__ void write_result(const Problem<T>& p, int token, int output, float (&v)[vector_width]) {
-  if (p.addend != nullptr) {
-    float other[vector_width];
-    load(other, p.addend + token * p.addend_pitch + output);
-#pragma unroll
-    for (int i = 0; i < vector_width; ++i) v[i] += other[i];
-  }
-  store(p.y + token * p.y_pitch + output, v);
-}
-
-template <class T, Op op, int tokens>
-__device__ void finish(const Problem<T>& p, const float* sum, int first_output, int first_token) {
-  constexpr int units = tile / vector_width;
-  const int outputs = op == Op::transpose ? p.n : p.k;
-  const int64_t part = static_cast<int64_t>(p.m) * outputs;
-  const auto visit = [&](auto&& unit) {
-    for (int i = threadIdx.x; i < tokens * units; i += threads) {
-      const int row = i / units, column = i % units * vector_width;
-      const int token = first_token + row, output = first_output + column;
-      if (token < p.m && output < outputs) unit(row, column, token, output);
-    }
-  };
-  if (p.splits == 1)
-    return visit([&](int row, int column, int token, int output) {
-      float v[vector_width];
-      load(v, sum + row * output_pitch + column);
-      write_result(p, token, output, v);
-    });
-  visit([&](int row, int column, int token, int output) {
-    float v[vector_width];
-    load(v, sum + row * output_pitch + column);
-    store(p.partial + blockIdx.y * part + static_cast<int64_t>(token) * outputs + output, v);
-  });
-  // The last block adds the parts, in their order.
-  __shared__ bool last;
-  __threadfence();
-  __syncthreads();
-  const uint32_t own = blockIdx.z * gridDim.x + blockIdx.x;
-  if (threadIdx.x == 0) last = atomicAdd(&finished[own], 1) == gridDim.y - 1;
-  __syncthreads();
-  if (!last) return;
-  __threadfence();
-  if (threadIdx.x == 0) finished[own] = 0;
-  visit([&](int, int, int token, int output) {
-    const float* const from = p.partial + static_cast<int64_t>(token) * outputs + output;
-    float v[vector_width] = {};
-#pragma unroll 4
-    for (int s = 0; s < p.splits; ++s) {
-      float other[vector_width];
-      const auto* const words = reinterpret_cast<const float4*>(from + s * part);
-      const float4 a = __ldcg(words), b = __ldcg(words + 1);
-      other[0] = a.x, other[1] = a.y, other[2] = a.z, other[3] = a.w;
-      other[4] = b.x, other[5] = b.y, other[6] = b.z, other[7] = b.w;
-#pragma unroll
-      for (int e = 0; e < vector_width; ++e) v[e] = s == 0 ? other[e] : v[e] + other[e];
-    }
-    write_result(p, token, output, v);
-  });
-}
-
 // One block per 128 outputs, `tokens` tokens and part of the contraction. Reads W once per `tokens`
 // rows of x, 0.52 bytes an element, and x once per 128 outputs.
 template <class T, Op op, int tokens>
@@ -390,7 +307,8 @@ __global__ void __launch_bounds__(threads, 2) nf4_mma_kernel(Problem<T> p) {
   wait_for_copies();
   float* const sum = reinterpret_cast<float*>(memory);
   add_halves<op, tokens>(sum, c);
-  finish<T, op, tokens>(p, sum, first_output, first_token);
+  finish<tile, tokens, threads>(p, op == Op::transpose ? p.n : p.k, sum, output_pitch, first_output,
+                                first_token);
 }
 
 int largest_shared_memory() {
@@ -427,24 +345,10 @@ void multiply(const Problem<T>& p, int outputs) {
 
 void nf4_matmul_mma(const Tensor& y, const Tensor& x, const Nf4Tensor& w, Op op,
                     const Tensor& addend, const Tensor& workspace) {
-  const auto outputs = static_cast<int>(y.cols()), depth = static_cast<int>(x.cols());
-  Problem<bf16> p{.codes = w.codes.data<uint8_t>(),
-                  .scales = scales_of(w),
-                  .x = x.data<bf16>(),
-                  .y = y.data<bf16>(),
-                  .addend = addend.defined() ? addend.data<bf16>() : nullptr,
-                  .partial = workspace.defined() ? workspace.data<float>() : nullptr,
-                  .x_pitch = x.pitch(),
-                  .y_pitch = y.pitch(),
-                  .addend_pitch = addend.defined() ? addend.pitch() : 0,
-                  .n = static_cast<int>(w.shape[0]),
-                  .k = static_cast<int>(w.shape[1]),
-                  .m = static_cast<int>(x.rows()),
-                  .steps = 0,
-                  .splits = static_cast<int>(nf4_mma_splits(outputs, depth)),
-                  .wide_scales = w.block_size >= 64 && w.shape[1] % 64 == 0};
-  p.steps = ceil_div(ceil_div(depth, tile), p.splits);
-  op == Op::transpose ? multiply<Op::transpose>(p, outputs) : multiply<Op::none>(p, outputs);
+  Problem<bf16> p = problem_of<bf16>(y, x, w, addend, workspace);
+  p.splits = static_cast<int>(nf4_splits(Nf4Kernel::mma, op, p.n, p.k));
+  p.steps = ceil_div(ceil_div(op == Op::transpose ? p.k : p.n, tile), p.splits);
+  op == Op::transpose ? multiply<Op::transpose>(p, p.n) : multiply<Op::none>(p, p.k);
 }
 
 }  // namespace qlab::cuda

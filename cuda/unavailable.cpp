@@ -85,6 +85,7 @@ void swiglu_backward(In, In, In) { missing(); }
 void quantize_nf4(In, In, In, In, int64_t) { missing(); }
 void quantize_scales(const Nf4Tensor&, In, In) { missing(); }
 void dequantize_nf4(In, const Nf4Tensor&) { missing(); }
+void nf4_matmul_simt(In, In, const Nf4Tensor&, Op, In, In) { missing(); }
 void nf4_matmul_mma(In, In, const Nf4Tensor&, Op, In, In) { missing(); }
 void grad_norm(In, In, In) { missing(); }
 void adamw(In, In, In, In, In, In) { missing(); }

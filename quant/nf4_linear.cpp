@@ -21,6 +21,8 @@ const char* name_of(Nf4Kernel kernel) {
 
 namespace {
 
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
 std::string limits_of(Nf4Kernel kernel) {
   switch (kernel) {
     case Nf4Kernel::simt:
@@ -43,6 +45,7 @@ bool nf4_matmul_supported(Nf4Kernel kernel, const Nf4Tensor& w, Op op, int64_t r
   const int64_t n = w.shape[0], k = w.shape[1];
   // Rows of codes and of x and y start at 16 bytes, and 32 neighbours along K share a scale.
   if (dtype != DType::bf16 || n % 8 != 0 || k % 32 != 0 || n * k > INT32_MAX) return false;
+  if (kernel == Nf4Kernel::simt) return rows <= cuda::nf4_simt_rows;
   if (kernel == Nf4Kernel::mma)
     return rows <= cuda::nf4_mma_rows && (op == Op::transpose ? n : k) <= cuda::nf4_mma_outputs &&
            cuda::compute_capability(device.index) >= 80;
@@ -77,8 +80,7 @@ void nf4_matmul(const Tensor& y, const Tensor& x, const Nf4Tensor& w, Op op, Nf4
     if (device.target == DeviceType::cpu) {
       weight = Tensor::empty(w.shape, x.dtype(), device);
       workspace = Tensor::empty({cpu::gemm_workspace(m, out, in, x.dtype())}, DType::u8, device);
-    } else if (const int64_t parts = cuda::nf4_mma_splits(out, in);
-               kernel == Nf4Kernel::mma && parts > 1) {
+    } else if (const int64_t parts = cuda::nf4_splits(kernel, op, n, k); parts > 1) {
       workspace = Tensor::empty({parts, m, out}, DType::f32, device);
     }
   }
@@ -92,7 +94,10 @@ void nf4_matmul(const Tensor& y, const Tensor& x, const Nf4Tensor& w, Op op, Nf4
         if (addend.defined() && addend.raw() != y.raw()) copy(y, addend);
         cpu::nf4_matmul(y, x, w, op, addend.defined() ? 1.0f : 0.0f, weight, workspace);
       },
-      [&] { cuda::nf4_matmul_mma(y, x, w, op, addend, workspace); });
+      [&] {
+        kernel == Nf4Kernel::simt ? cuda::nf4_matmul_simt(y, x, w, op, addend, workspace)
+                                  : cuda::nf4_matmul_mma(y, x, w, op, addend, workspace);
+      });
 }
 
 namespace cpu {
@@ -106,14 +111,18 @@ void nf4_matmul(const Tensor& y, const Tensor& x, const Nf4Tensor& w, Op op, flo
 }  // namespace cpu
 namespace cuda {
 
-// A tile of 128 outputs to a block, two blocks to a multiprocessor of a large GPU, and no part so
-// short that its beginning and end cost more than what it saves.
-int64_t nf4_mma_splits(int64_t outputs, int64_t depth) {
-  constexpr int64_t blocks = 256, shortest = 4, tile = 128;
-  const int64_t tiles = (outputs + tile - 1) / tile, chunks = (depth + tile - 1) / tile;
-  const int64_t wanted = std::clamp<int64_t>(blocks / tiles, 1, (chunks + shortest - 1) / shortest);
-  const int64_t steps = (chunks + wanted - 1) / wanted;
-  return (chunks + steps - 1) / steps;
+// Two blocks to a multiprocessor of a large GPU, and no part so short that its beginning and end
+// cost more than it saves.
+int64_t nf4_splits(Nf4Kernel kernel, Op op, int64_t n, int64_t k) {
+  if (kernel == Nf4Kernel::simt && op == Op::transpose) return 1;
+  constexpr int64_t blocks = 256;
+  const int64_t tile = kernel == Nf4Kernel::simt ? 512 : 128;  // outputs of a block
+  const int64_t step = kernel == Nf4Kernel::simt ? 16 : 128;   // of the contraction
+  const int64_t shortest = 4;                                  // steps
+  const int64_t tiles = ceil_div(op == Op::transpose ? n : k, tile);
+  const int64_t steps = ceil_div(op == Op::transpose ? k : n, step);
+  const int64_t wanted = std::clamp<int64_t>(blocks / tiles, 1, ceil_div(steps, shortest));
+  return ceil_div(steps, ceil_div(steps, wanted));
 }
 
 }  // namespace cuda

@@ -34,8 +34,11 @@ void nf4_matmul(const Tensor& y, const Tensor& x, const Nf4Tensor& w, Op op, flo
 namespace cuda {
 /// What the kernels take at most.
 inline constexpr int64_t nf4_simt_rows = 8, nf4_mma_rows = 1024, nf4_mma_outputs = 65536;
-/// Parts into which mma cuts the contraction, by the matrix alone.
-int64_t nf4_mma_splits(int64_t outputs, int64_t depth);
+/// Parts into which the kernel cuts the contraction, by the matrix alone. Of several each needs
+/// fp32 [M, outputs] in `workspace`.
+int64_t nf4_splits(Nf4Kernel kernel, Op op, int64_t n, int64_t k);
+void nf4_matmul_simt(const Tensor& y, const Tensor& x, const Nf4Tensor& w, Op op,
+                     const Tensor& addend, const Tensor& workspace);
 void nf4_matmul_mma(const Tensor& y, const Tensor& x, const Nf4Tensor& w, Op op,
                     const Tensor& addend, const Tensor& workspace);
 }  // namespace cuda
