@@ -17,19 +17,22 @@ constexpr int x_row = tile * 2;         // bytes
 constexpr int scale_pitch = tile + 16;  // floats between the scales of two chunks of columns
 constexpr int output_pitch = tile + 4;  // floats
 
-// Tiles of W come from far and are asked for early, those of x are in a cache.
-constexpr int code_slots = 4, scale_slots = 3, x_slots = 2;
+// How many chunks before they are needed copies begin. Tiles of W come from far; those of x, out of
+// a cache, less early where they are large.
+constexpr int codes_ahead = 3, scales_ahead = 2;
+template <int tokens>
+constexpr int x_ahead = tokens == 64 ? 1 : 3;
 constexpr int scale_bytes = 4 * scale_pitch * 4;
 template <int tokens>
 struct Shared {
   static constexpr int codes = PairTable::pitch / 2;  // in the free halves of the table's rows
   static constexpr int map = PairTable::bytes;
   static constexpr int scales = map + map_size * 4;
-  static constexpr int x = scales + scale_slots * scale_bytes;
-  static constexpr int bytes = x + x_slots * tokens * x_row;
+  static constexpr int x = scales + (scales_ahead + 1) * scale_bytes;
+  static constexpr int bytes = x + (x_ahead<tokens> + 1) * tokens * x_row;
 };
 constexpr int code_slot_bytes = tile / 2 * PairTable::pitch;  // two rows to a row of the table
-static_assert(code_slots * code_slot_bytes <= PairTable::bytes);
+static_assert((codes_ahead + 1) * code_slot_bytes <= PairTable::bytes);
 
 /// Where 16 of the 64 bytes of a row of codes lie: lanes that read four neighbouring rows, or rows
 /// 16 apart, meet in no bank.
@@ -95,20 +98,23 @@ class Loader {
     x_ += tile;
     x_left_ -= tile;
   }
-  __device__ void fetch_scales() {
-    if (scales_left_[0] > 0) pair_[0].fetch(p_.scales, scale_ >> p_.scales.shift);
+  using Pair = AnyScale[2];
+  __device__ void fetch_scales(Pair& pair) {
+    if (scales_left_[0] > 0) pair[0].fetch(p_.scales, scale_ >> p_.scales.shift);
     if (!p_.wide_scales && scales_left_[1] > 0)
-      pair_[1].fetch(p_.scales, (scale_ + scale_chunk) >> p_.scales.shift);
+      pair[1].fetch(p_.scales, (scale_ + scale_chunk) >> p_.scales.shift);
     scale_ += op == Op::transpose ? tile : static_cast<uint32_t>(p_.k) * tile;
-  }
-  /// Those fetched last.
-  __device__ void store_scales(float* to, const float* map, float offset) {
-    float first = pair_[0].value(p_.scales, map, offset);
-    float second = p_.wide_scales ? first : pair_[1].value(p_.scales, map, offset);
-    to[scale_to_] = scales_left_[0] > 0 ? first : 0.0f;
-    to[scale_to_ + scale_pitch] = scales_left_[1] > 0 ? second : 0.0f;
     scales_left_[0] -= tile;
     scales_left_[1] -= tile;
+  }
+  /// Those fetched `later` chunks before the last.
+  __device__ void store_scales(float* to, const Pair& pair, int later, const float* map,
+                               float offset) const {
+    const float first = pair[0].value(p_.scales, map, offset);
+    const float second = p_.wide_scales ? first : pair[1].value(p_.scales, map, offset);
+    const int fetched = -(later + 1) * tile;
+    to[scale_to_] = scales_left_[0] > fetched ? first : 0.0f;
+    to[scale_to_ + scale_pitch] = scales_left_[1] > fetched ? second : 0.0f;
   }
 
  private:
@@ -124,7 +130,6 @@ class Loader {
   uint32_t scale_;
   int codes_left_[2], scales_left_[2], x_left_, tokens_left_;
   int code_to_, scale_to_, x_to_;
-  AnyScale pair_[2];
 };
 
 /// Two values of W, rounded, side by side.
@@ -258,51 +263,56 @@ __global__ void __launch_bounds__(threads, 2) nf4_mma_kernel(Problem<T> p) {
   extern __shared__ __align__(128) char memory[];
   using Place = Shared<tokens>;
   float* const map = reinterpret_cast<float*>(memory + Place::map);
-  const auto codes_at = [](int i) { return Place::codes + i % code_slots * code_slot_bytes; };
-  const auto x_at = [](int i) { return Place::x + i % x_slots * tokens * x_row; };
+  const auto codes_at = [](int i) {
+    return Place::codes + i % (codes_ahead + 1) * code_slot_bytes;
+  };
+  const auto x_at = [](int i) { return Place::x + i % (x_ahead<tokens> + 1) * tokens * x_row; };
   const auto scales_at = [&](int i) {
-    return reinterpret_cast<float*>(memory + Place::scales + i % scale_slots * scale_bytes);
+    return reinterpret_cast<float*>(memory + Place::scales + i % (scales_ahead + 1) * scale_bytes);
   };
   PairTable::fill(memory);
   await_previous();
-  const bool nested = p.scales.codes != nullptr;
-  if (nested) map[threadIdx.x] = p.scales.map[threadIdx.x];
-  const float offset = nested ? *p.scales.offset : 0.0f;
   const int first_output = static_cast<int>(blockIdx.x) * tile;
   const int first_token = static_cast<int>(blockIdx.z) * tokens;
   const int first_chunk = static_cast<int>(blockIdx.y) * p.steps;
   const int depth = op == Op::transpose ? p.k : p.n;
   const int end = min(p.steps, (depth + tile - 1) / tile - first_chunk);
   const uint32_t shared = shared_address(memory);
-
   Loader<T, op> loader(p, first_output, first_token, first_chunk);
-  loader.copy_codes(shared + codes_at(0));
-  commit_copies();
-  loader.template copy_x<tokens>(shared + x_at(0));
-  commit_copies();
-  if (end > 1) loader.copy_codes(shared + codes_at(1));
-  commit_copies();
-  loader.fetch_scales();
-  __syncthreads();  // the map
-  loader.store_scales(scales_at(0), map, offset);
-  if (end > 1) {
-    loader.fetch_scales();
-    loader.store_scales(scales_at(1), map, offset);
-  }
+  const auto copy = [&](int i) {  // those of x first, then those of W
+    if (const int c = i + x_ahead<tokens>; c >= 0 && c < end)
+      loader.template copy_x<tokens>(shared + x_at(c));
+    commit_copies();
+    if (i + codes_ahead < end) loader.copy_codes(shared + codes_at(i + codes_ahead));
+    commit_copies();
+  };
+  // Groups begun after the one that brings x, and after the one that brings W, of a chunk.
+  constexpr int under_way =
+      x_ahead<tokens> < codes_ahead ? 2 * x_ahead<tokens> - 1 : 2 * codes_ahead - 2;
+
+#pragma unroll
+  for (int i = -codes_ahead; i < 0; ++i) copy(i);
+  typename Loader<T, op>::Pair pairs[scales_ahead];
+#pragma unroll
+  for (int i = 0; i < scales_ahead; ++i) loader.fetch_scales(pairs[i]);
+  const bool nested = p.scales.codes != nullptr;
+  if (nested) map[threadIdx.x] = p.scales.map[threadIdx.x];
+  const float offset = nested ? *p.scales.offset : 0.0f;
+  __syncthreads();
+#pragma unroll
+  for (int i = 0; i < scales_ahead; ++i)
+    loader.store_scales(scales_at(i), pairs[i], scales_ahead - 1 - i, map, offset);
+
   const PairTable table(memory);
   float c[tokens / 8][2][4] = {};
   for (int i = 0; i < end; ++i) {
-    wait_for_groups<1>();  // of the codes of chunk i + 1
+    wait_for_groups<under_way>();
     __syncthreads();
-    if (i + 1 < end) loader.template copy_x<tokens>(shared + x_at(i + 1));
-    commit_copies();
-    if (i + 2 < end) {
-      loader.copy_codes(shared + codes_at(i + 2));
-      loader.fetch_scales();
-    }
-    commit_copies();
+    copy(i);
+    const bool more = i + scales_ahead < end;
+    if (more) loader.fetch_scales(pairs[0]);
     multiply_chunk<T, op, tokens>(c, memory + codes_at(i), scales_at(i), memory + x_at(i), table);
-    if (i + 2 < end) loader.store_scales(scales_at(i + 2), map, offset);
+    if (more) loader.store_scales(scales_at(i + scales_ahead), pairs[0], 0, map, offset);
   }
   wait_for_copies();
   float* const sum = reinterpret_cast<float*>(memory);
