@@ -24,26 +24,39 @@ inline bool launches_early() {
   return major >= 9;
 }
 
+/// Of a launch: dynamic shared memory, and blocks that form a cluster along y where there is more
+/// than one (compute capability 9.0).
+struct LaunchShape {
+  dim3 grid;
+  unsigned threads;
+  size_t shared_bytes = 0;
+  unsigned cluster = 1;
+};
+
 template <class... Parameters, class... Arguments>
-void launch_early_shared(const char* op, void (*kernel)(Parameters...), dim3 grid, unsigned threads,
-                         size_t shared_bytes, Arguments&&... arguments) {
-  cudaLaunchAttribute attribute{};
-  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attribute.val.programmaticStreamSerializationAllowed = 1;
+void launch_early(const char* op, void (*kernel)(Parameters...), const LaunchShape& shape,
+                  Arguments&&... arguments) {
+  cudaLaunchAttribute attributes[2]{};
+  attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attributes[0].val.programmaticStreamSerializationAllowed = 1;
+  attributes[1].id = cudaLaunchAttributeClusterDimension;
+  attributes[1].val.clusterDim.x = attributes[1].val.clusterDim.z = 1;
+  attributes[1].val.clusterDim.y = shape.cluster;
   cudaLaunchConfig_t config{};
-  config.gridDim = grid;
-  config.blockDim = threads;
-  config.dynamicSmemBytes = shared_bytes;
+  config.gridDim = shape.grid;
+  config.blockDim = shape.threads;
+  config.dynamicSmemBytes = shape.shared_bytes;
   config.stream = current_stream();
-  config.attrs = &attribute;
-  config.numAttrs = launches_early() ? 1 : 0;
+  config.attrs = attributes;
+  config.numAttrs = !launches_early() ? 0 : shape.cluster > 1 ? 2 : 1;
   check(cudaLaunchKernelEx(&config, kernel, std::forward<Arguments>(arguments)...), op);
   check_launch(op);
 }
 template <class... Parameters, class... Arguments>
 void launch_early(const char* op, void (*kernel)(Parameters...), unsigned blocks, unsigned threads,
                   Arguments&&... arguments) {
-  launch_early_shared(op, kernel, blocks, threads, 0, std::forward<Arguments>(arguments)...);
+  launch_early(op, kernel, LaunchShape{.grid = blocks, .threads = threads},
+               std::forward<Arguments>(arguments)...);
 }
 
 }  // namespace qlab::cuda

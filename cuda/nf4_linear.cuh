@@ -19,9 +19,10 @@ struct Problem {
   float* partial;   // [splits, m, outputs] where splits > 1
   int64_t x_pitch, y_pitch, addend_pitch;
   int n, k, m;
-  int steps = 0;     // along the contraction that a block takes
-  int splits = 1;    // blocks that share out the contraction: gridDim.y
-  bool wide_scales;  // two chunks of 32 columns always have one scale
+  int steps = 0;           // along the contraction that a block takes
+  int splits = 1;          // blocks that share out the contraction: gridDim.y
+  bool clustered = false;  // those blocks are a cluster
+  bool wide_scales;        // two chunks of 32 columns always have one scale
 };
 
 template <class T>
@@ -64,15 +65,41 @@ __device__ void write_result(const Problem<T>& p, int token, int output, float (
   store(p.y + token * p.y_pitch + output, v);
 }
 
-/// Writes the sums [tokens, tile] of a block; where others hold further parts of them, the last
-/// block to come adds all, in the order of the parts.
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+__device__ inline void synchronize_cluster() {
+  asm volatile("barrier.cluster.arrive.release.aligned;\n\tbarrier.cluster.wait.acquire.aligned;" ::
+                   : "memory");
+}
+/// v += eight floats at a place of this block's shared memory, read in block `rank` of the cluster.
+__device__ inline void add_remote(float (&v)[vector_width], const float* place, int rank) {
+  const auto local = static_cast<uint32_t>(__cvta_generic_to_shared(place));
+  uint32_t remote;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote) : "r"(local), "r"(rank));
+#pragma unroll
+  for (int i = 0; i < vector_width; i += 4) {
+    float a, b, c, d;
+    asm volatile("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];"
+                 : "=f"(a), "=f"(b), "=f"(c), "=f"(d)
+                 : "r"(remote + i * 4)
+                 : "memory");
+    v[i] += a, v[i + 1] += b, v[i + 2] += c, v[i + 3] += d;
+  }
+}
+#else
+__device__ inline void synchronize_cluster() {}
+__device__ inline void add_remote(float (&)[vector_width], const float*, int) {}
+#endif
+
+/// Writes the sums [tokens, tile] of a block. Where others hold further parts of them, those of a
+/// cluster share out the outputs; otherwise the last block to come adds all. Always in the order of
+/// the parts.
 template <int tile, int tokens, int threads, class T>
 __device__ void finish(const Problem<T>& p, int outputs, const float* sum, int pitch,
                        int first_output, int first_token) {
   constexpr int units = tile / vector_width;
   const int64_t part = static_cast<int64_t>(p.m) * outputs;
-  const auto visit = [&](auto&& unit) {
-    for (int i = threadIdx.x; i < tokens * units; i += threads) {
+  const auto visit = [&](auto&& unit, int first = 0, int step = threads) {
+    for (int i = first + static_cast<int>(threadIdx.x); i < tokens * units; i += step) {
       const int row = i / units, column = i % units * vector_width;
       const int token = first_token + row, output = first_output + column;
       if (token < p.m && output < outputs) unit(sum + row * pitch + column, token, output);
@@ -84,6 +111,17 @@ __device__ void finish(const Problem<T>& p, int outputs, const float* sum, int p
       load(v, from);
       write_result(p, token, output, v);
     });
+  if (p.clustered) {
+    synchronize_cluster();
+    visit(
+        [&](const float* from, int token, int output) {
+          float v[vector_width] = {};
+          for (int s = 0; s < p.splits; ++s) add_remote(v, from, s);
+          write_result(p, token, output, v);
+        },
+        static_cast<int>(blockIdx.y) * threads, p.splits * threads);
+    return synchronize_cluster();  // the others have read this block's sums
+  }
   visit([&](const float* from, int token, int output) {
     float v[vector_width];
     load(v, from);

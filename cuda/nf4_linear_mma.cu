@@ -46,90 +46,66 @@ __device__ constexpr int code_offset(int rows) {
 }
 __device__ inline int scale_place(int row) { return row + row / 32 * 4; }
 
-/// What one thread brings of each chunk, one after the other. Outside of W and x are zeros.
-template <class T, Op op>
-class Loader {
- public:
-  __device__ Loader(const Problem<T>& p, int first_output, int first_token, int first_chunk)
-      : p_(p) {
-    const int thread = static_cast<int>(threadIdx.x);
-    const int row0 = op == Op::transpose ? first_output : first_chunk * tile;
-    const int column0 = op == Op::transpose ? first_chunk * tile : first_output;
-    {
-      const int row = row0 + thread / 4, column = column0 + thread % 4 * 32;
-      codes_ = p.codes + (static_cast<int64_t>(row) * p.k + column) / 2;
-#pragma unroll
-      for (int i = 0; i < 2; ++i) codes_left_[i] = left(row + tile / 2 * i, column);
-      code_to_ = code_place(thread / 4, thread % 4);
-    }
-    {
-      const int row = row0 + thread / 2, column = column0 + thread % 2 * 2 * scale_chunk;
-      scale_ =
-          static_cast<uint32_t>(row) * static_cast<uint32_t>(p.k) + static_cast<uint32_t>(column);
-      scales_left_[0] = left(row, column);
-      scales_left_[1] = left(row, column + scale_chunk);
-      scale_to_ = thread % 2 * 2 * scale_pitch + scale_place(thread / 2);
-    }
-    const int token = thread / (x_row / 16), unit = thread % (x_row / 16);
-    const int at = first_chunk * tile + unit * 8;
-    x_ = p.x + static_cast<int64_t>(first_token + token) * p.x_pitch + at;
-    x_left_ = (op == Op::transpose ? p.k : p.n) - at;
-    tokens_left_ = p.m - first_token - token;
-    x_to_ = token * x_row + (unit ^ (token & 1)) * 16;
-  }
+/// threadIdx.x. Where registers are short it is read anew each time, so that what follows from it
+/// is computed again rather than kept: spilled, it would come from far.
+template <bool anew>
+__device__ inline int thread_index() {
+  if constexpr (!anew) return static_cast<int>(threadIdx.x);
+  int thread;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+  return thread;
+}
 
-  __device__ void copy_codes(uint32_t to) {
+/// What one thread brings of a chunk. Outputs and tokens past the end are those before it once
+/// more: nobody stores them. So is W past the end of the contraction, where x is zero.
+template <class T, Op op, int tokens>
+struct Loader {
+  static constexpr bool anew = tokens == 64;
+  const Problem<T>& p;
+  int first_output, first_token;
+
+  /// Of the element of W that comes `row` rows and `column` columns into the chunk.
+  __device__ uint32_t element(int chunk, int row, int column) const {
+    const int r = min((op == Op::transpose ? first_output : chunk * tile) + row, p.n - 1);
+    const int c =
+        min((op == Op::transpose ? chunk * tile : first_output) + column, p.k - scale_chunk);
+    return static_cast<uint32_t>(r) * static_cast<uint32_t>(p.k) + static_cast<uint32_t>(c);
+  }
+  __device__ void copy_codes(uint32_t to, int chunk) const {
+    const int thread = thread_index<anew>(), row = thread / 4, unit = thread % 4;
+    to += code_place(row, unit);
 #pragma unroll
     for (int i = 0; i < 2; ++i)
-      copy_async<16>(to + code_to_ + i * code_offset(tile / 2),
-                     codes_ + i * static_cast<int64_t>(p_.k) * (tile / 4), codes_left_[i] > 0);
-    codes_ += op == Op::transpose ? tile / 2 : static_cast<int64_t>(p_.k) * (tile / 2);
-    codes_left_[0] -= tile;
-    codes_left_[1] -= tile;
+      copy_async<16>(to + i * code_offset(tile / 2),
+                     p.codes + element(chunk, row + i * tile / 2, 32 * unit) / 2, true);
   }
-  template <int tokens>
-  __device__ void copy_x(uint32_t to) {
-    constexpr int rows = threads / (x_row / 16);
+  __device__ void copy_x(uint32_t to, int chunk) const {
+    constexpr int units = x_row / 16, rows = threads / units;
+    const int thread = thread_index<anew>(), token = thread / units, unit = thread % units;
+    if (tokens < rows && token >= tokens) return;
+    const int at = chunk * tile + unit * 8;
+    const bool inside = at < (op == Op::transpose ? p.k : p.n);
+    to += token * x_row + (unit ^ (token & 1)) * 16;
 #pragma unroll
     for (int i = 0; i < tokens; i += rows)
-      if (tokens >= rows || threadIdx.x < tokens * (x_row / 16))
-        copy_async<16>(to + x_to_ + i * x_row, x_ + i * p_.x_pitch,
-                       tokens_left_ > i && x_left_ > 0);
-    x_ += tile;
-    x_left_ -= tile;
+      copy_async<16>(to + i * x_row, p.x + min(first_token + token + i, p.m - 1) * p.x_pitch + at,
+                     inside);
   }
-  using Pair = AnyScale[2];
-  __device__ void fetch_scales(Pair& pair) {
-    if (scales_left_[0] > 0) pair[0].fetch(p_.scales, scale_ >> p_.scales.shift);
-    if (!p_.wide_scales && scales_left_[1] > 0)
-      pair[1].fetch(p_.scales, (scale_ + scale_chunk) >> p_.scales.shift);
-    scale_ += op == Op::transpose ? tile : static_cast<uint32_t>(p_.k) * tile;
-    scales_left_[0] -= tile;
-    scales_left_[1] -= tile;
+  /// A scale for 64 columns, or of the first and the last 32 of them.
+  __device__ void fetch_scale(AnyScale& scale, int chunk, int half = 0) const {
+    const int thread = thread_index<anew>();
+    const uint32_t at = element(chunk, thread / 2, thread % 2 * 64 + half * scale_chunk);
+    scale.fetch(p.scales, at >> p.scales.shift);
   }
-  /// Those fetched `later` chunks before the last.
-  __device__ void store_scales(float* to, const Pair& pair, int later, const float* map,
-                               float offset) const {
-    const float first = pair[0].value(p_.scales, map, offset);
-    const float second = p_.wide_scales ? first : pair[1].value(p_.scales, map, offset);
-    const int fetched = -(later + 1) * tile;
-    to[scale_to_] = scales_left_[0] > fetched ? first : 0.0f;
-    to[scale_to_ + scale_pitch] = scales_left_[1] > fetched ? second : 0.0f;
+  __device__ void store_scale(float* to, AnyScale scale, int chunk, const float* map,
+                              float offset) const {
+    const int thread = thread_index<anew>();
+    to += thread % 2 * 2 * scale_pitch + scale_place(thread / 2);
+    to[0] = to[scale_pitch] = scale.value(p.scales, map, offset);
+    if (p.wide_scales) return;
+    fetch_scale(scale, chunk, 1);
+    to[scale_pitch] = scale.value(p.scales, map, offset);
   }
-
- private:
-  /// What is left along the contraction; nothing where the place lies outside in the other
-  /// direction.
-  __device__ int left(int row, int column) const {
-    if (op == Op::transpose) return row < p_.n ? p_.k - column : 0;
-    return column < p_.k ? p_.n - row : 0;
-  }
-  const Problem<T>& p_;
-  const uint8_t* codes_;
-  const T* x_;
-  uint32_t scale_;
-  int codes_left_[2], scales_left_[2], x_left_, tokens_left_;
-  int code_to_, scale_to_, x_to_;
 };
 
 /// Two values of W, rounded, side by side.
@@ -143,30 +119,36 @@ using Left = uint32_t[2][2][4];
 
 /// Outputs are rows of W: the lane has rows 16 i + g and 16 i + g + 8 of the warp's 32.
 struct ForwardCodes {
-  uint2 word[2][2];
-  float scale[2][2];
+  const char* codes;
+  const float* scales;
+  int at;
 
-  __device__ ForwardCodes(const char* codes, const float* scales, int group, int half) {
-    const int lane = static_cast<int>(threadIdx.x) % 32, g = lane / 4, t = lane % 4;
-#pragma unroll
-    for (int i = 0; i < 2; ++i)
-#pragma unroll
-      for (int j = 0; j < 2; ++j) {
-        const int row = 32 * group + 16 * i + 8 * j + g;
-        word[i][j] =
-            *reinterpret_cast<const uint2*>(codes + code_place(row, 2 * half + t / 2) + t % 2 * 8);
-        scale[i][j] = scales[(2 * half + t / 2) * scale_pitch + scale_place(row)];
-      }
+  __device__ ForwardCodes(const char* codes, const float* scales, int group, int half, int g, int t)
+      : codes(codes) {
+    const int row = 32 * group + g;
+    at = code_place(row, 2 * half + t / 2) + t % 2 * 8;
+    this->scales = scales + (2 * half + t / 2) * scale_pitch + scale_place(row);
   }
   __device__ void decode(Left& a, const PairTable& table, int pair) const {
+    uint32_t word[2][2];
 #pragma unroll
     for (int i = 0; i < 2; ++i)
 #pragma unroll
       for (int j = 0; j < 2; ++j)
+        word[i][j] = *reinterpret_cast<const uint32_t*>(codes + (at ^ i * 16) +
+                                                        code_offset(16 * i + 8 * j) + 4 * pair);
 #pragma unroll
-        for (int b = 0; b < 4; ++b) {
-          const float2 v = table(pair == 0 ? word[i][j].x : word[i][j].y, b);
-          a[b / 2][i][j + b % 2 * 2] = weights(v.x, scale[i][j], v.y, scale[i][j]);
+    for (int s = 0; s < 2; ++s)
+#pragma unroll
+      for (int i = 0; i < 2; ++i)
+#pragma unroll
+        for (int j = 0; j < 2; ++j) {
+          const float scale = scales[16 * i + 8 * j];
+#pragma unroll
+          for (int b = 0; b < 2; ++b) {
+            const float2 v = table(word[i][j], 2 * s + b);
+            a[s][i][j + 2 * b] = weights(v.x, scale, v.y, scale);
+          }
         }
   }
 };
@@ -177,9 +159,9 @@ struct BackwardCodes {
   const float* scales;
   int at;  // of the first of 16 rows
 
-  __device__ BackwardCodes(const char* codes, const float* scales, int group, int half)
+  __device__ BackwardCodes(const char* codes, const float* scales, int group, int half, int g,
+                           int t)
       : codes(codes) {
-    const int lane = static_cast<int>(threadIdx.x) % 32, g = lane / 4, t = lane % 4;
     const int row = 64 * half + 16 * t;
     at = code_place(row, group) + 2 * g;
     this->scales = scales + group * scale_pitch + scale_place(row);
@@ -212,10 +194,10 @@ struct BackwardCodes {
 template <class T, Op op, int tokens>
 __device__ void multiply_chunk(float (&c)[tokens / 8][2][4], const char* w, const float* scales,
                                const char* x, const PairTable& table) {
-  const int lane = static_cast<int>(threadIdx.x) % 32, g = lane / 4, t = lane % 4;
-  const int warp = static_cast<int>(threadIdx.x) / 32, group = warp % 4, half = warp / 4;
+  const int thread = thread_index<tokens == 64>(), g = thread % 32 / 4, t = thread % 4;
+  const int group = thread / 32 % 4, half = thread / 128;
   using Codes = std::conditional_t<op == Op::transpose, ForwardCodes, BackwardCodes>;
-  const Codes codes(w, scales, group, half);
+  const Codes codes(w, scales, group, half, g, t);
   x += g * x_row + (8 * half + 2 * t) * 16;
 #pragma unroll
   for (int pair = 0; pair < 2; ++pair) {
@@ -278,12 +260,13 @@ __global__ void __launch_bounds__(threads, 2) nf4_mma_kernel(Problem<T> p) {
   const int depth = op == Op::transpose ? p.k : p.n;
   const int end = min(p.steps, (depth + tile - 1) / tile - first_chunk);
   const uint32_t shared = shared_address(memory);
-  Loader<T, op> loader(p, first_output, first_token, first_chunk);
+  const Loader<T, op, tokens> loader{p, first_output, first_token};
   const auto copy = [&](int i) {  // those of x first, then those of W
     if (const int c = i + x_ahead<tokens>; c >= 0 && c < end)
-      loader.template copy_x<tokens>(shared + x_at(c));
+      loader.copy_x(shared + x_at(c), first_chunk + c);
     commit_copies();
-    if (i + codes_ahead < end) loader.copy_codes(shared + codes_at(i + codes_ahead));
+    if (const int c = i + codes_ahead; c < end)
+      loader.copy_codes(shared + codes_at(c), first_chunk + c);
     commit_copies();
   };
   // Groups begun after the one that brings x, and after the one that brings W, of a chunk.
@@ -292,16 +275,16 @@ __global__ void __launch_bounds__(threads, 2) nf4_mma_kernel(Problem<T> p) {
 
 #pragma unroll
   for (int i = -codes_ahead; i < 0; ++i) copy(i);
-  typename Loader<T, op>::Pair pairs[scales_ahead];
+  AnyScale scales[scales_ahead];
 #pragma unroll
-  for (int i = 0; i < scales_ahead; ++i) loader.fetch_scales(pairs[i]);
+  for (int i = 0; i < scales_ahead; ++i) loader.fetch_scale(scales[i], first_chunk + i);
   const bool nested = p.scales.codes != nullptr;
   if (nested) map[threadIdx.x] = p.scales.map[threadIdx.x];
   const float offset = nested ? *p.scales.offset : 0.0f;
   __syncthreads();
 #pragma unroll
   for (int i = 0; i < scales_ahead; ++i)
-    loader.store_scales(scales_at(i), pairs[i], scales_ahead - 1 - i, map, offset);
+    loader.store_scale(scales_at(i), scales[i], first_chunk + i, map, offset);
 
   const PairTable table(memory);
   float c[tokens / 8][2][4] = {};
@@ -309,10 +292,12 @@ __global__ void __launch_bounds__(threads, 2) nf4_mma_kernel(Problem<T> p) {
     wait_for_groups<under_way>();
     __syncthreads();
     copy(i);
-    const bool more = i + scales_ahead < end;
-    if (more) loader.fetch_scales(pairs[0]);
+    // Fetched one chunk ago, and needed by the next.
+    const int next = i + scales_ahead - 1;
+    if (i > 0 && next < end)
+      loader.store_scale(scales_at(next), scales[0], first_chunk + next, map, offset);
+    if (next + 1 < end) loader.fetch_scale(scales[0], first_chunk + next + 1);
     multiply_chunk<T, op, tokens>(c, memory + codes_at(i), scales_at(i), memory + x_at(i), table);
-    if (more) loader.store_scales(scales_at(i + scales_ahead), pairs[0], 0, map, offset);
   }
   wait_for_copies();
   float* const sum = reinterpret_cast<float*>(memory);
@@ -338,7 +323,12 @@ void launch(const Problem<T>& p, int outputs) {
         "nf4_matmul");
   const dim3 grid(static_cast<unsigned>(ceil_div(outputs, tile)), static_cast<unsigned>(p.splits),
                   static_cast<unsigned>(ceil_div(p.m, tokens)));
-  launch_early_shared("nf4_matmul", kernel, grid, threads, bytes, p);
+  launch_early("nf4_matmul", kernel,
+               LaunchShape{.grid = grid,
+                           .threads = threads,
+                           .shared_bytes = bytes,
+                           .cluster = p.clustered ? grid.y : 1},
+               p);
 }
 
 /// A row's bits are the same whatever its block takes besides.
@@ -357,6 +347,7 @@ void nf4_matmul_mma(const Tensor& y, const Tensor& x, const Nf4Tensor& w, Op op,
                     const Tensor& addend, const Tensor& workspace) {
   Problem<bf16> p = problem_of<bf16>(y, x, w, addend, workspace);
   p.splits = static_cast<int>(nf4_splits(Nf4Kernel::mma, op, p.n, p.k));
+  p.clustered = p.splits > 1 && launches_early();
   p.steps = ceil_div(ceil_div(op == Op::transpose ? p.k : p.n, tile), p.splits);
   op == Op::transpose ? multiply<Op::transpose>(p, p.n) : multiply<Op::none>(p, p.k);
 }

@@ -236,7 +236,8 @@ void launch(Problem<T> p, Op op) {
                          : ceil_div(p.k, 2 * warp_codes);
   const dim3 grid(static_cast<unsigned>(blocks), static_cast<unsigned>(p.splits),
                   static_cast<unsigned>(ceil_div(p.m, tokens)));
-  launch_early_shared("nf4_matmul", kernel, grid, threads, shared_bytes, p);
+  launch_early("nf4_matmul", kernel,
+               LaunchShape{.grid = grid, .threads = threads, .shared_bytes = shared_bytes}, p);
 }
 
 }  // namespace
