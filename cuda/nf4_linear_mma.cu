@@ -117,17 +117,27 @@ __device__ inline uint32_t weights(float first, float first_scale, float second,
 /// Decoded W: [two products of depth 16][two groups of 16 outputs].
 using Left = uint32_t[2][2][4];
 
-/// Outputs are rows of W: the lane has rows 16 i + g and 16 i + g + 8 of the warp's 32.
+/// Outputs are rows of W: the lane has rows 16 i + g and 16 i + g + 8 of the warp's 32. It reads
+/// its codes at once or, where registers are short, in halves at twice the cost.
+template <bool halves>
 struct ForwardCodes {
   const char* codes;
   const float* scales;
   int at;
+  uint2 both[2][2];
 
   __device__ ForwardCodes(const char* codes, const float* scales, int group, int half, int g, int t)
       : codes(codes) {
     const int row = 32 * group + g;
     at = code_place(row, 2 * half + t / 2) + t % 2 * 8;
     this->scales = scales + (2 * half + t / 2) * scale_pitch + scale_place(row);
+    if constexpr (!halves)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) both[i / 2][i % 2] = *place<uint2>(i / 2, i % 2);
+  }
+  template <class Word>
+  __device__ const Word* place(int i, int j) const {
+    return reinterpret_cast<const Word*>(codes + (at ^ i * 16) + code_offset(16 * i + 8 * j));
   }
   __device__ void decode(Left& a, const PairTable& table, int pair) const {
     uint32_t word[2][2];
@@ -135,8 +145,10 @@ struct ForwardCodes {
     for (int i = 0; i < 2; ++i)
 #pragma unroll
       for (int j = 0; j < 2; ++j)
-        word[i][j] = *reinterpret_cast<const uint32_t*>(codes + (at ^ i * 16) +
-                                                        code_offset(16 * i + 8 * j) + 4 * pair);
+        if constexpr (halves)
+          word[i][j] = place<uint32_t>(i, j)[pair];
+        else
+          word[i][j] = pair == 0 ? both[i][j].x : both[i][j].y;
 #pragma unroll
     for (int s = 0; s < 2; ++s)
 #pragma unroll
@@ -196,7 +208,7 @@ __device__ void multiply_chunk(float (&c)[tokens / 8][2][4], const char* w, cons
                                const char* x, const PairTable& table) {
   const int thread = thread_index<tokens == 64>(), g = thread % 32 / 4, t = thread % 4;
   const int group = thread / 32 % 4, half = thread / 128;
-  using Codes = std::conditional_t<op == Op::transpose, ForwardCodes, BackwardCodes>;
+  using Codes = std::conditional_t<op == Op::transpose, ForwardCodes<tokens == 64>, BackwardCodes>;
   const Codes codes(w, scales, group, half, g, t);
   x += g * x_row + (8 * half + 2 * t) * 16;
 #pragma unroll

@@ -1,4 +1,4 @@
-#include "quant/nf4_linear.h"
+#include "quant/nf4_dispatch.h"
 
 #include "tests/support/op_test.h"
 
@@ -141,6 +141,33 @@ TEST(Nf4Linear, ADryRunNeedsTheSameMemory) {
     return memory_account(device).peak - before;
   };
   EXPECT_EQ(peak(Device::cpu().meta()), peak(Device::cpu()));
+}
+
+TEST(Nf4Linear, ManyRowsAndTheCpuDecodeFirst) {
+  Nf4Tensor w;
+  w.shape = {4096, 4096};
+  const Device gpu = Device::cuda().meta();
+  for (const Op op : ops) {
+    EXPECT_TRUE(fastest_nf4_kernel(w, op, 1, DType::bf16, gpu).has_value());
+    EXPECT_FALSE(fastest_nf4_kernel(w, op, 4096, DType::bf16, gpu).has_value());
+    EXPECT_FALSE(fastest_nf4_kernel(w, op, 1, DType::f32, gpu).has_value());
+    EXPECT_FALSE(fastest_nf4_kernel(w, op, 1, DType::f32, Device::cpu()).has_value());
+  }
+}
+
+// A part of the contraction follows from the matrix alone, and none is empty.
+TEST(Nf4Linear, PartsCoverTheContraction) {
+  for (const int64_t n : {8, 576, 1024, 4096, 14336, 65536})
+    for (const int64_t k : {32, 576, 4096, 14336})
+      for (const Op op : ops)
+        for (const Nf4Kernel kernel : {Nf4Kernel::simt, Nf4Kernel::mma}) {
+          const int64_t step = kernel == Nf4Kernel::simt ? 16 : 128;
+          const int64_t depth = op == Op::transpose ? k : n, steps = (depth + step - 1) / step;
+          const int64_t parts = cuda::nf4_splits(kernel, op, n, k);
+          ASSERT_GE(parts, 1);
+          const int64_t own = (steps + parts - 1) / parts;
+          EXPECT_LT((parts - 1) * own, steps) << n << " x " << k;
+        }
 }
 
 TEST(Nf4Linear, RejectsWhatDoesNotFit) {
