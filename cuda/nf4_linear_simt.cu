@@ -44,30 +44,23 @@ struct Piece {
 
   template <class T>
   __device__ void fetch(const Problem<T>& p, int row, int column, int end_row) {
-    if (row + rows <= end_row && column + words * warp_codes <= p.k)
-      fetch<true>(p, row, column, end_row);
-    else
-      fetch<false>(p, row, column, end_row);
-  }
-  template <bool whole, class T>
-  __device__ void fetch(const Problem<T>& p, int row, int column, int end_row) {
     const int lane = static_cast<int>(threadIdx.x) % warp_size;
-    const int own = column + lane * word_codes;
-    const uint8_t* codes = p.codes + (static_cast<int64_t>(row) * p.k + own) / 2;
     inside = 0;
 #pragma unroll
-    for (int i = 0; i < rows; ++i, codes += p.k / 2)
+    for (int i = 0; i < rows; ++i)
 #pragma unroll
       for (int j = 0; j < words; ++j) {
+        const int at = column + j * warp_codes + lane * word_codes;
         word[i][j] = 0;
-        if (whole || (row + i < end_row && own + j * warp_codes < p.k))
-          word[i][j] = __ldcs(reinterpret_cast<const uint32_t*>(codes + j * warp_codes / 2));
+        if (row + i < end_row && at < p.k)
+          word[i][j] = __ldcs(reinterpret_cast<const uint32_t*>(
+              p.codes + (static_cast<int64_t>(row + i) * p.k + at) / 2));
       }
 #pragma unroll
     for (int s = 0; s < scales; ++s) {
       const int r = row + (s * warp_size + lane) / lanes_of_row;
       const int at = column + (s * warp_size + lane) % lanes_of_row * scale_chunk;
-      if (whole || (r < end_row && at < p.k)) {
+      if (r < end_row && at < p.k) {
         inside |= 1u << s;
         const uint32_t element = static_cast<uint32_t>(r) * static_cast<uint32_t>(p.k) + at;
         scale[s].fetch(p.scales, element >> p.scales.shift);
