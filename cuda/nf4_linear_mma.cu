@@ -84,12 +84,12 @@ struct Loader {
     const int thread = thread_index<anew>(), token = thread / units, unit = thread % units;
     if (tokens < rows && token >= tokens) return;
     const int at = chunk * tile + unit * 8;
-    const bool inside = at < (op == Op::transpose ? p.k : p.n);
+    const int tokens_here = at < (op == Op::transpose ? p.k : p.n) ? p.m - first_token - token : 0;
+    const T* const from = p.x + (first_token + token) * p.x_pitch + at;
     to += token * x_row + (unit ^ (token & 1)) * 16;
 #pragma unroll
     for (int i = 0; i < tokens; i += rows)
-      copy_async<16>(to + i * x_row, p.x + min(first_token + token + i, p.m - 1) * p.x_pitch + at,
-                     inside);
+      copy_async<16>(to + i * x_row, from + i * p.x_pitch, i < tokens_here);
   }
   /// A scale for 64 columns, or of the first and the last 32 of them.
   __device__ void fetch_scale(AnyScale& scale, int chunk, int half = 0) const {
@@ -271,14 +271,19 @@ __global__ void __launch_bounds__(threads, 2) nf4_mma_kernel(Problem<T> p) {
   const int first_chunk = static_cast<int>(blockIdx.y) * p.steps;
   const int depth = op == Op::transpose ? p.k : p.n;
   const int end = min(p.steps, (depth + tile - 1) / tile - first_chunk);
+  // Blocks begin at different chunks: together they would ask a cache for the same lines of x.
+  const int rotation = static_cast<int>(blockIdx.x) % end;
+  const auto chunk_of = [&](int i) {
+    return first_chunk + i + rotation - (i + rotation < end ? 0 : end);
+  };
   const uint32_t shared = shared_address(memory);
   const Loader<T, op, tokens> loader{p, first_output, first_token};
   const auto copy = [&](int i) {  // those of x first, then those of W
     if (const int c = i + x_ahead<tokens>; c >= 0 && c < end)
-      loader.copy_x(shared + x_at(c), first_chunk + c);
+      loader.copy_x(shared + x_at(c), chunk_of(c));
     commit_copies();
     if (const int c = i + codes_ahead; c < end)
-      loader.copy_codes(shared + codes_at(c), first_chunk + c);
+      loader.copy_codes(shared + codes_at(c), chunk_of(c));
     commit_copies();
   };
   // Groups begun after the one that brings x, and after the one that brings W, of a chunk.
@@ -289,14 +294,15 @@ __global__ void __launch_bounds__(threads, 2) nf4_mma_kernel(Problem<T> p) {
   for (int i = -codes_ahead; i < 0; ++i) copy(i);
   AnyScale scales[scales_ahead];
 #pragma unroll
-  for (int i = 0; i < scales_ahead; ++i) loader.fetch_scale(scales[i], first_chunk + i);
+  for (int i = 0; i < scales_ahead; ++i)
+    if (i < end) loader.fetch_scale(scales[i], chunk_of(i));
   const bool nested = p.scales.codes != nullptr;
   if (nested) map[threadIdx.x] = p.scales.map[threadIdx.x];
   const float offset = nested ? *p.scales.offset : 0.0f;
   __syncthreads();
 #pragma unroll
   for (int i = 0; i < scales_ahead; ++i)
-    loader.store_scale(scales_at(i), scales[i], first_chunk + i, map, offset);
+    if (i < end) loader.store_scale(scales_at(i), scales[i], chunk_of(i), map, offset);
 
   const PairTable table(memory);
   float c[tokens / 8][2][4] = {};
@@ -307,8 +313,8 @@ __global__ void __launch_bounds__(threads, 2) nf4_mma_kernel(Problem<T> p) {
     // Fetched one chunk ago, and needed by the next.
     const int next = i + scales_ahead - 1;
     if (i > 0 && next < end)
-      loader.store_scale(scales_at(next), scales[0], first_chunk + next, map, offset);
-    if (next + 1 < end) loader.fetch_scale(scales[0], first_chunk + next + 1);
+      loader.store_scale(scales_at(next), scales[0], chunk_of(next), map, offset);
+    if (next + 1 < end) loader.fetch_scale(scales[0], chunk_of(next + 1));
     multiply_chunk<T, op, tokens>(c, memory + codes_at(i), scales_at(i), memory + x_at(i), table);
   }
   wait_for_copies();
