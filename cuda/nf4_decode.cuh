@@ -52,20 +52,6 @@ struct Scale {
   }
 };
 
-/// The same where a kernel is told at run time which of the two it has.
-struct AnyScale {
-  Scale<true> scale;
-  __device__ void fetch(const Scales& s, int64_t block) {
-    if (s.codes != nullptr)
-      scale.fetch(s, block);
-    else
-      scale.factor = s.absmax[block];
-  }
-  __device__ float value(const Scales& s, const float* map, float offset) const {
-    return s.codes != nullptr ? scale.value(map, offset) : scale.factor;
-  }
-};
-
 /// Entry number `index` % 16 of the table, by selects: indexed, it would be built in local memory.
 __device__ inline float selected_value(uint32_t index) {
   float v[16];
@@ -99,6 +85,8 @@ class PairTable {
     for (int high = 0; high < 16; ++high)
       *reinterpret_cast<float2*>(to + high * 16 * pitch) = make_float2(nf4::value(high), low);
   }
+  /// The dynamic map in free places: of entry `code`, in floats from the first of them.
+  __device__ static int map_place(int code) { return code / 32 * (pitch / 4) + code % 32; }
   __device__ explicit PairTable(const char* table)
       : table_(table), copy_(threadIdx.x % copies * 8) {}
   /// Of byte `i` of a word: the high nibble's value first.
@@ -110,6 +98,21 @@ class PairTable {
  private:
   const char* table_;
   uint32_t copy_;
+};
+
+/// A scale where a kernel is told at run time how it is stored; its map lies in a PairTable.
+struct AnyScale {
+  Scale<true> scale;
+  __device__ void fetch(const Scales& s, int64_t block) {
+    if (s.codes != nullptr)
+      scale.fetch(s, block);
+    else
+      scale.factor = s.absmax[block];
+  }
+  __device__ float value(const Scales& s, const float* map, float offset) const {
+    if (s.codes == nullptr) return scale.factor;
+    return __fadd_rn(__fmul_rn(map[PairTable::map_place(scale.code)], scale.factor), offset);
+  }
 };
 
 }  // namespace qlab::cuda

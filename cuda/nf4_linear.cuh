@@ -127,13 +127,11 @@ __device__ void finish(const Problem<T>& p, int outputs, const float* sum, int p
     load(v, from);
     store(p.partial + blockIdx.y * part + static_cast<int64_t>(token) * outputs + output, v);
   });
-  __shared__ bool last;
   __threadfence();
   __syncthreads();
   const uint32_t own = blockIdx.z * gridDim.x + blockIdx.x;
-  if (threadIdx.x == 0) last = atomicAdd(&finished[own], 1) == gridDim.y - 1;
-  __syncthreads();
-  if (!last) return;
+  const bool last = threadIdx.x == 0 && atomicAdd(&finished[own], 1) == gridDim.y - 1;
+  if (__syncthreads_or(static_cast<int>(last)) == 0) return;
   __threadfence();
   if (threadIdx.x == 0) finished[own] = 0;
   visit([&](const float*, int token, int output) {

@@ -16,22 +16,24 @@ constexpr int tile = 128;
 constexpr int x_row = tile * 2;         // bytes
 constexpr int scale_pitch = tile + 16;  // floats between the scales of two chunks of columns
 constexpr int output_pitch = tile + 4;  // floats
+// Clusters of eight do not fill all multiprocessors, and were slower than sums through memory.
+constexpr int largest_cluster = 4;
 
 // How many chunks before they are needed copies begin. Tiles of W come from far; those of x, out of
 // a cache, less early where they are large.
-constexpr int codes_ahead = 3, scales_ahead = 2;
+constexpr int codes_ahead = 2, scales_ahead = 2;
 template <int tokens>
-constexpr int x_ahead = tokens == 64 ? 1 : 3;
+constexpr int x_ahead = tokens == 16 || tokens == 32 ? 2 : 1;
+constexpr int code_slot_bytes = tile / 2 * PairTable::pitch;  // two rows to a row of the table
 constexpr int scale_bytes = 4 * scale_pitch * 4;
 template <int tokens>
 struct Shared {
   static constexpr int codes = PairTable::pitch / 2;  // in the free halves of the table's rows
-  static constexpr int map = PairTable::bytes;
-  static constexpr int scales = map + map_size * 4;
+  static constexpr int map = codes + (codes_ahead + 1) * code_slot_bytes;  // likewise
+  static constexpr int scales = PairTable::bytes;
   static constexpr int x = scales + (scales_ahead + 1) * scale_bytes;
   static constexpr int bytes = x + (x_ahead<tokens> + 1) * tokens * x_row;
 };
-constexpr int code_slot_bytes = tile / 2 * PairTable::pitch;  // two rows to a row of the table
 static_assert((codes_ahead + 1) * code_slot_bytes <= PairTable::bytes);
 
 /// Where 16 of the 64 bytes of a row of codes lie: lanes that read four neighbouring rows, or rows
@@ -56,8 +58,8 @@ __device__ inline int thread_index() {
   return thread;
 }
 
-/// What one thread brings of a chunk. Outputs and tokens past the end are those before it once
-/// more: nobody stores them. So is W past the end of the contraction, where x is zero.
+/// What one thread brings of a chunk. W past the last output is that before it once more, which
+/// nobody stores; so is W past the end of the contraction, where x is zero.
 template <class T, Op op, int tokens>
 struct Loader {
   static constexpr bool anew = tokens == 64;
@@ -271,19 +273,14 @@ __global__ void __launch_bounds__(threads, 2) nf4_mma_kernel(Problem<T> p) {
   const int first_chunk = static_cast<int>(blockIdx.y) * p.steps;
   const int depth = op == Op::transpose ? p.k : p.n;
   const int end = min(p.steps, (depth + tile - 1) / tile - first_chunk);
-  // Blocks begin at different chunks: together they would ask a cache for the same lines of x.
-  const int rotation = static_cast<int>(blockIdx.x) % end;
-  const auto chunk_of = [&](int i) {
-    return first_chunk + i + rotation - (i + rotation < end ? 0 : end);
-  };
   const uint32_t shared = shared_address(memory);
   const Loader<T, op, tokens> loader{p, first_output, first_token};
   const auto copy = [&](int i) {  // those of x first, then those of W
     if (const int c = i + x_ahead<tokens>; c >= 0 && c < end)
-      loader.copy_x(shared + x_at(c), chunk_of(c));
+      loader.copy_x(shared + x_at(c), first_chunk + c);
     commit_copies();
     if (const int c = i + codes_ahead; c < end)
-      loader.copy_codes(shared + codes_at(c), chunk_of(c));
+      loader.copy_codes(shared + codes_at(c), first_chunk + c);
     commit_copies();
   };
   // Groups begun after the one that brings x, and after the one that brings W, of a chunk.
@@ -295,14 +292,14 @@ __global__ void __launch_bounds__(threads, 2) nf4_mma_kernel(Problem<T> p) {
   AnyScale scales[scales_ahead];
 #pragma unroll
   for (int i = 0; i < scales_ahead; ++i)
-    if (i < end) loader.fetch_scale(scales[i], chunk_of(i));
+    if (i < end) loader.fetch_scale(scales[i], first_chunk + i);
   const bool nested = p.scales.codes != nullptr;
-  if (nested) map[threadIdx.x] = p.scales.map[threadIdx.x];
+  if (nested) map[PairTable::map_place(threadIdx.x)] = p.scales.map[threadIdx.x];
   const float offset = nested ? *p.scales.offset : 0.0f;
   __syncthreads();
 #pragma unroll
   for (int i = 0; i < scales_ahead; ++i)
-    if (i < end) loader.store_scale(scales_at(i), scales[i], chunk_of(i), map, offset);
+    if (i < end) loader.store_scale(scales_at(i), scales[i], first_chunk + i, map, offset);
 
   const PairTable table(memory);
   float c[tokens / 8][2][4] = {};
@@ -313,8 +310,8 @@ __global__ void __launch_bounds__(threads, 2) nf4_mma_kernel(Problem<T> p) {
     // Fetched one chunk ago, and needed by the next.
     const int next = i + scales_ahead - 1;
     if (i > 0 && next < end)
-      loader.store_scale(scales_at(next), scales[0], chunk_of(next), map, offset);
-    if (next + 1 < end) loader.fetch_scale(scales[0], chunk_of(next + 1));
+      loader.store_scale(scales_at(next), scales[0], first_chunk + next, map, offset);
+    if (next + 1 < end) loader.fetch_scale(scales[0], first_chunk + next + 1);
     multiply_chunk<T, op, tokens>(c, memory + codes_at(i), scales_at(i), memory + x_at(i), table);
   }
   wait_for_copies();
@@ -365,7 +362,7 @@ void nf4_matmul_mma(const Tensor& y, const Tensor& x, const Nf4Tensor& w, Op op,
                     const Tensor& addend, const Tensor& workspace) {
   Problem<bf16> p = problem_of<bf16>(y, x, w, addend, workspace);
   p.splits = static_cast<int>(nf4_splits(Nf4Kernel::mma, op, p.n, p.k));
-  p.clustered = p.splits > 1 && launches_early();
+  p.clustered = p.splits > 1 && p.splits <= largest_cluster && launches_early();
   p.steps = ceil_div(ceil_div(op == Op::transpose ? p.k : p.n, tile), p.splits);
   op == Op::transpose ? multiply<Op::transpose>(p, p.n) : multiply<Op::none>(p, p.k);
 }

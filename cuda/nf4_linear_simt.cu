@@ -11,7 +11,8 @@ constexpr int threads = PairTable::threads;
 constexpr int warps = threads / warp_size;
 constexpr int word_codes = 8;
 constexpr int warp_codes = word_codes * warp_size;  // neighbours that a warp reads at once
-constexpr int shared_bytes = PairTable::bytes + map_size * 4;
+constexpr int shared_bytes = PairTable::bytes;
+constexpr int map_at = PairTable::pitch / 2;
 
 /// v as dequantize_nf4 rounds it.
 template <class T>
@@ -89,7 +90,8 @@ __device__ float prepare(char* memory, const Problem<T>& p) {
   await_previous();
   float offset = 0;
   if (p.scales.codes != nullptr) {
-    reinterpret_cast<float*>(memory + PairTable::bytes)[threadIdx.x] = p.scales.map[threadIdx.x];
+    float* const map = reinterpret_cast<float*>(memory + map_at);
+    map[PairTable::map_place(threadIdx.x)] = p.scales.map[threadIdx.x];
     offset = *p.scales.offset;
   }
   __syncthreads();
@@ -103,7 +105,7 @@ __global__ void __launch_bounds__(threads) nf4_simt_forward_kernel(Problem<T> p)
   constexpr int rows = 2, words = 4;
   using Own = Piece<rows, words>;
   const float offset = prepare(memory, p);
-  const float* const map = reinterpret_cast<const float*>(memory + PairTable::bytes);
+  const float* const map = reinterpret_cast<const float*>(memory + map_at);
   const PairTable table(memory);
   const int lane = static_cast<int>(threadIdx.x) % warp_size;
   const int warp = static_cast<int>(blockIdx.x) * warps + static_cast<int>(threadIdx.x) / warp_size;
@@ -160,7 +162,7 @@ __global__ void __launch_bounds__(threads) nf4_simt_backward_kernel(Problem<T> p
   constexpr int rows = 2, words = 2, tile = words * warp_codes;
   using Own = Piece<rows, words>;
   const float offset = prepare(memory, p);
-  const float* const map = reinterpret_cast<const float*>(memory + PairTable::bytes);
+  const float* const map = reinterpret_cast<const float*>(memory + map_at);
   const PairTable table(memory);
   const int lane = static_cast<int>(threadIdx.x) % warp_size;
   const int warp = static_cast<int>(threadIdx.x) / warp_size;

@@ -121,7 +121,7 @@ int64_t nf4_splits(Nf4Kernel kernel, Op op, int64_t n, int64_t k) {
   const int64_t shortest = 4;                                  // steps
   const int64_t tiles = ceil_div(op == Op::transpose ? n : k, tile);
   const int64_t steps = ceil_div(op == Op::transpose ? k : n, step);
-  const int64_t most = kernel == Nf4Kernel::simt ? blocks : 8;  // blocks of a cluster
+  const int64_t most = kernel == Nf4Kernel::simt ? blocks : 8;
   const int64_t wanted =
       std::clamp<int64_t>(blocks / tiles, 1, std::min(most, ceil_div(steps, shortest)));
   return ceil_div(steps, ceil_div(steps, wanted));
