@@ -16,18 +16,11 @@ void launch(const char* op, void (*kernel)(Arguments), dim3 grid, int threads, i
   if (shared_bytes > without_asking)
     check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes),
           op);
-  cudaLaunchAttribute early{};
-  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  early.val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t config{};
-  config.gridDim = grid;
-  config.blockDim = static_cast<unsigned>(threads);
-  config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
-  config.stream = current_stream();
-  config.attrs = &early;
-  config.numAttrs = launches_early() ? 1 : 0;
-  check(cudaLaunchKernelEx(&config, kernel, arguments), op);
-  check_launch(op);
+  launch_early(op, kernel,
+               LaunchShape{.grid = grid,
+                           .threads = static_cast<unsigned>(threads),
+                           .shared_bytes = static_cast<size_t>(shared_bytes)},
+               arguments);
 }
 
 dim3 grid_for(const char* op, int64_t x, int64_t y) {

@@ -1,5 +1,6 @@
 #include "core/device.h"
 
+#include <algorithm>
 #include <array>
 #include <mutex>
 
@@ -116,6 +117,16 @@ int device_count() {
 
 std::string build_version() {
   return fmt::format("{}.{}", CUDART_VERSION / 1000, CUDART_VERSION % 1000 / 10);
+}
+
+int compute_capability(int index) {
+  if (index >= device_count()) return 90;
+  int major = 0, minor = 0;
+  check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, index),
+        "cudaDeviceGetAttribute");
+  check(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, index),
+        "cudaDeviceGetAttribute");
+  return std::min(10 * major + minor, code_architecture());
 }
 
 std::string device_name(int index) {

@@ -16,21 +16,42 @@ __device__ inline void await_previous() {
 #endif
 }
 
+/// Code for older GPUs does not wait, and knows no clusters.
+inline bool launches_early() { return code_architecture() >= 90; }
+
+/// Of a launch: dynamic shared memory, and blocks that form a cluster along y where there is more
+/// than one (compute capability 9.0).
+struct LaunchShape {
+  dim3 grid;
+  unsigned threads;
+  size_t shared_bytes = 0;
+  unsigned cluster = 1;
+};
+
+template <class... Parameters, class... Arguments>
+void launch_early(const char* op, void (*kernel)(Parameters...), const LaunchShape& shape,
+                  Arguments&&... arguments) {
+  cudaLaunchAttribute attributes[2]{};
+  attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attributes[0].val.programmaticStreamSerializationAllowed = 1;
+  attributes[1].id = cudaLaunchAttributeClusterDimension;
+  attributes[1].val.clusterDim.x = attributes[1].val.clusterDim.z = 1;
+  attributes[1].val.clusterDim.y = shape.cluster;
+  cudaLaunchConfig_t config{};
+  config.gridDim = shape.grid;
+  config.blockDim = shape.threads;
+  config.dynamicSmemBytes = shape.shared_bytes;
+  config.stream = current_stream();
+  config.attrs = attributes;
+  config.numAttrs = !launches_early() ? 0 : shape.cluster > 1 ? 2 : 1;
+  check(cudaLaunchKernelEx(&config, kernel, std::forward<Arguments>(arguments)...), op);
+  check_launch(op);
+}
 template <class... Parameters, class... Arguments>
 void launch_early(const char* op, void (*kernel)(Parameters...), unsigned blocks, unsigned threads,
                   Arguments&&... arguments) {
-  cudaLaunchAttribute attribute{};
-  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attribute.val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t config{};
-  config.gridDim = blocks;
-  config.blockDim = threads;
-  config.stream = current_stream();
-  config.attrs = &attribute;
-  // Code for older GPUs does not wait.
-  config.numAttrs = code_architecture() >= 90 ? 1 : 0;
-  check(cudaLaunchKernelEx(&config, kernel, std::forward<Arguments>(arguments)...), op);
-  check_launch(op);
+  launch_early(op, kernel, LaunchShape{.grid = blocks, .threads = threads},
+               std::forward<Arguments>(arguments)...);
 }
 
 }  // namespace qlab::cuda

@@ -1,10 +1,10 @@
 #include "quant/quantize.h"
 
 #include <algorithm>
-#include <bit>
 
 #include "cuda/divider.cuh"
 #include "cuda/early_launch.cuh"
+#include "cuda/nf4_decode.cuh"
 #include "cuda/reduce.cuh"
 #include "quant/nf4.h"
 
@@ -181,48 +181,6 @@ __global__ void __launch_bounds__(threads)
 }
 static_assert(threads == nested_block_size && threads == 256);
 
-/// The scale of a block, stored plainly or in 8 bits.
-struct Scales {
-  const float* absmax = nullptr;   // plain
-  const uint8_t* codes = nullptr;  // nested, with absmax2, map and offset
-  const float* absmax2 = nullptr;
-  const float* map = nullptr;
-  const float* offset = nullptr;
-  int shift = 0;  // log2 of the elements of a block
-};
-constexpr int map_size = 256;
-constexpr int nested_shift = std::countr_zero(static_cast<uint64_t>(nested_block_size));
-
-/// The scale of one block: fetched first, so that its loads stay in flight, then decoded.
-template <bool nested>
-struct Scale {
-  float plain = 0, factor = 0;
-  uint8_t code = 0;
-  __device__ void fetch(const Scales& s, int64_t block) {
-    if constexpr (nested) {
-      code = s.codes[block];
-      factor = s.absmax2[block >> nested_shift];
-    } else {
-      plain = s.absmax[block];
-    }
-  }
-  __device__ float value(const float* map, float offset) const {
-    return nested ? __fadd_rn(__fmul_rn(map[code], factor), offset) : plain;
-  }
-};
-
-/// Entry number `lane` % 16 of the table, by selects: indexed, it would be built in local memory.
-__device__ inline float value_of_lane() {
-  float v[16];
-#pragma unroll
-  for (int i = 0; i < 16; ++i) v[i] = nf4::value(i);
-#pragma unroll
-  for (int half = 8, bit = 1; half > 0; half /= 2, bit *= 2)
-#pragma unroll
-    for (int i = 0; i < half; ++i) v[i] = (threadIdx.x & bit) != 0 ? v[2 * i + 1] : v[2 * i];
-  return v[0];
-}
-
 constexpr int dequantize_threads = 128;
 constexpr int words_per_lane = 8;
 constexpr int words_per_warp = words_per_lane * warp_size;
@@ -237,7 +195,7 @@ __global__ void __launch_bounds__(dequantize_threads)
   __shared__ float map[nested ? map_size : 1];
   const uint32_t lane = threadIdx.x % warp_size, warp = threadIdx.x / warp_size;
   const uint32_t first = blockIdx.x * words_per_block + warp * words_per_warp + lane;
-  const float value = value_of_lane();
+  const float value = selected_value(threadIdx.x);
   await_previous();
   uint32_t word[words_per_lane];
   Scale<nested> scale[words_per_lane];
@@ -338,16 +296,7 @@ void quantize_scales(const Nf4Tensor& out, const Tensor& absmax, const Tensor& s
 
 void dequantize_nf4(const Tensor& y, const Nf4Tensor& x) {
   if (y.numel() == 0) return;
-  Scales scales;
-  scales.shift = std::countr_zero(static_cast<uint64_t>(x.block_size));
-  if (x.double_quant) {
-    scales.offset = x.offset.data<float>();
-    scales.codes = x.absmax_code.data<uint8_t>();
-    scales.absmax2 = x.absmax2.data<float>();
-    scales.map = x.map.data<float>();
-  } else {
-    scales.absmax = x.absmax.data<float>();
-  }
+  const Scales scales = scales_of(x);
   dispatch(CudaFloats{}, y.dtype(), "dequantize_nf4", [&]<class T>() {
     x.double_quant ? dequantize<T, true>(y, x.codes, scales)
                    : dequantize<T, false>(y, x.codes, scales);

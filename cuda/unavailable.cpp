@@ -17,6 +17,7 @@
 #include "nn/fold.h"
 #include "optim/adamw.h"
 #include "optim/adamw8bit.h"
+#include "quant/nf4_linear.h"
 #include "quant/quantize.h"
 
 namespace qlab::cuda {
@@ -37,6 +38,7 @@ int device_count() { return 0; }
 std::string build_version() { return ""; }
 std::string device_name(int) { missing(); }
 bool supports_bf16(int) { missing(); }
+int compute_capability(int) { return 90; }
 MemoryInfo memory_info(int) { missing(); }
 void set_device(int) { missing(); }
 void* allocate(size_t, int) { missing(); }
@@ -101,6 +103,8 @@ void swiglu_backward(In, In, In) { missing(); }
 void quantize_nf4(In, In, In, In, int64_t) { missing(); }
 void quantize_scales(const Nf4Tensor&, In, In) { missing(); }
 void dequantize_nf4(In, const Nf4Tensor&) { missing(); }
+void nf4_matmul_simt(In, In, const Nf4Tensor&, Op, In, In) { missing(); }
+void nf4_matmul_mma(In, In, const Nf4Tensor&, Op, In, In) { missing(); }
 void grad_norm(In, In, In) { missing(); }
 void adamw(In, In, In, In, In, In) { missing(); }
 void adamw8bit(In, const Moments8&, int64_t, int64_t, In, In, In) { missing(); }

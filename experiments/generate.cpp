@@ -58,6 +58,7 @@ std::vector<int32_t> generate(const Llama& model, const Adapter* adapter,
     batch.cu_seqlens = Tensor::from_vector<int32_t>({0, static_cast<int32_t>(count)}, {2}, device);
     batch.max_length = count;
     batch.segments = {{0, count, 0, 0, adapter, false}};
+    batch.generating = true;
     Tape tape(false);
     const Tensor hidden = model.hidden(tape, batch, Recompute::none, &cache).value;
     const Tensor logits = model.logits(hidden.slice_rows(count - 1, count));

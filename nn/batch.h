@@ -40,6 +40,8 @@ struct Batch {
   Tensor labels;  // i32 [R]
   Tensor scale;   // fp32 [R]: the loss is sum_r scale_r nll_r; undefined when no gradient is wanted
   std::vector<Segment> segments;
+  /// Generation: one segment, no gradient. Products may take kernels for as few rows as these.
+  bool generating = false;
 };
 
 /// Rows that an adapter's products take at a time, from its segment's first: sums over tokens have

@@ -237,6 +237,42 @@ Tensor separate_backward(const Tensor& g, const Node& node, const LinearGroup& g
   return dx;
 }
 
+// ---- generating
+
+/// The kernels for W of each member, or none where one of them has none.
+std::vector<Nf4Kernel> fused_kernels(const LinearGroup& group, const Tensor& x) {
+  std::vector<Nf4Kernel> kernels;
+  if (group.resident.defined()) return {};
+  for (const Linear& member : group.members) {
+    const auto kernel = member.weight.fused_kernel(Op::transpose, x.dim(0), x.dtype(), x.device());
+    if (!kernel) return {};
+    kernels.push_back(*kernel);
+  }
+  return kernels;
+}
+
+/// As separate_forward, by kernels that decode W themselves.
+void generating_forward(const Tensor& x, const Tensor& y, const LinearGroup& group,
+                        const Layout& layout, const Tensor& residual,
+                        const std::vector<Nf4Kernel>& kernels) {
+  int64_t row = 0;
+  for (size_t i = 0; i < group.members.size(); ++i) {
+    const Weight& weight = group.members[i].weight;
+    const int64_t end = row + weight.out_features();
+    weight.multiply(y.slice_cols(row, end), x, Op::transpose, kernels[i],
+                    residual.defined() ? residual.slice_cols(row, end) : Tensor());
+    row = end;
+  }
+  for (const SegmentParts& segment : layout.segments)
+    for (const AdapterPart& part : segment.parts) {
+      const LoraModule& lora = *part.lora;
+      const Tensor s =
+          matmul_nt(x.slice_rows(segment.begin, segment.end), cast(lora.a, x.dtype()));
+      gemm(y.slice_rows(segment.begin, segment.end).slice_cols(part.row, part.row + part.out()), s,
+           Op::none, cast(lora.b, x.dtype()), Op::transpose, lora.scale, 1.0f);
+    }
+}
+
 void add_biases(const Tensor& y, const LinearGroup& group) {
   int64_t row = 0;
   for (const Linear& member : group.members) {
@@ -272,7 +308,11 @@ Variable linear(Tape& tape, const Variable& x, const LinearGroup& group, const B
   const bool recorded = width > 0 || x.requires_grad() || residual.requires_grad();
   const bool wanted = !recorded || tape.result_wanted();
   std::vector<Slot> slots;
-  if (group.folded) {
+  const std::vector<Nf4Kernel> kernels =
+      batch.generating ? fused_kernels(group, x.value) : std::vector<Nf4Kernel>();
+  if (!kernels.empty()) {
+    generating_forward(x.value, y, group, layout, residual.value, kernels);
+  } else if (group.folded) {
     const Tensor input = with_room(x.value, width);
     const Tensor wide = width > 0 ? input.widened(input.dim(1) + width) : input;
     const Tensor block = folded_block(group, layout, wanted, false, y.dtype(), y.device());

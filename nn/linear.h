@@ -4,7 +4,9 @@
 //   separate: y = x W^T, then += scale s B^T per segment and module;
 //   folded: one product with the adapters beside the weight (nn/fold.h), s in the tail of x and ds
 //   in the tail of dy.
-// Their bits differ, and a model stays with one (LinearGroup::folded).
+// Their bits differ, and a model stays with one (LinearGroup::folded). While text is generated,
+// NF4 is decoded inside the product where that is faster (quant/nf4_dispatch.h): no gradient is
+// wanted then, and there is one segment.
 #pragma once
 #include "autograd/tape.h"
 #include "nn/batch.h"

@@ -65,6 +65,17 @@ Tensor Weight::dense(DType dtype, Device device) const {
   return scratch;
 }
 
+std::optional<Nf4Kernel> Weight::fused_kernel(Op op, int64_t rows, DType dtype,
+                                              Device device) const {
+  if (format_ != WeightFormat::nf4) return std::nullopt;
+  return fastest_nf4_kernel(nf4_, op, rows, dtype, device);
+}
+
+void Weight::multiply(const Tensor& y, const Tensor& x, Op op, Nf4Kernel kernel,
+                      const Tensor& addend) const {
+  nf4_matmul(y, x, nf4_, op, kernel, addend);
+}
+
 void Weight::expand(const Tensor& y) const {
   if (format_ == WeightFormat::nf4)
     dequantize_nf4(y, nf4_);

@@ -7,7 +7,7 @@
 #pragma once
 #include "autograd/tape.h"
 #include "core/tensor.h"
-#include "quant/quantize.h"
+#include "quant/nf4_dispatch.h"
 
 namespace qlab {
 
@@ -34,6 +34,11 @@ class Weight {
   /// The values in `dtype`: the storage itself when it already has it, otherwise a scratch of the
   /// caller's step, on `device` (the weight's own, or its meta twin in a dry run).
   Tensor dense(DType dtype, Device device) const;
+  /// The kernel that multiplies so few rows faster without such a scratch, where there is one.
+  std::optional<Nf4Kernel> fused_kernel(Op op, int64_t rows, DType dtype, Device device) const;
+  /// y = x op(W), plus `addend` where defined, by that kernel.
+  void multiply(const Tensor& y, const Tensor& x, Op op, Nf4Kernel kernel,
+                const Tensor& addend) const;
   /// Writes the values to y [N, K], whose row pitch is honoured.
   void expand(const Tensor& y) const;
 

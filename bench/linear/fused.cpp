@@ -1,0 +1,32 @@
+// The kernels of quant/nf4_linear.h, which decode the weights inside the product.
+#include "bench/linear/linear.h"
+#include "quant/nf4_linear.h"
+
+namespace qlab::bench {
+namespace {
+
+LinearKernel kernel(Nf4Kernel which) {
+  const auto supports = [which](const LinearShape& s, Device device) {
+    Nf4Tensor w;
+    w.shape = {s.n, s.k};
+    return device.is_cuda() && nf4_matmul_supported(which, w, s.forward ? Op::transpose : Op::none,
+                                                    s.m, compute_dtype(device), device);
+  };
+  const auto prepare = [which](const LinearWeights& weights) {
+    return LinearCalls{
+        .forward = [=](const Tensor& y, const Tensor& x,
+                       int i) { nf4_matmul(y, x, weights.nf4[i], Op::transpose, which); },
+        .dx = [=](const Tensor& dx, const Tensor& dy,
+                  int i) { nf4_matmul(dx, dy, weights.nf4[i], Op::none, which); }};
+  };
+  return {.name = name_of(which),
+          .weight_bytes = nf4_weight_bytes,
+          .supports = supports,
+          .prepare = prepare};
+}
+
+const RegisterLinear simt(kernel(Nf4Kernel::simt)), mma(kernel(Nf4Kernel::mma)),
+    wgmma(kernel(Nf4Kernel::wgmma));
+
+}  // namespace
+}  // namespace qlab::bench

@@ -1,0 +1,45 @@
+// Products with an NF4 matrix W [N, K] whose values are decoded inside the product, so that they
+// never lie in memory: for few rows, where writing and reading them again would take most of the
+// time (Dettmers et al. 2023 decode first).
+//   op transpose: y [M, N] = x [M, K] W^T        a linear layer's forward
+//   op none:      y [M, K] = x [M, N] W          the gradient of its input
+// The values are exactly those of dequantize_nf4 in x's dtype, sums are carried in fp32: a result
+// differs from dequantize_nf4 and gemm in the order of its sums alone. That order depends on the
+// kernel, op, N and K: a row's bits do not depend on how many others there are.
+#pragma once
+#include "core/ops/gemm.h"
+#include "quant/quantize.h"
+
+namespace qlab {
+
+/// simt: any GPU, at most 8 rows; mma: tensor cores from compute capability 8.0 on; wgmma: those of
+/// 9.0. On the CPU, where each is gemm on decoded values, they are the same.
+enum class Nf4Kernel : uint8_t { simt, mma, wgmma };
+const char* name_of(Nf4Kernel kernel);
+
+/// Plus `addend`, of y's shape and dtype, where defined; it may be y itself.
+void nf4_matmul(const Tensor& y, const Tensor& x, const Nf4Tensor& w, Op op, Nf4Kernel kernel,
+                const Tensor& addend = {});
+
+/// Whether the kernel takes `rows` rows of `dtype` with this W on this device, or, where the device
+/// is meta, on its target.
+bool nf4_matmul_supported(Nf4Kernel kernel, const Nf4Tensor& w, Op op, int64_t rows, DType dtype,
+                          Device device);
+
+namespace cpu {
+/// y = x op(W) + beta y. `weight`: scratch for the decoded values, [N, K] of x's dtype.
+void nf4_matmul(const Tensor& y, const Tensor& x, const Nf4Tensor& w, Op op, float beta,
+                const Tensor& weight, const Tensor& workspace);
+}  // namespace cpu
+namespace cuda {
+/// What the kernels take at most.
+inline constexpr int64_t nf4_simt_rows = 8, nf4_mma_rows = 1024, nf4_mma_outputs = 65536;
+/// Parts into which the kernel cuts the contraction, by the matrix alone. Of several each needs
+/// fp32 [M, outputs] in `workspace`.
+int64_t nf4_splits(Nf4Kernel kernel, Op op, int64_t n, int64_t k);
+void nf4_matmul_simt(const Tensor& y, const Tensor& x, const Nf4Tensor& w, Op op,
+                     const Tensor& addend, const Tensor& workspace);
+void nf4_matmul_mma(const Tensor& y, const Tensor& x, const Nf4Tensor& w, Op op,
+                    const Tensor& addend, const Tensor& workspace);
+}  // namespace cuda
+}  // namespace qlab

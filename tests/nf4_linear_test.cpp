@@ -1,0 +1,190 @@
+#include "quant/nf4_dispatch.h"
+
+#include "tests/support/op_test.h"
+
+namespace qlab::test {
+namespace {
+
+using Nf4LinearTest = OpTest;
+INSTANTIATE_TEST_SUITE_P(Ops, Nf4LinearTest, all_cases, name);
+
+/// On the CPU they are one.
+std::vector<Nf4Kernel> kernels(Device device) {
+  if (!device.is_cuda()) return {Nf4Kernel::mma};
+  return {Nf4Kernel::simt, Nf4Kernel::mma, Nf4Kernel::wgmma};
+}
+constexpr Op ops[] = {Op::transpose, Op::none};
+
+int64_t inputs(const Nf4Tensor& w, Op op) { return w.shape[op == Op::transpose ? 1 : 0]; }
+int64_t outputs(const Nf4Tensor& w, Op op) { return w.shape[op == Op::transpose ? 0 : 1]; }
+
+Tensor decoded(const Nf4Tensor& w, DType dtype, Device device) {
+  const Tensor y = Tensor::empty(w.shape, dtype, device);
+  dequantize_nf4(y, w);
+  return y;
+}
+/// In f64, from the values that dequantize_nf4 gives in x's dtype.
+Tensor reference(const Tensor& x, const Nf4Tensor& w, Op op, const Tensor& addend = {}) {
+  const Tensor weight = as_reference(decoded(w, x.dtype(), x.device()));
+  const Tensor y = addend.defined()
+                       ? as_reference(addend)
+                       : Tensor::zeros({x.dim(0), outputs(w, op)}, DType::f64, Device::cpu());
+  gemm(y, as_reference(x), Op::none, weight, op, 1.0f, 1.0f);
+  return y;
+}
+Tensor product(const Tensor& x, const Nf4Tensor& w, Op op, Nf4Kernel kernel) {
+  const Tensor y = tensor(std::vector<double>(x.dim(0) * outputs(w, op), NAN),
+                          {x.dim(0), outputs(w, op)}, Case{x.device(), x.dtype()});
+  nf4_matmul(y, x, w, op, kernel);
+  return y;
+}
+
+/// x [1, 32] of ones with one two, and W of two codes: sums that one can write down.
+TEST_P(Nf4LinearTest, Golden) {
+  std::vector<double> v(8 * 32, 0), ones(32, 1);
+  for (int row = 0; row < 8; ++row) v[32 * row + row] = row % 2 == 0 ? 2 : -2;
+  ones[1] = 2;
+  const Nf4Tensor w = quantize_nf4(tensor(v, {8, 32}, GetParam()), 32, false);
+  const Tensor x = tensor(ones, {1, 32}, GetParam());
+  const Tensor g = tensor({1, 1, 1, 1, 0.5, 0, 0, 3}, {1, 8}, GetParam());
+  std::vector<double> dx(32, 0);
+  const double expected[] = {2, -2, 2, -2, 1, 0, 0, -6};
+  std::copy(std::begin(expected), std::end(expected), dx.begin());
+  for (const Nf4Kernel kernel : kernels(device())) {
+    if (!nf4_matmul_supported(kernel, w, Op::none, 1, dtype(), device())) continue;
+    EXPECT_EQ(values(product(x, w, Op::transpose, kernel)),
+              (std::vector<double>{2, -4, 2, -2, 2, -2, 2, -2}));
+    EXPECT_EQ(values(product(g, w, Op::none, kernel)), dx);
+  }
+}
+
+TEST_P(Nf4LinearTest, MatchesDecodedValues) {
+  const Shape shapes[] = {{8, 32},   {24, 96},   {64, 64},    {136, 160}, {128, 256},
+                          {264, 32}, {192, 576}, {576, 1536}, {1000, 704}};
+  for (const Shape& shape : shapes)
+    for (const int64_t block_size : {32, 64, 256, 4096})
+      for (const bool nested : {false, true}) {
+        const Nf4Tensor w = quantize_nf4(random(shape, 0.05), block_size, nested);
+        for (const Op op : ops)
+          for (const int64_t m : {1, 2, 7, 8, 9, 40, 130})
+            for (const Nf4Kernel kernel : kernels(device())) {
+              if (!nf4_matmul_supported(kernel, w, op, m, dtype(), device())) continue;
+              SCOPED_TRACE(fmt::format("{} W {} blocks of {} nested {} op {} M {}", name_of(kernel),
+                                       shape, block_size, nested, static_cast<int>(op), m));
+              const Tensor x = random({m, inputs(w, op)});
+              const Tensor y = product(x, w, op, kernel);
+              const double terms = static_cast<double>(inputs(w, op));
+              expect_close(y, reference(x, w, op), inputs(w, op), 0.05 * std::sqrt(terms));
+              expect_same_bits(y, product(x, w, op, kernel));
+            }
+      }
+}
+
+TEST_P(Nf4LinearTest, AddsAnotherTensorAndHonoursPitches) {
+  const Nf4Tensor w = quantize_nf4(random({160, 192}, 0.05), 64, true);
+  for (const Op op : ops)
+    for (const int64_t m : {3, 70})
+      for (const Nf4Kernel kernel : kernels(device())) {
+        if (!nf4_matmul_supported(kernel, w, op, m, dtype(), device())) continue;
+        SCOPED_TRACE(fmt::format("{} op {} M {}", name_of(kernel), static_cast<int>(op), m));
+        const int64_t in = inputs(w, op), out = outputs(w, op);
+        const Tensor x = random({m, in + 24}).slice_cols(16, 16 + in);
+        const Tensor wide = random({m, out + 32}), guard = wide.clone();
+        const Tensor y = wide.slice_cols(16, 16 + out), residual = random({m, out + 8});
+        const Tensor added = residual.slice_cols(0, out);
+        const Tensor expected = reference(x.clone(), w, op, added.clone());
+        nf4_matmul(y, x, w, op, kernel, added);
+        expect_close(y, expected, in, std::sqrt(static_cast<double>(in)) * 0.05 + 1);
+        expect_same_bits(wide.slice_cols(0, 16), guard.slice_cols(0, 16));
+        expect_same_bits(wide.slice_cols(16 + out, 32 + out), guard.slice_cols(16 + out, 32 + out));
+        const Tensor own = added.clone();
+        nf4_matmul(own, x, w, op, kernel, own);
+        expect_same_bits(own, y);
+      }
+}
+
+// What lets trials train together, and a prompt be read at once or in pieces.
+TEST_P(Nf4LinearTest, RowsAreIndependentOfTheirNumberAndPlace) {
+  if (dtype() == DType::f64) GTEST_SKIP() << "the reference promises no bits";
+  const int64_t total = 600;
+  const Nf4Tensor w = quantize_nf4(random({136, 288}, 0.05), 64, true);
+  const std::vector<int32_t> offset = integers(301, total - 300, 4);
+  for (const Op op : ops)
+    for (const Nf4Kernel kernel : kernels(device())) {
+      const Tensor x = random({total, inputs(w, op)});
+      for (int64_t m = 1; m <= 300; m += device().is_cuda() || m < 18 ? 1 : 37) {
+        if (!nf4_matmul_supported(kernel, w, op, m, dtype(), device())) continue;
+        const int64_t begin = offset[m];
+        const Tensor y = product(x.slice_rows(begin, begin + m), w, op, kernel);
+        for (const int64_t i : {int64_t{0}, m / 2, m - 1}) {
+          const Tensor row = product(x.slice_rows(begin + i, begin + i + 1), w, op, kernel);
+          ASSERT_TRUE(bytes_of(row) == bytes_of(y.slice_rows(i, i + 1)))
+              << name_of(kernel) << " op " << static_cast<int>(op) << ", row " << i << " of " << m;
+        }
+      }
+    }
+}
+
+TEST_P(Nf4LinearTest, NoRows) {
+  const Nf4Tensor w = quantize_nf4(random({8, 32}), 32, false);
+  nf4_matmul(random({0, 8}), random({0, 32}), w, Op::transpose, Nf4Kernel::mma);
+}
+
+TEST(Nf4Linear, ADryRunNeedsTheSameMemory) {
+  const Nf4Tensor w = quantize_nf4(tensor(normals(64 * 96, 1), {64, 96}, cpu_f32), 64, true);
+  const auto peak = [&](Device device) {
+    const Tensor x = Tensor::zeros({5, 96}, DType::f32, device);
+    const Tensor y = Tensor::zeros({5, 64}, DType::f32, device);
+    reset_peak(device);
+    const int64_t before = memory_account(device).total;
+    nf4_matmul(y, x, w, Op::transpose, Nf4Kernel::mma);
+    return memory_account(device).peak - before;
+  };
+  EXPECT_EQ(peak(Device::cpu().meta()), peak(Device::cpu()));
+}
+
+TEST(Nf4Linear, ManyRowsAndTheCpuDecodeFirst) {
+  Nf4Tensor w;
+  w.shape = {4096, 4096};
+  const Device gpu = Device::cuda().meta();
+  for (const Op op : ops) {
+    EXPECT_TRUE(fastest_nf4_kernel(w, op, 1, DType::bf16, gpu).has_value());
+    EXPECT_FALSE(fastest_nf4_kernel(w, op, 4096, DType::bf16, gpu).has_value());
+    EXPECT_FALSE(fastest_nf4_kernel(w, op, 1, DType::f32, gpu).has_value());
+    EXPECT_FALSE(fastest_nf4_kernel(w, op, 1, DType::f32, Device::cpu()).has_value());
+  }
+}
+
+// A part of the contraction follows from the matrix alone, and none is empty.
+TEST(Nf4Linear, PartsCoverTheContraction) {
+  for (const int64_t n : {8, 576, 1024, 4096, 14336, 65536})
+    for (const int64_t k : {32, 576, 4096, 14336})
+      for (const Op op : ops)
+        for (const Nf4Kernel kernel : {Nf4Kernel::simt, Nf4Kernel::mma}) {
+          const int64_t step = kernel == Nf4Kernel::simt ? 16 : 128;
+          const int64_t depth = op == Op::transpose ? k : n, steps = (depth + step - 1) / step;
+          const int64_t parts = cuda::nf4_splits(kernel, op, n, k);
+          ASSERT_GE(parts, 1);
+          const int64_t own = (steps + parts - 1) / parts;
+          EXPECT_LT((parts - 1) * own, steps) << n << " x " << k;
+        }
+}
+
+TEST(Nf4Linear, RejectsWhatDoesNotFit) {
+  const Nf4Tensor w = quantize_nf4(tensor(normals(64 * 96, 1), {64, 96}, cpu_f32), 64, true);
+  const auto zeros = [](int64_t rows, int64_t cols, DType dtype = DType::f32) {
+    return Tensor::zeros({rows, cols}, dtype, Device::cpu());
+  };
+  const auto forward = [&](const Tensor& y, const Tensor& x, const Tensor& addend = {}) {
+    nf4_matmul(y, x, w, Op::transpose, Nf4Kernel::mma, addend);
+  };
+  EXPECT_ERROR(forward(zeros(5, 64), zeros(5, 64)), "[nf4_matmul] shapes do not fit");
+  EXPECT_ERROR(forward(zeros(4, 64), zeros(5, 96)), "[nf4_matmul] shapes do not fit");
+  EXPECT_ERROR(forward(zeros(5, 96), zeros(5, 96)), "[nf4_matmul] shapes do not fit");
+  EXPECT_ERROR(forward(zeros(5, 64).view({320}), zeros(5, 96)), "needs matrices");
+  EXPECT_ERROR(forward(zeros(5, 64), zeros(5, 96, DType::bf16)), "[nf4_matmul] dtypes");
+  EXPECT_ERROR(forward(zeros(5, 64), zeros(5, 96), zeros(5, 96)), "[nf4_matmul] cannot add");
+}
+
+}  // namespace
+}  // namespace qlab::test
