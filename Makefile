@@ -5,6 +5,7 @@
 #   make gpu-check  on a machine with an NVIDIA GPU: tests, compute-sanitizer, a short 8B training;
 #                   PTX=75 or PTX=80: its tests from that generic code alone, as an older GPU has it
 #   make gpu-bench PART=step|kernels|attention [FILTER=regex]   measure beside the peers
+#   make tune       choose kernels for this GPU by what gpu-bench PART=kernels measured
 #   make clean      remove the build folder (models/, datasets/ and runs/ stay)
 # JOBS=N limits parallel compilation; CMAKE_ARGS="-DQLAB_CUDA=OFF" and the like reach CMake.
 
@@ -21,7 +22,7 @@ DATA := datasets/python-functions
 
 say = @printf '\n==> %s\n' "$(1)"
 
-.PHONY: all setup configure build model data test demo gpu-check gpu-bench clean
+.PHONY: all setup configure build model data test demo gpu-check gpu-bench tune clean
 all: build
 
 setup: $(BUILD)/setup.stamp
@@ -71,6 +72,10 @@ gpu-check: setup
 
 gpu-bench: setup
 	@tools/gpu_bench.sh $(BUILD) $(JOBS) "$(PART)" "$(FILTER)"
+
+tune: build
+	$(call say,Choosing the kernels of NF4 linear layers)
+	@python3 bench/tune.py --tests $(BUILD)/qlab_tests && $(MAKE) build
 
 clean:
 	$(call say,Removing $(BUILD))

@@ -1,4 +1,5 @@
-// Which kernel of quant/nf4_linear.h is the fastest, or none where decoding W first is faster. The
+// Which kernel of quant/nf4_linear.h is the fastest, or none where decoding W first is faster, as
+// `make tune` measured it (quant/nf4_dispatch_table.inc; of another GPU: like an H100). The
 // choice follows from W, the product and the number of rows; who trains several trials together
 // asks with the rows of one, or a row's bits would depend on the others.
 #pragma once
