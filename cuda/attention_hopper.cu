@@ -2,49 +2,11 @@
 
 #include <algorithm>
 #include <cmath>
-#include <span>
 
 #include "cuda/attention_hopper_tiles.cuh"
 
 namespace qlab::cuda {
 namespace hopper {
-namespace {
-
-using EncodeTiled = decltype(&cuTensorMapEncodeTiled);
-
-EncodeTiled encode_tiled() {
-  static const EncodeTiled function = [] {
-    void* entry = nullptr;
-    cudaDriverEntryPointQueryResult found{};
-    check(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &entry, 12000,
-                                           cudaEnableDefault, &found),
-          "cudaGetDriverEntryPointByVersion");
-    if (found != cudaDriverEntryPointSuccess) entry = nullptr;
-    return reinterpret_cast<EncodeTiled>(entry);
-  }();
-  return function;
-}
-
-}  // namespace
-
-namespace {
-
-CUtensorMap encode(const char* op, const Rows16& x, char* base, std::span<const cuuint64_t> sizes,
-                   const cuuint64_t* strides, const cuuint32_t* box) {
-  const cuuint32_t steps[] = {1, 1, 1, 1};
-  CUtensorMap map;
-  const CUresult status = encode_tiled()(
-      &map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, static_cast<cuuint32_t>(sizes.size()), base,
-      sizes.data(), strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-      CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-  if (status != CUDA_SUCCESS)
-    fail("[{}] the driver refused a tensor map of {} rows, pitch {}: error {}", op, x.rows, x.pitch,
-         static_cast<int>(status));
-  return map;
-}
-
-}  // namespace
-
 CUtensorMap load_map(const char* op, const Rows16& x, int head_dim, int box_rows) {
   const auto pitch = static_cast<cuuint64_t>(x.pitch) * sizeof(bf16);
   const auto chunks = static_cast<cuuint32_t>(head_dim / chunk_width);
@@ -52,7 +14,7 @@ CUtensorMap load_map(const char* op, const Rows16& x, int head_dim, int box_rows
                               cuuint64_t{chunks} * x.heads};
   const cuuint64_t strides[] = {pitch, row_bytes};
   const cuuint32_t box[] = {chunk_width, static_cast<cuuint32_t>(box_rows), chunks};
-  return encode(op, x, static_cast<char*>(x.data), sizes, strides, box);
+  return tensor_map(op, x.data, sizes, strides, box);
 }
 
 CUtensorMap store_map(const char* op, const Rows16& x, int head_dim) {
@@ -62,7 +24,7 @@ CUtensorMap store_map(const char* op, const Rows16& x, int head_dim) {
                               static_cast<cuuint64_t>(x.rows) + 1};
   const cuuint64_t strides[] = {pitch, row_bytes, pitch};
   const cuuint32_t box[] = {chunk_width, group_rows, chunks, 1};
-  return encode(op, x, static_cast<char*>(x.data) - group_rows * pitch, sizes, strides, box);
+  return tensor_map(op, static_cast<char*>(x.data) - group_rows * pitch, sizes, strides, box);
 }
 
 Problem problem_of(const Tensor& cu_q, const Tensor& cu_k, const AttentionShape& shape) {
@@ -337,13 +299,7 @@ bool kernels_present() {
 
 bool hopper_attention_supported(const AttentionShape& shape, const Tensor& q) {
   if (q.dtype() != DType::bf16 || (shape.head_dim != 64 && shape.head_dim != 128)) return false;
-  int device = 0, major = 0, minor = 0;
-  check(cudaGetDevice(&device), "cudaGetDevice");
-  check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device),
-        "cudaDeviceGetAttribute");
-  check(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device),
-        "cudaDeviceGetAttribute");
-  return major == 9 && minor == 0 && hopper::encode_tiled() != nullptr && hopper::kernels_present();
+  return hopper::device_supported() && hopper::kernels_present();
 }
 
 void hopper_attention(const Tensor& o, const Tensor& lse, const Tensor& q, const Tensor& k,

@@ -4,6 +4,8 @@
 #pragma once
 #include <cuda.h>
 
+#include <span>
+
 #include "cuda/launch.cuh"
 
 namespace qlab::cuda::hopper {
@@ -11,6 +13,13 @@ namespace qlab::cuda::hopper {
 inline constexpr int chunk_width = 64;  // bf16 columns in a swizzled row of 128 bytes
 inline constexpr int row_bytes = 128;
 inline constexpr int warpgroup_size = 128;
+
+/// Whether the device has all this (compute capability 9.0) and the driver makes tensor maps.
+bool device_supported();
+/// A map of swizzled boxes of a bf16 array; sizes and boxes in elements, the dimension that is
+/// contiguous first; strides in bytes, from the second dimension on.
+CUtensorMap tensor_map(const char* op, void* base, std::span<const cuuint64_t> sizes,
+                       const cuuint64_t* strides, const cuuint32_t* box);
 
 __device__ inline uint32_t shared_address(const void* p) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(p));
@@ -76,6 +85,34 @@ struct Ring {
   __device__ int previous() const { return (stage == 0 ? stages : stage) - 1; }
 };
 
+// ---- clusters: blocks that start together and reach into each other's shared memory ----
+
+__device__ inline uint32_t cluster_rank() {
+  uint32_t rank;
+  asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return rank;
+}
+/// Every thread of every block arrives and waits; what was written before is then seen.
+__device__ inline void cluster_arrive() {
+  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+}
+__device__ inline void cluster_wait() {
+  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+__device__ inline void cluster_sync() {
+  cluster_arrive();
+  cluster_wait();
+}
+/// Where `p`, of this block's shared memory, lies in the block `rank` of the cluster.
+__device__ inline uint32_t address_in(const void* p, uint32_t rank) {
+  uint32_t address;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"(shared_address(p)), "r"(rank));
+  return address;
+}
+__device__ inline void arrive_in(Barrier& barrier, uint32_t rank) {
+  asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(address_in(&barrier, rank))
+               : "memory");
+}
 // ---- named barriers: `threads` of the block, counting arrivals and waits ----
 
 __device__ inline void named_sync(int id, int threads) {
@@ -100,6 +137,21 @@ __device__ inline void load_box(void* to, const CUtensorMap& map, Barrier& barri
       "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes"
       " [%0], [%1, {%3, %4, %5}], [%2];" ::"r"(shared_address(to)),
       "l"(&map), "r"(shared_address(&barrier)), "r"(c0), "r"(c1), "r"(c2)
+      : "memory");
+}
+/// To the same place of all blocks of the cluster in `blocks`, a bit each, and to their barriers.
+__device__ inline void load_box(void* to, const CUtensorMap& map, Barrier& barrier, uint16_t blocks,
+                                int c0, int c1) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes"
+      ".multicast::cluster [%0], [%1, {%4, %5}], [%2], %3;" ::"r"(shared_address(to)),
+      "l"(&map), "r"(shared_address(&barrier)), "h"(blocks), "r"(c0), "r"(c1)
+      : "memory");
+}
+__device__ inline void store_box(const CUtensorMap& map, const void* from, int c0, int c1) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%2, %3}], [%1];" ::"l"(&map),
+      "r"(shared_address(from)), "r"(c0), "r"(c1)
       : "memory");
 }
 __device__ inline void store_box(const CUtensorMap& map, const void* from, int c0, int c1, int c2,
@@ -181,24 +233,43 @@ __device__ inline void pin(T (&d)[n]) {
   ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, " \
   "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
 
-/// d [64, n] += A [64, 16] B [16, n], both in shared memory, K contiguous; d = A B for !accumulate.
+#define QLAB_LIST128                                                                           \
+  QLAB_LIST64                                                                                  \
+  ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, %80, "    \
+  "%81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, %96, %97, %98, " \
+  "%99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, %112, %113, "  \
+  "%114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
+
+/// d [64, n] += A [64, 16] B [16, n], both in shared memory; d = A B for !accumulate. K is
+/// contiguous in B, and in A unless `columns`: then M is.
 /// Thread t of the group holds d[4 j + 2 i + c] of row 16 (t / 32) + (t % 32) / 4 + 8 i, column
 /// 8 j + 2 (t % 4) + c.
+template <int columns = 0>
 __device__ inline void product(float (&d)[32], uint64_t a, uint64_t b, bool accumulate) {
   asm volatile(
       "{\n.reg .pred p;\nsetp.ne.b32 p, %34, 0;\n"
       "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {" QLAB_LIST32
-      "}, %32, %33, p, 1, 1, 0, 0;\n}\n"
+      "}, %32, %33, p, 1, 1, %35, 0;\n}\n"
       : QLAB_ACC32(d, 0)
-      : "l"(a), "l"(b), "r"(static_cast<int>(accumulate)));
+      : "l"(a), "l"(b), "r"(static_cast<int>(accumulate)), "n"(columns));
 }
+template <int columns = 0>
 __device__ inline void product(float (&d)[64], uint64_t a, uint64_t b, bool accumulate) {
   asm volatile(
       "{\n.reg .pred p;\nsetp.ne.b32 p, %66, 0;\n"
       "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {" QLAB_LIST64
-      "}, %64, %65, p, 1, 1, 0, 0;\n}\n"
+      "}, %64, %65, p, 1, 1, %67, 0;\n}\n"
       : QLAB_ACC32(d, 0), QLAB_ACC32(d, 32)
-      : "l"(a), "l"(b), "r"(static_cast<int>(accumulate)));
+      : "l"(a), "l"(b), "r"(static_cast<int>(accumulate)), "n"(columns));
+}
+template <int columns = 0>
+__device__ inline void product(float (&d)[128], uint64_t a, uint64_t b, bool accumulate) {
+  asm volatile(
+      "{\n.reg .pred p;\nsetp.ne.b32 p, %130, 0;\n"
+      "wgmma.mma_async.sync.aligned.m64n256k16.f32.bf16.bf16 {" QLAB_LIST128
+      "}, %128, %129, p, 1, 1, %131, 0;\n}\n"
+      : QLAB_ACC32(d, 0), QLAB_ACC32(d, 32), QLAB_ACC32(d, 64), QLAB_ACC32(d, 96)
+      : "l"(a), "l"(b), "r"(static_cast<int>(accumulate)), "n"(columns));
 }
 /// d [64, n] += A [64, 16] B [16, n]; A in registers, B in shared memory with N contiguous.
 __device__ inline void product(float (&d)[32], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3,
@@ -219,6 +290,7 @@ __device__ inline void product(float (&d)[64], uint32_t a0, uint32_t a1, uint32_
 #undef QLAB_ACC32
 #undef QLAB_LIST32
 #undef QLAB_LIST64
+#undef QLAB_LIST128
 
 /// d [64, n] = A B^T over `depth` columns; `rows` of each operand's tile give its chunk stride.
 template <int depth, int n>
@@ -240,6 +312,23 @@ template <int n>
 __device__ inline void pack_rows(uint32_t (&a)[n / 2], const float (&d)[n]) {
 #pragma unroll
   for (int i = 0; i < n / 2; ++i) a[i] = pack(d[2 * i], d[2 * i + 1]);
+}
+
+/// Stores four 8 x 8 tiles of an accumulator transposed; lane l gives the place of row l % 8 of the
+/// tile l / 8 as it is then, 16 bytes.
+__device__ inline void store_transposed(void* row, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(
+                   shared_address(row)),
+               "r"(a), "r"(b), "r"(c), "r"(d)
+               : "memory");
+}
+
+/// The reverse: four tiles of bf16 pairs as the accumulator would hold them.
+__device__ inline void load_transposed(uint32_t (&d)[4], const void* row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])
+               : "r"(shared_address(row))
+               : "memory");
 }
 
 /// Writes an accumulator [64, 2 n] times `factor` of each row as a bf16 tile of 64 rows.

@@ -31,7 +31,9 @@ std::string limits_of(Nf4Kernel kernel) {
       return fmt::format("at most {} rows and {} outputs, compute capability 8.0",
                          cuda::nf4_mma_rows, cuda::nf4_mma_outputs);
     case Nf4Kernel::wgmma:
-      return "compute capability 9.0";
+      return fmt::format(
+          "outputs a multiple of {}, the contraction and blocks of {}, compute capability 9.0",
+          cuda::nf4_wgmma_outputs, cuda::nf4_wgmma_depth);
   }
   return "";
 }
@@ -49,7 +51,10 @@ bool nf4_matmul_supported(Nf4Kernel kernel, const Nf4Tensor& w, Op op, int64_t r
   if (kernel == Nf4Kernel::mma)
     return rows <= cuda::nf4_mma_rows && (op == Op::transpose ? n : k) <= cuda::nf4_mma_outputs &&
            cuda::compute_capability(device.index) >= 80;
-  return false;
+  return (op == Op::transpose ? n : k) % cuda::nf4_wgmma_outputs == 0 &&
+         (op == Op::transpose ? k : n) % cuda::nf4_wgmma_depth == 0 &&
+         w.block_size >= cuda::nf4_wgmma_depth && cuda::compute_capability(device.index) == 90 &&
+         cuda::nf4_wgmma_available();
 }
 
 void nf4_matmul(const Tensor& y, const Tensor& x, const Nf4Tensor& w, Op op, Nf4Kernel kernel,
@@ -95,8 +100,14 @@ void nf4_matmul(const Tensor& y, const Tensor& x, const Nf4Tensor& w, Op op, Nf4
         cpu::nf4_matmul(y, x, w, op, addend.defined() ? 1.0f : 0.0f, weight, workspace);
       },
       [&] {
-        kernel == Nf4Kernel::simt ? cuda::nf4_matmul_simt(y, x, w, op, addend, workspace)
-                                  : cuda::nf4_matmul_mma(y, x, w, op, addend, workspace);
+        switch (kernel) {
+          case Nf4Kernel::simt:
+            return cuda::nf4_matmul_simt(y, x, w, op, addend, workspace);
+          case Nf4Kernel::mma:
+            return cuda::nf4_matmul_mma(y, x, w, op, addend, workspace);
+          case Nf4Kernel::wgmma:
+            return cuda::nf4_matmul_wgmma(y, x, w, op, addend);
+        }
       });
 }
 
@@ -114,7 +125,7 @@ namespace cuda {
 // Two blocks to a multiprocessor of a large GPU, and no part so short that its beginning and end
 // cost more than it saves.
 int64_t nf4_splits(Nf4Kernel kernel, Op op, int64_t n, int64_t k) {
-  if (kernel == Nf4Kernel::simt && op == Op::transpose) return 1;
+  if ((kernel == Nf4Kernel::simt && op == Op::transpose) || kernel == Nf4Kernel::wgmma) return 1;
   constexpr int64_t blocks = 256;
   const int64_t tile = kernel == Nf4Kernel::simt ? 512 : 128;  // outputs of a block
   const int64_t step = kernel == Nf4Kernel::simt ? 16 : 128;   // of the contraction

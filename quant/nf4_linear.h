@@ -34,6 +34,10 @@ void nf4_matmul(const Tensor& y, const Tensor& x, const Nf4Tensor& w, Op op, flo
 namespace cuda {
 /// What the kernels take at most.
 inline constexpr int64_t nf4_simt_rows = 8, nf4_mma_rows = 1024, nf4_mma_outputs = 65536;
+/// What outputs and contraction of wgmma are multiples of, and its blocks at least.
+inline constexpr int64_t nf4_wgmma_outputs = 256, nf4_wgmma_depth = 64;
+/// Whether this build, device and driver have it; true where there is no GPU to ask.
+bool nf4_wgmma_available();
 /// Parts into which the kernel cuts the contraction, by the matrix alone. Of several each needs
 /// fp32 [M, outputs] in `workspace`.
 int64_t nf4_splits(Nf4Kernel kernel, Op op, int64_t n, int64_t k);
@@ -41,5 +45,7 @@ void nf4_matmul_simt(const Tensor& y, const Tensor& x, const Nf4Tensor& w, Op op
                      const Tensor& addend, const Tensor& workspace);
 void nf4_matmul_mma(const Tensor& y, const Tensor& x, const Nf4Tensor& w, Op op,
                     const Tensor& addend, const Tensor& workspace);
+void nf4_matmul_wgmma(const Tensor& y, const Tensor& x, const Nf4Tensor& w, Op op,
+                      const Tensor& addend);
 }  // namespace cuda
 }  // namespace qlab

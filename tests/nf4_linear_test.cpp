@@ -59,8 +59,8 @@ TEST_P(Nf4LinearTest, Golden) {
 }
 
 TEST_P(Nf4LinearTest, MatchesDecodedValues) {
-  const Shape shapes[] = {{8, 32},   {24, 96},   {64, 64},    {136, 160}, {128, 256},
-                          {264, 32}, {192, 576}, {576, 1536}, {1000, 704}};
+  const Shape shapes[] = {{8, 32},    {24, 96},    {64, 64},    {136, 160}, {128, 256}, {264, 32},
+                          {192, 576}, {576, 1536}, {1000, 704}, {256, 192}, {320, 512}};
   for (const Shape& shape : shapes)
     for (const int64_t block_size : {32, 64, 256, 4096})
       for (const bool nested : {false, true}) {
@@ -81,10 +81,12 @@ TEST_P(Nf4LinearTest, MatchesDecodedValues) {
 }
 
 TEST_P(Nf4LinearTest, AddsAnotherTensorAndHonoursPitches) {
-  const Nf4Tensor w = quantize_nf4(random({160, 192}, 0.05), 64, true);
+  const Nf4Tensor narrow = quantize_nf4(random({160, 192}, 0.05), 64, true);
+  const Nf4Tensor wide = quantize_nf4(random({256, 256}, 0.05), 64, true);
   for (const Op op : ops)
     for (const int64_t m : {3, 70})
       for (const Nf4Kernel kernel : kernels(device())) {
+        const Nf4Tensor& w = kernel == Nf4Kernel::wgmma ? wide : narrow;
         if (!nf4_matmul_supported(kernel, w, op, m, dtype(), device())) continue;
         SCOPED_TRACE(fmt::format("{} op {} M {}", name_of(kernel), static_cast<int>(op), m));
         const int64_t in = inputs(w, op), out = outputs(w, op);
@@ -107,10 +109,12 @@ TEST_P(Nf4LinearTest, AddsAnotherTensorAndHonoursPitches) {
 TEST_P(Nf4LinearTest, RowsAreIndependentOfTheirNumberAndPlace) {
   if (dtype() == DType::f64) GTEST_SKIP() << "the reference promises no bits";
   const int64_t total = 600;
-  const Nf4Tensor w = quantize_nf4(random({136, 288}, 0.05), 64, true);
+  const Nf4Tensor narrow = quantize_nf4(random({136, 288}, 0.05), 64, true);
+  const Nf4Tensor wide = quantize_nf4(random({256, 512}, 0.05), 64, true);
   const std::vector<int32_t> offset = integers(301, total - 300, 4);
   for (const Op op : ops)
     for (const Nf4Kernel kernel : kernels(device())) {
+      const Nf4Tensor& w = kernel == Nf4Kernel::wgmma ? wide : narrow;
       const Tensor x = random({total, inputs(w, op)});
       for (int64_t m = 1; m <= 300; m += device().is_cuda() || m < 18 ? 1 : 37) {
         if (!nf4_matmul_supported(kernel, w, op, m, dtype(), device())) continue;
@@ -123,6 +127,30 @@ TEST_P(Nf4LinearTest, RowsAreIndependentOfTheirNumberAndPlace) {
         }
       }
     }
+}
+
+// Each of its tiles takes part: 64, 128 and 256 rows of x, 64 and 128 outputs.
+TEST_P(Nf4LinearTest, WarpgroupTilesAgree) {
+  const Nf4Kernel kernel = Nf4Kernel::wgmma;
+  const Nf4Tensor square = quantize_nf4(random({512, 512}, 0.05), 64, true);
+  if (!device().is_cuda() || !nf4_matmul_supported(kernel, square, Op::none, 1, dtype(), device()))
+    GTEST_SKIP() << "no such kernel";
+  for (const Op op : ops)
+    for (const int64_t m : {1, 31, 32, 33, 63, 64, 65, 127, 128, 129, 255, 256, 257, 300}) {
+      SCOPED_TRACE(fmt::format("op {} M {}", static_cast<int>(op), m));
+      const Tensor x = random({m, 512});
+      expect_close(product(x, square, op, kernel), reference(x, square, op), 512,
+                   0.05 * std::sqrt(512.0));
+    }
+  for (const Shape& shape : {Shape{16384, 192}, Shape{192, 16384}}) {
+    const Nf4Tensor w = quantize_nf4(random(shape, 0.05), 64, true);
+    const Op op = shape[0] > shape[1] ? Op::transpose : Op::none;
+    const Tensor x = random({1100, 192});
+    const Tensor few = product(x.slice_rows(0, 40), w, op, kernel);
+    for (const int64_t m : {100, 128, 256, 300, 1100})
+      expect_same_bits(product(x.slice_rows(0, m), w, op, kernel).slice_rows(0, 40), few);
+    expect_close(few, reference(x.slice_rows(0, 40), w, op), 192, 0.05 * std::sqrt(192.0));
+  }
 }
 
 TEST_P(Nf4LinearTest, NoRows) {
