@@ -47,7 +47,6 @@ Moments::Moments(int64_t blocks, DType dtype, bool paged, Device device)
   if (paged)
     page_blocks_ = std::clamp<int64_t>(ceil_div(blocks, fewest_pages), 1,
                                        std::max<int64_t>(largest_page / bytes_of(1), 1));
-  if (paged) add_evictable(device, this);
   int64_t first = 0;
   do {
     const int64_t last = std::min(first + page_blocks_, blocks);
@@ -60,6 +59,7 @@ Moments::Moments(int64_t blocks, DType dtype, bool paged, Device device)
     }
     first = last;
   } while (first < blocks);
+  if (paged) add_evictable(device, this);
 }
 
 Moments::~Moments() {

@@ -4,6 +4,7 @@
 
 #include "experiments/memory_prediction.h"
 #include "experiments/planner.h"
+#include "tests/support/tiny_llama.h"
 #include "tests/support/training.h"
 
 namespace qlab::test {
@@ -167,6 +168,58 @@ TEST_P(PagingTest, IsTheCheapestWayToFit) {
   ASSERT_TRUE(remedy);
   EXPECT_THAT(remedy->sets, testing::Contains("optim.type=paged_adamw"));
   EXPECT_LE(remedy->peak, all * 9 / 10);
+}
+
+using SpikeTest = OpTest;
+INSTANTIATE_TEST_SUITE_P(Runs, SpikeTest, testing::Values(cpu_f32, cuda_bf16), name);
+
+// A step in the middle of a run that is larger than any before it, and than what is free: states
+// move out for it, and it gives the same bits.
+TEST_P(SpikeTest, MovesStatesOutAndGoesOn) {
+  const std::unique_ptr<Llama> model = tiny_llama(WeightFormat::nf4, GetParam());
+  constexpr int spike = 3;
+  struct Ran {
+    std::vector<std::vector<float>> nll;
+    std::vector<int64_t> held, out;  // after each step
+    int64_t states;
+    Tensor parameters;
+  };
+  const auto run = [&](std::optional<int64_t> limit) {
+    const int64_t start = memory_account(device()).total;
+    LoraSpec spec;
+    spec.r = 256;
+    const std::unique_ptr<Adapter> adapter = fresh_adapter(*model, spec);
+    AdamWConfig config;
+    config.paged = true;
+    AdamW optimizer(config, adapter->sizes(), device());
+    Stepper stepper(*model, Recompute::none);
+    Ran ran;
+    for (int t = 0; t < 6; ++t) {
+      const Tokens tokens = random_tokens(t == spike ? 400 : 16, static_cast<uint64_t>(t), t);
+      if (t == spike && limit) limit_memory(device(), start + *limit);
+      fill_zero(adapter->gradients());
+      BatchBuilder batch;
+      batch.add({tokens.sequence()}, adapter.get(), true, 0.1f);
+      ran.nll.push_back(stepper.run(batch, true));
+      optimizer.step(adapter->parameters(), adapter->gradients(), 1e-3f, stepper.idle());
+      adapter->refresh();
+      ran.held.push_back(memory_account(device()).total - start);
+      ran.out.push_back(optimizer.moments().bytes_on_host());
+    }
+    limit_memory(device(), std::numeric_limits<int64_t>::max());
+    ran.states = optimizer.moments().bytes();
+    ran.parameters = adapter->parameters().clone();
+    return ran;
+  };
+  const Ran whole = run({});
+  const Ran small = run(whole.held[spike] - whole.states / 2);
+  EXPECT_EQ(whole.out.back(), 0);
+  EXPECT_EQ(small.out[spike - 1], 0);
+  EXPECT_GE(small.out[spike], whole.states / 2);
+  EXPECT_LE(small.held[spike], whole.held[spike] - whole.states / 2);
+  EXPECT_EQ(small.out.back(), small.out[spike]);
+  EXPECT_EQ(small.nll, whole.nll);
+  expect_same_bits(small.parameters, whole.parameters);
 }
 
 }  // namespace

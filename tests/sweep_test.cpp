@@ -119,6 +119,12 @@ parameters:
   EXPECT_THAT(sweep.notes[0], HasSubstr("5 duplicate trials dropped"));
 }
 
+TEST_F(SweepTest, PagedOptimizersCanBeCompared) {
+  const Sweep sweep = load("parameters: {optim.type: {values: [adamw, paged_adamw_32bit]}}");
+  EXPECT_EQ(sweep.trials.size(), 2u);
+  EXPECT_NE(trial_hash(sweep.trials[0], {}, "fp32"), trial_hash(sweep.trials[1], {}, "fp32"));
+}
+
 TEST_F(SweepTest, KeysThatDoNotChangeNumbersCanBeSwept) {
   const Sweep sweep = load("parameters: {train.recompute: {values: [none, full]}}");
   EXPECT_THAT(names(sweep), ElementsAre("recompute-none-s0", "recompute-full-s0"));
