@@ -87,6 +87,10 @@ class PairTable {
   }
   /// The dynamic map in free places: of entry `code`, in floats from the first of them.
   __device__ static int map_place(int code) { return code / 32 * (pitch / 4) + code % 32; }
+  struct Map {
+    const float* first;
+    __device__ float operator()(int code) const { return first[map_place(code)]; }
+  };
   __device__ explicit PairTable(const char* table)
       : table_(table), copy_(threadIdx.x % copies * 8) {}
   /// Of byte `i` of a word: the high nibble's value first.
@@ -100,7 +104,7 @@ class PairTable {
   uint32_t copy_;
 };
 
-/// A scale where a kernel is told at run time how it is stored; its map lies in a PairTable.
+/// A scale where a kernel is told at run time how it is stored; entry(code) is that of the map.
 struct AnyScale {
   Scale<true> scale;
   __device__ void fetch(const Scales& s, int64_t block) {
@@ -109,9 +113,10 @@ struct AnyScale {
     else
       scale.factor = s.absmax[block];
   }
-  __device__ float value(const Scales& s, const float* map, float offset) const {
+  template <class Entry>
+  __device__ float value(const Scales& s, const Entry& entry, float offset) const {
     if (s.codes == nullptr) return scale.factor;
-    return __fadd_rn(__fmul_rn(map[PairTable::map_place(scale.code)], scale.factor), offset);
+    return __fadd_rn(__fmul_rn(entry(scale.code), scale.factor), offset);
   }
 };
 

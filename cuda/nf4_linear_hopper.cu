@@ -189,6 +189,8 @@ __device__ void decode(const Nf4Arguments& a, Nf4Shared<P>& shared, const Nf4Til
   const uint32_t stride = P::forward ? 1 : depth * a.runs_per_row;
   const int boxes = min(P::boxes, (a.rows - tile.token + P::box_rows - 1) / P::box_rows);
 
+  const auto entry = [&](int code) { return shared.map[code]; };
+
   Weights<own_weights> weights[ahead];
   const auto fetch = [&](int u, int step) {
     weights[u].fetch(codes, a.scales, first + min(step, a.steps - 1) * stride);
@@ -207,7 +209,7 @@ __device__ void decode(const Nf4Arguments& a, Nf4Shared<P>& shared, const Nf4Til
       wait(shared.empty[ring.stage], ring.parity ^ 1);
       if (thread == 0) copy_rows<P>(a, stage.x, full, tile, boxes, step);
       put_weights(stage.w, tile_row, first_piece, weights[u],
-                  weights[u].scale.value(a.scales, shared.map, offset));
+                  weights[u].scale.value(a.scales, entry, offset));
       arrive_warp(full, threadIdx.x % 32);
       fetch(u, step + ahead * P::decoders);
 #pragma unroll

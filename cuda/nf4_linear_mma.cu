@@ -103,10 +103,10 @@ struct Loader {
                               float offset) const {
     const int thread = thread_index<anew>();
     to += thread % 2 * 2 * scale_pitch + scale_place(thread / 2);
-    to[0] = to[scale_pitch] = scale.value(p.scales, map, offset);
+    to[0] = to[scale_pitch] = scale.value(p.scales, PairTable::Map{map}, offset);
     if (p.wide_scales) return;
     fetch_scale(scale, chunk, 1);
-    to[scale_pitch] = scale.value(p.scales, map, offset);
+    to[scale_pitch] = scale.value(p.scales, PairTable::Map{map}, offset);
   }
 };
 

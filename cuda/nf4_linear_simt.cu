@@ -72,7 +72,7 @@ struct Piece {
                                 float offset) const {
 #pragma unroll
     for (int i = 0; i < scales; ++i)
-      out[i] = (inside >> i & 1) != 0 ? scale[i].value(s, map, offset) : 0.0f;
+      out[i] = (inside >> i & 1) != 0 ? scale[i].value(s, PairTable::Map{map}, offset) : 0.0f;
   }
   /// The scale of this lane's word, from the lane that has decoded it.
   __device__ static float of_word(const float (&decoded)[scales], int row, int word) {
