@@ -12,6 +12,10 @@ namespace {
 
 class PagingTest : public TrainingTest {
  protected:
+  void SetUp() override {
+    QLAB_SKIP_WITHOUT_PLANS();
+    TrainingTest::SetUp();
+  }
   /// Adapters of high rank and short sequences: states are a large part of what the run needs.
   Config with(const std::string& optimizer, const std::vector<std::string>& sets = {}) const {
     std::vector<std::string> all = {"lora.r=256", "train.batch_size=2", "data.seq_len=64",
@@ -172,7 +176,14 @@ TEST_P(PagingTest, IsTheCheapestWayToFit) {
   EXPECT_LE(remedy->peak, all * 9 / 10);
 }
 
-using SpikeTest = OpTest;
+class SpikeTest : public OpTest {
+ protected:
+  void SetUp() override {
+    QLAB_SKIP_WITHOUT_PLANS();
+    OpTest::SetUp();
+  }
+  void TearDown() override { limit_memory(device(), std::numeric_limits<int64_t>::max()); }
+};
 INSTANTIATE_TEST_SUITE_P(Runs, SpikeTest, testing::Values(cpu_f32, cuda_bf16), name);
 
 // A step in the middle of a run that is larger than any before it, and than what is free: states

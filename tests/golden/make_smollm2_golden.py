@@ -1,6 +1,7 @@
 """Writes smollm2.json: logits of SmolLM2-135M-Instruct by Transformers, and 20 training steps by
 PEFT with PyTorch's AdamW, all in float32 on the CPU. The same steps in float64 give each step a
-second gradient norm: how far float32 is off there.
+second gradient norm, and three more runs in float32, whose weights are disturbed by its rounding, how
+far float32 may be off there.
 
     python tests/golden/make_smollm2_golden.py [MODEL.gguf]
 
@@ -159,6 +160,22 @@ def add_double_norms(path, run, sequences):
         step["grad_norm_fp64"] = double["grad_norm"]
 
 
+def add_rounding(path, run, sequences):
+    """Of each step, the largest relative distance from float64 of four float32 runs' gradient norms:
+    this one's, and those of three whose weights are each multiplied by 1 + 2^-23 z, z normal."""
+    disturbed = []
+    for seed in (1, 2, 3):
+        model, generator = build_trial(path, run), torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for p in model.parameters():
+                p.mul_(1 + 2**-23 * torch.randn(p.shape, generator=generator))
+        disturbed.append(train(model, sequences))
+    for i, step in enumerate(run["steps"]):
+        exact = step["grad_norm_fp64"]
+        norms = [step["grad_norm"]] + [other[i]["grad_norm"] for other in disturbed]
+        step["grad_norm_rounding"] = float(f"{max(abs(n / exact - 1) for n in norms):.3g}")
+
+
 def main():
     path = sys.argv[1] if len(sys.argv) > 1 else str(MODEL)
     torch.manual_seed(0)
@@ -190,6 +207,7 @@ def main():
                                 "eval_loss": eval_loss(model, held_out),
                                 "adapter": adapter_values(model)}
         add_double_norms(path, golden["runs"][name], sequences)
+        add_rounding(path, golden["runs"][name], sequences)
     # One line per record: readable differences when the file is made again.
     text = json.dumps(golden, indent=1)
     output = HERE / "smollm2.json"
