@@ -13,7 +13,7 @@ if [[ -n $ptx ]]; then
   # Each test is a process; what the first ones translate the others find there.
   export CUDA_CACHE_PATH=$PWD/$build/translated CUDA_CACHE_MAXSIZE=4294967296
 fi
-shards=$((jobs < 16 ? (jobs + 1) / 2 : 8)) # processes per sanitizer tool
+shards=$((jobs < 16 ? jobs : 16)) # processes per sanitizer tool
 logs=$build/gpu-check
 # The small cases; those that run out of memory on purpose would be reported as errors of the API. The
 # tests of whole runs launch the same kernels again, which is too slow where every access is recorded.
@@ -88,10 +88,10 @@ if ((failed == 0)); then
       -R '[Cc]uda'
   else
     step "tests" 240 tools/run_tests.sh "$build" $((jobs < 8 ? jobs : 8))
-    step "compute-sanitizer memcheck" 200 bash -c 'sanitize memcheck'
-    step "compute-sanitizer racecheck" 200 bash -c 'sanitize racecheck'
     step "short 8B training" 180 "$build/qlab" train experiments/gpu-check.yaml --device cuda \
       --out "$logs/train"
+    step "compute-sanitizer memcheck" 200 bash -c 'sanitize memcheck'
+    step "compute-sanitizer racecheck" 200 bash -c 'sanitize racecheck'
   fi
 fi
 
