@@ -230,9 +230,10 @@ int64_t sum(const CategoryBytes& bytes) {
   return std::accumulate(bytes.begin(), bytes.end(), int64_t{0});
 }
 
-void limit_memory(Device device, int64_t bytes) {
+int64_t limit_memory(Device device, int64_t bytes) {
   const std::lock_guard lock(account_mutex);
-  limits[device] = bytes;
+  const auto [entry, created] = limits.try_emplace(device, std::numeric_limits<int64_t>::max());
+  return std::exchange(entry->second, bytes);
 }
 
 int64_t available_memory(Device device) {

@@ -72,7 +72,8 @@ const MemoryAccount& memory_account(Device device);
 void reset_peak(Device device);
 
 /// No more than `bytes` in all are handed out on the device from now on, as if it had no more.
-void limit_memory(Device device, int64_t bytes);
+/// Returns the limit until now, the largest number where there was none.
+int64_t limit_memory(Device device, int64_t bytes);
 /// What can still be allocated: free on the device and within its limit. A meta device has what
 /// its limit leaves.
 int64_t available_memory(Device device);
@@ -121,8 +122,8 @@ struct StepPlan {
   std::vector<Label> labels;    // of the blocks of a named plan
   std::vector<int32_t> events;  // i where block i is taken, ~i where it is given back
 
-  /// Lays the blocks out anew, the largest first, each in the tightest gap that its lifetime leaves;
-  /// keeps the layout that needs fewer bytes. Not for a plan that has run.
+  /// Lays the blocks out anew, the largest first, each in the tightest gap that its lifetime
+  /// leaves; keeps the layout that needs fewer bytes. Not for a plan that has run.
   void pack();
   bool packed = false;
 
@@ -151,9 +152,9 @@ class StepMemory {
  public:
   explicit StepMemory(Device device);
   ~StepMemory();
-  /// Makes room for `plan` or throws OutOfMemory naming what was asked and what is held. A plan that
-  /// is larger than what is there is packed first: with gaps left by chance, one of fewer tokens
-  /// could need more than the largest.
+  /// Makes room for `plan` or throws OutOfMemory naming what was asked and what is held. A plan
+  /// that is larger than what is there is packed first: with gaps left by chance, one of fewer
+  /// tokens could need more than the largest.
   void reserve(StepPlan& plan);
   int64_t bytes() const { return bytes_; }
   /// Where it lies: changes when it grows.

@@ -45,11 +45,12 @@ struct Dropout {
 void dropout(const Tensor& y, const Tensor& x, const Tensor& example, const Tensor& position,
              DropoutKey key, bool accumulate) {
   dispatch(CudaFloats{}, x.dtype(), "dropout", [&]<class T>() {
-    elementwise("dropout",
-                Dropout<T>{y.data<T>(), x.data<T>(), example.data<int64_t>(),
-                           position.data<int32_t>(), y.pitch(), x.pitch(), key.key,
-                           dropout_threshold(key.p), static_cast<float>(dropout_factor(key.p)), accumulate},
-                x.rows(), x.cols(), vectorizable(x.cols(), y, x));
+    elementwise(
+        "dropout",
+        Dropout<T>{y.data<T>(), x.data<T>(), example.data<int64_t>(), position.data<int32_t>(),
+                   y.pitch(), x.pitch(), key.key, dropout_threshold(key.p),
+                   static_cast<float>(dropout_factor(key.p)), accumulate},
+        x.rows(), x.cols(), vectorizable(x.cols(), y, x));
   });
 }
 

@@ -62,11 +62,12 @@ GangForecast forecast_gang(const ModelSource& model, const std::vector<PaperTria
   GangForecast out;
   const int64_t budget = memory_budget(gang.front().config, target.device, target.capacity);
   out.plan = plan_or_leanest(model, gang, target.device, budget, target.rates);
-  const bool planned = gang.front().config.train.recompute == "auto";
-  out.fits = out.plan.peak <= (planned ? budget : target.capacity.value_or(out.plan.peak));
+  const Config& first = gang.front().config;
+  const auto limit = allocator_limit(first, target.device, target.capacity);
+  const bool planned = first.train.recompute == "auto";
+  out.fits = out.plan.peak <= (planned ? budget : limit.value_or(out.plan.peak));
   if (out.fits || gang.size() > 1) return out;
-  const auto remedy =
-      target.capacity ? cheapest_fit(model, gang, target.device, *target.capacity) : std::nullopt;
+  const auto remedy = limit ? cheapest_fit(model, gang, target.device, *limit) : std::nullopt;
   out.note = remedy ? fmt::format("would fit with {}", fmt::join(remedy->sets, " "))
                     : "nothing that can be set makes it fit";
   return out;

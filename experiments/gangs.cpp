@@ -10,7 +10,7 @@ std::vector<std::vector<size_t>> gangs_of(const std::vector<const Config*>& tria
     keys.push_back(base_key(*c, compute_dtype(*c, device.meta()), device) + "|" +
                    c->train.recompute + "|" + c->train.memory_budget.text + "|" +
                    c->quant.resident.text + (c->train.graphs ? "|graphs|" : "|") +
-                   std::to_string(c->parallel.trials_per_gpu));
+                   (is_paged(*c) ? "paged|" : "") + std::to_string(c->parallel.trials_per_gpu));
   std::vector<std::vector<size_t>> gangs;
   std::vector<bool> taken(trials.size());
   for (size_t i = 0; i < trials.size(); ++i) {

@@ -238,7 +238,10 @@ std::optional<Remedy> cheapest_fit(const ModelSource& model, std::span<const Pap
       if (const auto remedy = set("train.recompute", "full")) return remedy;
     if (first.train.recompute != "offload" && target.is_cuda())
       if (const auto remedy = set("train.recompute", "offload")) return remedy;
-    if (!is_paged(first))
+    const bool one_type = std::all_of(tried.begin(), tried.end(), [&](const PaperTrial& t) {
+      return t.config.optim.type == first.optim.type;
+    });
+    if (target.is_cuda() && one_type && !is_paged(first))
       if (const auto remedy = set("optim.type", "paged_" + first.optim.type)) return remedy;
     while (tried.size() > 1) {
       tried.resize((tried.size() + 1) / 2);

@@ -170,14 +170,13 @@ void note_missing(const Sweep& sweep, const std::function<void(const std::string
 /// What the allocator hands out for as long as a gang with paged states trains.
 class PagedLimit {
  public:
-  PagedLimit(const Config& first, Device device, int64_t planned)
-      : device_(device), before_(target_here(device).capacity) {
-    if (!is_paged(first) || !before_) return;
-    limit_memory(device, std::max(*allocator_limit(first, device, before_), planned));
-    limited_ = true;
+  PagedLimit(const Config& first, Device device, int64_t planned) : device_(device) {
+    const std::optional<int64_t> capacity = target_here(device).capacity;
+    if (is_paged(first) && capacity)
+      before_ = limit_memory(device, std::max(*allocator_limit(first, device, capacity), planned));
   }
   ~PagedLimit() {
-    if (limited_) limit_memory(device_, *before_);
+    if (before_) limit_memory(device_, *before_);
   }
   PagedLimit(const PagedLimit&) = delete;
   PagedLimit& operator=(const PagedLimit&) = delete;
@@ -185,7 +184,6 @@ class PagedLimit {
  private:
   Device device_;
   std::optional<int64_t> before_;
-  bool limited_ = false;
 };
 
 class Runner {
@@ -217,11 +215,12 @@ class Runner {
   /// the plan.
   RunPlan check_fits(const std::vector<Planned>& gang) {
     const MemoryTarget target = target_here(device_);
-    const int64_t capacity = force_ ? std::numeric_limits<int64_t>::max()
-                                    : target.capacity.value_or(std::numeric_limits<int64_t>::max());
     std::vector<PaperTrial> papers;
     for (const Planned& p : gang) papers.push_back(paper_trial(p.trial->config, library_, device_));
     const Config& first = papers.front().config;
+    const std::optional<int64_t> limit =
+        force_ ? std::nullopt : allocator_limit(first, device_, target.capacity);
+    const int64_t capacity = limit.value_or(std::numeric_limits<int64_t>::max());
     const ModelSource& model = library_.model(first.model.path);
     const RunPlan plan = plan_run(model, papers, device_,
                                   memory_budget(first, device_, target.capacity), target.rates);
@@ -232,7 +231,8 @@ class Runner {
       for (const std::string& set : remedy->sets) sets += " --set " + set;
     throw OutOfMemory(fmt::format(
         "does not fit: the run would take {} and {} has {}. {}; --force tries all the same",
-        format_bytes(plan.peak), target.name, format_bytes(capacity),
+        format_bytes(plan.peak), capacity < target.capacity ? "its budget" : target.name,
+        format_bytes(capacity),
         remedy ? fmt::format("It fits in {} with{}", format_bytes(remedy->peak), sets)
                : "Nothing that can be set makes it fit"));
   }

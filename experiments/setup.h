@@ -23,8 +23,8 @@ AdamWConfig adamw_config(const Config& config);
 bool is_paged(const Config& config);
 Recompute recompute_of(const Config& config);
 /// What quant.compute_dtype means on the device. Unless said: fp32 on the CPU, bf16 on a GPU, fp16
-/// on one that has no bf16. What stands for a GPU in a prediction (meta) has bf16, whose bytes are
-/// those of fp16.
+/// on one that has no bf16. What stands for a GPU in a prediction (meta) has bf16; fp16 has
+/// the same tensors, but with dropout other scratch (nn/adapter_products.h).
 DType compute_dtype(const Config& config, Device device);
 /// The word for it in quant.compute_dtype.
 std::string compute_dtype_word(DType compute);

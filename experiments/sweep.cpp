@@ -247,7 +247,8 @@ class Expansion {
   bool add_trial(Trial trial) {
     for (const std::string& key : sweep_.swept_keys) {
       trial.swept.emplace_back(key, get_key(trial.config, key));
-      if (!changes_numbers(key) || trial.swept.back().second.starts_with("paged_"))
+      const bool paged = key == "optim.type" && trial.swept.back().second.starts_with("paged_");
+      if (!changes_numbers(key) || paged)
         trial.variant += key + "=" + trial.swept.back().second + "\n";
     }
     if (!seen_.insert(canonical(trial.config) + trial.variant).second) {

@@ -2,7 +2,7 @@
 // row_unit of its rows:
 //   s = A dropout(x)
 //   ds = dy (scale B),   dB += scale dy^T s,   dA += ds^T dropout(x)
-//   dx += mask (ds A) / (1 - p)
+//   dx += mask (ds A) / (1 - p')
 // x [T, K] is that of all modules, dy [T, N] has their outputs side by side; s, ds [T, R] have a
 // part of columns for each. On a GPU in bf16 each of these lines reads x and dy once for all
 // modules, and no dropped copy of x is made; otherwise they are products and dropouts of their own,
