@@ -2,8 +2,10 @@
 // that were predicted.
 #include <limits>
 
+#include "experiments/gangs.h"
 #include "experiments/memory_prediction.h"
 #include "experiments/planner.h"
+#include "experiments/runner.h"
 #include "tests/support/tiny_llama.h"
 #include "tests/support/training.h"
 
@@ -165,12 +167,43 @@ TEST_P(PagingTest, InAGang) {
             0);
 }
 
+// Whichever comes first, one with pages and one without do not share what bounds the allocator.
+TEST_P(PagingTest, GangsAreOfOneKind) {
+  const std::vector<std::string> three = {"parallel.trials_per_gpu=3"};
+  const Config plain = with("adamw", three), paged = with("paged_adamw", three),
+               small = with("paged_adamw8bit", three);
+  const std::vector<const Config*> trials = {&plain, &paged, &small};
+  EXPECT_EQ(gangs_of(trials, device()), (std::vector<std::vector<size_t>>{{0}, {1, 2}}));
+}
+
+// An explicit budget holds where no planner is asked for, and says so before anything is loaded.
+TEST_P(PagingTest, ABudgetHoldsWithoutAPlanner) {
+  const auto sweep = [&](const std::string& type, const std::string& budget) {
+    const std::string file = folder_.write(
+        "sweep.yaml", "base:\n  model: {path: \"synthetic:tiny\"}\n  data: {train: " + train_ +
+                          ", seq_len: 64}\n  train: {steps: 2, batch_size: 3, memory_budget: " +
+                          budget + "}\n  optim: {type: " + type + "}\n");
+    return run_sweep(load_sweep(file, {}), {folder_ / (type + budget), device(), "", false},
+                     [](const std::string&) {}, {});
+  };
+  EXPECT_EQ(sweep("paged_adamw", "100kB").failed, 1);
+  EXPECT_EQ(sweep("paged_adamw", "10GB").finished, 1);
+  EXPECT_EQ(sweep("adamw", "100kB").finished, 1);  // without pages it is the planner's alone
+  EXPECT_EQ(limit_memory(device(), std::numeric_limits<int64_t>::max()),
+            std::numeric_limits<int64_t>::max());
+}
+
 TEST_P(PagingTest, IsTheCheapestWayToFit) {
   const Config c = with("adamw", {"train.recompute=full"});
   Library library;
   const std::vector<PaperTrial> gang = {paper_trial(c, library, device())};
   const int64_t all = need(c);
   const auto remedy = cheapest_fit(open_model(c.model.path), gang, device(), all * 9 / 10);
+  if (!device().is_cuda()) {  // its pages would be in the same memory
+    const auto sets = remedy ? remedy->sets : std::vector<std::string>();
+    EXPECT_THAT(sets, testing::Not(testing::Contains("optim.type=paged_adamw")));
+    return;
+  }
   ASSERT_TRUE(remedy);
   EXPECT_THAT(remedy->sets, testing::Contains("optim.type=paged_adamw"));
   EXPECT_LE(remedy->peak, all * 9 / 10);
