@@ -180,9 +180,10 @@ TEST_P(PagingTest, GangsAreOfOneKind) {
 TEST_P(PagingTest, ABudgetHoldsWithoutAPlanner) {
   const auto sweep = [&](const std::string& type, const std::string& budget) {
     const std::string file = folder_.write(
-        "sweep.yaml", "base:\n  model: {path: \"synthetic:tiny\"}\n  data: {train: " + train_ +
-                          ", seq_len: 64}\n  train: {steps: 2, batch_size: 3, memory_budget: " +
-                          budget + "}\n  optim: {type: " + type + "}\n");
+        "sweep.yaml",
+        "base:\n  model: {path: \"synthetic:tiny\"}\n  lora: {r: 4}\n  data: {train: " + train_ +
+            ", seq_len: 64}\n  train: {steps: 2, batch_size: 3, memory_budget: " + budget +
+            "}\n  optim: {type: " + type + "}\n");
     return run_sweep(load_sweep(file, {}), {folder_ / (type + budget), device(), "", false},
                      [](const std::string&) {}, {});
   };
