@@ -57,8 +57,8 @@ int device_count();           // 0 when built without CUDA or no GPU is there
 std::string build_version();  // CUDA toolkit version, or "" when built without
 std::string device_name(int index);
 bool supports_bf16(int index);  // products of bf16: from compute capability 8.0 on
-/// Ten times the major and the minor number, 86 for 8.6, or less where this program's code is older;
-/// of a GPU that is not there, 90.
+/// Ten times the major and the minor number, 86 for 8.6, or less where this program's code is
+/// older; of a GPU that is not there, 90.
 int compute_capability(int index);
 MemoryInfo memory_info(int index);
 void set_device(int index);

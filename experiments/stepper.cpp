@@ -75,7 +75,8 @@ std::vector<float> Stepper::run(const BatchBuilder& builder, bool train) {
     copy(buffer_.results(), step(batch, train));
   };
   const bool moved = own.memory != memory_.base() || own.batch != buffer_.base() ||
-                     own.positions != model_.position_generation() || own.host != host_.generation();
+                     own.positions != model_.position_generation() ||
+                     own.host != host_.generation();
   constexpr int most_graphs = 64;  // each holds some megabytes
   if (graphs_ && own.seen && (own.graph == nullptr ? graph_count_ < most_graphs : moved)) {
     graph_count_ += own.graph == nullptr;

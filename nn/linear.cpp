@@ -266,8 +266,7 @@ void generating_forward(const Tensor& x, const Tensor& y, const LinearGroup& gro
   for (const SegmentParts& segment : layout.segments)
     for (const AdapterPart& part : segment.parts) {
       const LoraModule& lora = *part.lora;
-      const Tensor s =
-          matmul_nt(x.slice_rows(segment.begin, segment.end), cast(lora.a, x.dtype()));
+      const Tensor s = matmul_nt(x.slice_rows(segment.begin, segment.end), cast(lora.a, x.dtype()));
       gemm(y.slice_rows(segment.begin, segment.end).slice_cols(part.row, part.row + part.out()), s,
            Op::none, cast(lora.b, x.dtype()), Op::transpose, lora.scale, 1.0f);
     }

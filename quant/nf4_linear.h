@@ -12,8 +12,9 @@
 
 namespace qlab {
 
-/// All take bf16 alone. simt: any GPU, at most 8 rows; mma: tensor cores from compute capability 8.0 on; wgmma: those of
-/// 9.0. On the CPU, where each is gemm on decoded values, they are the same.
+/// All take bf16 alone. simt: any GPU, at most 8 rows; mma: tensor cores from compute
+/// capability 8.0 on; wgmma: those of 9.0. On the CPU, where each is gemm on decoded values, they
+/// are the same.
 enum class Nf4Kernel : uint8_t { simt, mma, wgmma };
 const char* name_of(Nf4Kernel kernel);
 
