@@ -13,12 +13,13 @@ if [[ -n $ptx ]]; then
   # Each test is a process; what the first ones translate the others find there.
   export CUDA_CACHE_PATH=$PWD/$build/translated CUDA_CACHE_MAXSIZE=4294967296
 fi
-shards=$((jobs < 16 ? jobs : 16)) # processes per sanitizer tool
+processes=$((jobs < 16 ? jobs : 16)) # of a sanitizer at a time
 logs=$build/gpu-check
 # The small cases; those that run out of memory on purpose would be reported as errors of the API. The
-# tests of whole runs launch the same kernels again, which is too slow where every access is recorded.
+# tests of whole runs launch the same kernels again, which is too slow where every access is recorded,
+# and so are tests that compare bits of many launches.
 filter='*Cuda*:*cuda*-*Large*:*Smollm2*:*DoesNotFit*'
-racecheck_filter="$filter:*Train*:*Gang*:*Runner*:*Llama*"
+racecheck_filter="$filter:Runs/*:Sweeps/*:Models/*:*Independent*:*StaysAlone*:*Bits*"
 
 if ! gpu=$(nvidia-smi --query-gpu=name --format=csv,noheader 2>/dev/null); then
   echo "No NVIDIA GPU was found: nvidia-smi is missing or fails${gpu:+ ($gpu)}"
@@ -46,35 +47,60 @@ step() {
   table+=("$(printf '%-28s %-22s %6d s' "$name" "$result" $((SECONDS - start)))")
 }
 
-# One sanitizer tool over the small CUDA tests, split over processes. Every tensor gets its own
-# cudaMalloc, so that an access beyond it is seen.
+# Reports of racecheck that are known to be wrong, by a file or kernel in them:
+# - attention_hopper_dkv.cuh: a warp reads, __syncwarp(), one lane arrives on the mbarrier for which the
+#   next copy waits. The warp is converged there, so __syncwarp() compiles to nothing that is seen.
+# - attention_mma_backward.cu: two halves of a block, each with a barrier of its own, then __syncthreads().
+#   compute-sanitizer 2025.3 takes reads before it and writes behind it for a race, 2026.4 does not.
+# - nvjet: kernels of cuBLAS.
+export wrong_reports='attention_hopper_dkv[.]cuh|attention_mma_backward[.]cu|nvjet'
+
+# How many of a log's reports are not among them.
+count_races() {
+  awk -v wrong="$wrong_reports" '
+    function close_report() { known += report ~ wrong; report = "" }
+    /^=+ (Error|Warning): Race/ { close_report(); report = $0; next }
+    /^=+ +and / { report = report $0; next }
+    { close_report() }
+    /^=+ RACECHECK SUMMARY/ { shown = $4; seen = 1 }
+    END { print seen ? shown - known : "unknown" }' "$1"
+}
+
+# One part of a sanitizer's run: TOOL FILTER PARTS PART. Every tensor gets its own cudaMalloc, so that
+# an access beyond it is seen.
+sanitize_part() {
+  local log=$logs/$1-$4.log status=0 own_code=1
+  [[ $1 != racecheck ]] || own_code=0
+  QLAB_PLAIN_ALLOC=1 OMP_NUM_THREADS=1 GTEST_TOTAL_SHARDS=$3 GTEST_SHARD_INDEX=$4 \
+    "$sanitizer" --tool "$1" --error-exitcode $own_code --print-limit 0 "$build/qlab_tests" \
+    --gtest_filter="$2" >"$log" 2>&1 || status=1
+  [[ $1 != racecheck || $(count_races "$log") == 0 ]] || status=1
+  ((status == 0)) || tail -n 40 "$log"
+  grep -hE '^========= (ERROR|RACECHECK) SUMMARY|PASSED|tests ran' "$log"
+  return "$status"
+}
+
+# One sanitizer tool over the small CUDA tests: TOOL FILTER. More parts than processes even out their
+# times.
 sanitize() {
-  local tool=$1 shard status=0 pids=()
+  local parts=$((3 * processes)) status=0
   if [[ -z $sanitizer ]]; then
     echo "compute-sanitizer was not found in PATH or /usr/local/cuda/bin: it is part of the CUDA Toolkit"
     return 1
   fi
-  for ((shard = 0; shard < shards; ++shard)); do
-    QLAB_PLAIN_ALLOC=1 OMP_NUM_THREADS=1 GTEST_TOTAL_SHARDS=$shards GTEST_SHARD_INDEX=$shard \
-      "$sanitizer" --tool "$tool" --error-exitcode 1 "$build/qlab_tests" \
-      --gtest_filter="$([[ $tool == racecheck ]] && echo "$racecheck_filter" || echo "$filter")" --gtest_brief=1 >"$logs/$tool-$shard.log" 2>&1 &
-    pids+=($!)
-  done
-  for ((shard = 0; shard < shards; ++shard)); do
-    if ! wait "${pids[$shard]}"; then
-      status=1
-      tail -n 40 "$logs/$tool-$shard.log"
-    fi
-    grep -hE '^========= (ERROR|RACECHECK) SUMMARY|PASSED|tests ran' "$logs/$tool-$shard.log"
-  done
-  if ! grep -qE 'PASSED +\] [1-9]' "$logs/$tool"-*.log; then
-    echo "no CUDA test ran: $build/qlab_tests --gtest_filter='$filter' found none that did"
+  seq 0 $((parts - 1)) |
+    xargs -P "$processes" -I PART bash -c 'sanitize_part "$@"' _ "$1" "$2" "$parts" PART || status=1
+  if [[ $1 == racecheck ]]; then
+    echo "$(grep -lE "$wrong_reports" "$logs"/racecheck-*.log | wc -l) of $parts parts have reports that are known to be wrong"
+  fi
+  if ! grep -qE 'PASSED +\] [1-9]' "$logs/$1"-*.log; then
+    echo "no CUDA test ran: $build/qlab_tests --gtest_filter='$2' found none that did"
     status=1
   fi
   return "$status"
 }
-export build logs shards sanitizer filter racecheck_filter
-export -f sanitize
+export build logs processes sanitizer filter racecheck_filter
+export -f sanitize sanitize_part count_races
 
 echo "GPU: $gpu"
 step "build" 400 make build BUILD="$build" JOBS="$jobs" \
@@ -90,8 +116,8 @@ if ((failed == 0)); then
     step "tests" 240 tools/run_tests.sh "$build" $((jobs < 8 ? jobs : 8))
     step "short 8B training" 180 "$build/qlab" train experiments/gpu-check.yaml --device cuda \
       --out "$logs/train"
-    step "compute-sanitizer memcheck" 200 bash -c 'sanitize memcheck'
-    step "compute-sanitizer racecheck" 200 bash -c 'sanitize racecheck'
+    step "compute-sanitizer memcheck" 200 bash -c 'sanitize memcheck "$filter"'
+    step "compute-sanitizer racecheck" 200 bash -c 'sanitize racecheck "$racecheck_filter"'
   fi
 fi
 
