@@ -133,7 +133,8 @@ class AdapterProductsTest : public OpTest {
 
     adapter_input_gradient(got.dx, got.ds, got.a, got.rows());
     adapter_input_gradient(want.dx, want.ds, want.a, want.rows());
-    expect_close(got.dx, want.dx, z.r);
+    // Stored, and rounded, once per module where nothing is dropped; its elements are of unit size.
+    expect_close(got.dx, want.dx, z.r, z.p == 0 ? static_cast<double>(z.outs.size()) : 0);
   }
 
   /// The columns that a rank fills: what stands between them is not everywhere written.
