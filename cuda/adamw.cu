@@ -47,16 +47,8 @@ __global__ void __launch_bounds__(threads)
   if (!isfinite(gradient_norm)) return;
   const int64_t i = (static_cast<int64_t>(blockIdx.x) * threads + threadIdx.x) * width;
   if (i >= n) return;
-  const AdamWStep s{.lr = step[0],
-                    .beta1 = step[1],
-                    .beta2 = step[2],
-                    .eps = step[3],
-                    .weight_decay = step[4],
-                    .correction1 = step[5],
-                    .correction2_sqrt = step[6],
-                    .max_grad_norm = step[7]};
-  const float clip =
-      s.max_grad_norm > 0 ? fminf(1.0f, s.max_grad_norm / (gradient_norm + 1e-6f)) : 1.0f;
+  const AdamWStep s = adamw_step(step);
+  const float clip = clip_factor(s, gradient_norm);
   float p[width], first[width], second[width], g[width];
   load(p, param + i);
   load(first, m + i);

@@ -27,16 +27,8 @@ __global__ void __launch_bounds__(threads)
   __syncthreads();
   const int64_t block = first + static_cast<int64_t>(blockIdx.x) * warps + threadIdx.x / warp_size;
   if (block >= last) return;
-  const AdamWStep s{.lr = step[0],
-                    .beta1 = step[1],
-                    .beta2 = step[2],
-                    .eps = step[3],
-                    .weight_decay = step[4],
-                    .correction1 = step[5],
-                    .correction2_sqrt = step[6],
-                    .max_grad_norm = step[7]};
-  const float clip =
-      s.max_grad_norm > 0 ? fminf(1.0f, s.max_grad_norm / (gradient_norm + 1e-6f)) : 1.0f;
+  const AdamWStep s = adamw_step(step);
+  const float clip = clip_factor(s, gradient_norm);
   const int64_t* const own = table + 3 * tensor_of_block(table, tensors, block);
   const int64_t begin = own[1] + (block - own[0]) * adamw8bit_block;
   const int64_t left = own[2] - begin;

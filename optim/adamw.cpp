@@ -72,17 +72,8 @@ void adamw(const Tensor& param, const Tensor& m, const Tensor& v, const Tensor& 
            const Tensor& step, const Tensor& norm) {
   const float gradient_norm = *norm.data<float>();
   if (!std::isfinite(gradient_norm)) return;
-  const float* values = step.data<float>();
-  const AdamWStep s{.lr = values[0],
-                    .beta1 = values[1],
-                    .beta2 = values[2],
-                    .eps = values[3],
-                    .weight_decay = values[4],
-                    .correction1 = values[5],
-                    .correction2_sqrt = values[6],
-                    .max_grad_norm = values[7]};
-  const float clip =
-      s.max_grad_norm > 0 ? std::min(1.0f, s.max_grad_norm / (gradient_norm + 1e-6f)) : 1.0f;
+  const AdamWStep s = adamw_step(step.data<float>());
+  const float clip = clip_factor(s, gradient_norm);
   float *p = param.data<float>(), *first = m.data<float>(), *second = v.data<float>();
   const float* g = grad.data<float>();
   parallel_for(param.numel(), 1 << 14, [=](int64_t begin, int64_t end) {

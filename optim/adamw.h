@@ -19,6 +19,23 @@ struct AdamWStep {
   float max_grad_norm = 0;     // 0: no clipping
 };
 
+/// The step as it lies on the device.
+QLAB_HD inline AdamWStep adamw_step(const float* step) {
+  return {.lr = step[0],
+          .beta1 = step[1],
+          .beta2 = step[2],
+          .eps = step[3],
+          .weight_decay = step[4],
+          .correction1 = step[5],
+          .correction2_sqrt = step[6],
+          .max_grad_norm = step[7]};
+}
+/// The factor of a gradient of this norm.
+QLAB_HD inline float clip_factor(const AdamWStep& s, float norm) {
+  const float factor = s.max_grad_norm / (norm + 1e-6f);
+  return s.max_grad_norm > 0 && factor < 1.0f ? factor : 1.0f;
+}
+
 /// One element; `clip` is the gradient's factor. Written once for both devices.
 QLAB_HD inline void adamw_rule(float& p, float& m, float& v, float g, const AdamWStep& s,
                                float clip) {

@@ -68,11 +68,8 @@ void adamw8bit(const Tensor& param, const Moments8& moments, int64_t first, int6
                const Tensor& grad, const Tensor& step, const Tensor& norm) {
   const float gradient_norm = *norm.data<float>();
   if (!std::isfinite(gradient_norm)) return;
-  const float* values = step.data<float>();
-  const AdamWStep s{values[0], values[1], values[2], values[3],
-                    values[4], values[5], values[6], values[7]};
-  const float clip =
-      s.max_grad_norm > 0 ? std::min(1.0f, s.max_grad_norm / (gradient_norm + 1e-6f)) : 1.0f;
+  const AdamWStep s = adamw_step(step.data<float>());
+  const float clip = clip_factor(s, gradient_norm);
   const int64_t coded = moments.coded, tensors = moments.table.dim(0);
   const int64_t* table = moments.table.data<int64_t>();
   const float *map = moments.maps.data<float>(), *unsigned_map = map + 256, *g = grad.data<float>();
