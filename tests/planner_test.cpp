@@ -165,6 +165,31 @@ TEST(CostModel, LayersAreComputedAgainUpToWhatIsRead) {
     }
 }
 
+// Backward would fill the last layer again as soon as it is dropped.
+TEST(Planner, KeepsTheLastLayerWhereThatCostsNothing) {
+  const ModelSource model = open_model("synthetic:llama-3.1-8b");
+  const Rates rates = gpu_rates("h100-80gb");
+  const auto all_again = [&](const std::vector<PaperTrial>& gang) {
+    RunPlan plan;
+    plan.layers.assign(static_cast<size_t>(model.config.num_hidden_layers), Recompute::full);
+    return predict_memory(model, gang, Device::cuda(), {}, plan);
+  };
+  for (const int64_t batch : {4, 8}) {
+    const Config c =
+        load_config("", {"model.path=synthetic:llama-3.1-8b", "lora.r=16", "data.train=synthetic",
+                         "data.seq_len=2048", "train.recompute=full",
+                         fmt::format("train.batch_size={}", batch)});
+    const std::vector<PaperTrial> gang = {assumed_trial(c, Device::cuda())};
+    const RunPlan plan = plan_run(model, gang, Device::cuda(), int64_t{1} << 40, rates);
+    const MemoryPrediction again = all_again(gang);
+    EXPECT_LE(plan.peak, again.peak());
+    EXPECT_EQ(std::count(plan.layers.begin(), plan.layers.end() - 1, Recompute::full), 31);
+    const bool free = batch == 4;  // 8 x 2048: kept, its MLP would not run in chunks
+    EXPECT_EQ(plan.layers.back(), free ? Recompute::none : Recompute::full);
+    EXPECT_EQ(plan.step_seconds < predicted_seconds(again.work, rates), free);
+  }
+}
+
 // Embeddings go to the host where computing again is not enough, then layers.
 TEST(Planner, MovesEmbeddingsLast) {
   const ModelSource model = open_model("synthetic:llama-3.1-8b");
