@@ -60,6 +60,7 @@ Variable Tape::recompute(const std::function<Variable(const Variable&)>& forward
   Variable output = forward(input);
   mode_ = Mode::normal;
   if (nodes_.size() > first) {
+    find_readers(first);
     const Tensor& x = input.value;
     regions_.push_back({first, nodes_.size(), input, forward, host, regions_.size(), x.shape(),
                         x.dtype(), x.device()});
@@ -71,10 +72,21 @@ Variable Tape::recompute(const std::function<Variable(const Variable&)>& forward
   return output;
 }
 
+// A second run is there for the slots alone, and who keeps some reads its inputs to make them.
+void Tape::find_readers(size_t first) {
+  std::vector<bool> read(static_cast<size_t>(variables_), false);
+  for (size_t n = nodes_.size(); n-- > first;) {
+    Node& node = nodes_[n];
+    node.read_again_ = read[static_cast<size_t>(node.output_)];
+    if (!node.read_again_ && node.slots_.empty()) continue;
+    for (const int input : node.inputs_)
+      if (input >= 0) read[static_cast<size_t>(input)] = true;
+  }
+}
+
 void Tape::refill(const Region& region) {
   mode_ = Mode::refill;
   cursor_ = region.first;
-  refill_end_ = region.last;
   const MemoryName name("again");
   Variable input = region.input;
   if (region.host != nullptr) {

@@ -55,6 +55,7 @@ class Node {
   std::vector<Slot> slots_;
   Backward backward_;
   Sum sum_ = Sum::tape;
+  bool read_again_ = true;  // its result, when its region runs once more
   Tensor collected_;
 };
 
@@ -84,11 +85,12 @@ class Tape {
   Variable recompute(const std::function<Variable(const Variable&)>& forward, const Variable& input,
                      HostSlots* host = nullptr);
 
-  /// False for the last operation of a region that is run once more: nobody reads its result, which
-  /// may then stay unwritten. To be asked by an operation that will be recorded.
+  /// False where a region is run once more and nobody reads the result of the next operation, which
+  /// may then stay unwritten: the region's last, and what only operations read that keep nothing
+  /// and whose result nobody reads either. To be asked by an operation that will be recorded.
   bool result_wanted() {
     if (std::exchange(next_unwanted_, false)) return false;
-    return mode_ != Mode::refill || cursor_ + 1 < refill_end_;
+    return mode_ != Mode::refill || nodes_.at(cursor_).read_again_;
   }
   /// The next operation that asks is told that nobody reads its result.
   void leave_next_result() { next_unwanted_ = true; }
@@ -114,6 +116,7 @@ class Tape {
   };
   enum class Mode : uint8_t { normal, drop, refill };
 
+  void find_readers(size_t first);
   void refill(const Region& region);
   void accumulate(int id, const Tensor& g);
 
@@ -125,7 +128,7 @@ class Tape {
   int variables_ = 0;
   Mode mode_ = Mode::normal;
   bool next_unwanted_ = false;
-  size_t cursor_ = 0, refill_end_ = 0;  // next node to refill, and the end of its region
+  size_t cursor_ = 0;  // next node to refill
 };
 
 }  // namespace qlab

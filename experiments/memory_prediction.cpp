@@ -114,14 +114,27 @@ PaperTrial assumed_trial(const Config& config, Device target) {
   return trial;
 }
 
-RunPlan asked_plan(const Config& config, int64_t layers) {
+RunPlan asked_plan(const ModelSource& model, std::span<const PaperTrial> gang, Device target) {
+  const Config& config = gang.front().config;
   RunPlan plan;
   plan.host_embeddings = config.model.embeddings == "host";
-  plan.layers.assign(static_cast<size_t>(layers), recompute_of(config));
+  plan.layers.assign(static_cast<size_t>(model.config.num_hidden_layers), recompute_of(config));
   const std::string& resident = config.quant.resident.text;
   plan.resident =
       resident == "auto" ? std::numeric_limits<int64_t>::max() : parse_bytes(resident).value_or(0);
-  return plan;
+  return keep_last_layer(model, gang, target, plan);
+}
+
+RunPlan keep_last_layer(const ModelSource& model, std::span<const PaperTrial> gang, Device target,
+                        const RunPlan& plan) {
+  if (plan.layers.back() == Recompute::none || !gang.front().config.lora.present) return plan;
+  RunPlan kept = plan;
+  kept.layers.back() = Recompute::none;
+  const auto step_bytes = [&](RunPlan p) {
+    p.resident = 0;
+    return predict_memory(model, gang, target, {}, p).step_bytes;
+  };
+  return step_bytes(kept) <= step_bytes(plan) ? kept : plan;
 }
 
 PaperTrial paper_trial(const Config& config, Library& library, Device target) {
@@ -149,8 +162,7 @@ int64_t MemoryPrediction::training_peak(bool steps) const {
 MemoryPrediction predict_memory(const ModelSource& model, std::span<const PaperTrial> gang,
                                 Device target, std::optional<int64_t> capacity,
                                 const std::optional<RunPlan>& given) {
-  const RunPlan plan =
-      given ? *given : asked_plan(gang.front().config, model.config.num_hidden_layers);
+  const RunPlan plan = given ? *given : asked_plan(model, gang, target);
   const Device meta = target.meta(), host = Device::cpu().meta();
   const Config& first = gang.front().config;
   const Capacity limit(meta, capacity);

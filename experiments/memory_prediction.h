@@ -49,8 +49,13 @@ struct RunPlan {
   int64_t peak = 0;               // of the allocator, predicted
   double step_seconds = 0;        // predicted by experiments/cost_model.h
 };
-/// What train.recompute (not auto) and quant.resident ask for.
-RunPlan asked_plan(const Config& config, int64_t layers);
+/// What train.recompute (not auto) and quant.resident of the first trial ask for, but for the last
+/// layer (keep_last_layer).
+RunPlan asked_plan(const ModelSource& model, std::span<const PaperTrial> gang, Device target);
+/// Backward begins by filling again what the last layer has just dropped. The plan in which it
+/// keeps everything, if the largest step needs no more memory for that; otherwise `plan`.
+RunPlan keep_last_layer(const ModelSource& model, std::span<const PaperTrial> gang, Device target,
+                        const RunPlan& plan);
 
 struct MemoryPrediction {
   std::vector<MemoryPhase> phases;

@@ -52,17 +52,17 @@ class Search {
     // Bringing embeddings along costs less than putting layers aside.
     host_embeddings_ = embeddings == "host";
     if (embeddings == "auto" && target_.is_cuda() && !model_.config.tie_word_embeddings)
-      host_embeddings_ = predict(2 * layers, 0).peak() > budget;
-    const MemoryPrediction least = predict(leanest, 0);
+      host_embeddings_ = predict(plan_at(2 * layers)).peak() > budget;
+    const MemoryPrediction least = predict(kept(plan_at(leanest)));
     // The first of the row that fits: peaks fall along it, but for a little at its corners.
     int64_t fits = leanest, too_large = -1;
     for (const int64_t corner : {2 * layers, layers})
-      if (least.peak() > budget && fits == leanest && predict(corner, 0).peak() <= budget)
+      if (least.peak() > budget && fits == leanest && predict(plan_at(corner)).peak() <= budget)
         fits = corner;
     if (fits == leanest && least.peak() > budget) refuse(least, budget);
     while (fits - too_large > 1) {
       const int64_t middle = (fits + too_large) / 2;
-      (predict(middle, 0).peak() <= budget ? fits : too_large) = middle;
+      (predict(plan_at(middle)).peak() <= budget ? fits : too_large) = middle;
     }
     // Time per byte is the same for all layers, so that the best plan either keeps as much as it
     // can, or stops at a corner and holds expanded weights with what is left.
@@ -76,27 +76,29 @@ class Search {
   }
 
  private:
-  MemoryPrediction predict(int64_t i, int64_t resident) const {
-    return predict_memory(model_, gang_, target_, capacity_, plan_at(i, resident));
+  MemoryPrediction predict(const RunPlan& plan) const {
+    return predict_memory(model_, gang_, target_, capacity_, plan);
   }
 
-  RunPlan plan_at(int64_t i, int64_t resident) const {
+  RunPlan plan_at(int64_t i) const {
     RunPlan plan;
     plan.layers = policy_at(i, model_.config.num_hidden_layers);
-    plan.resident = resident;
     plan.host_embeddings = host_embeddings_;
     return plan;
   }
 
+  RunPlan kept(const RunPlan& plan) const { return keep_last_layer(model_, gang_, target_, plan); }
+
   RunPlan filled(int64_t i, int64_t budget) const {
     const MemoryBudget& wish = gang_.front().config.quant.resident;
-    RunPlan plan = plan_at(i, 0);
-    MemoryPrediction prediction = predict(i, 0);
+    RunPlan plan = kept(plan_at(i));
+    MemoryPrediction prediction = predict(plan);
     if (wish.text != "0" && target_.is_cuda()) {
       const int64_t most = wish.text == "auto" ? unlimited : parse_bytes(wish.text).value_or(0);
-      const int64_t left = std::min(most, budget - prediction.peak());
-      MemoryPrediction held = predict(i, left);
-      if (held.peak() <= budget) plan.resident = left, prediction = std::move(held);
+      RunPlan holding = plan;
+      holding.resident = std::min(most, budget - prediction.peak());
+      MemoryPrediction held = predict(holding);
+      if (held.peak() <= budget) plan = std::move(holding), prediction = std::move(held);
     }
     plan.peak = prediction.peak();
     plan.paged_out = prediction.paged_out;
@@ -152,7 +154,7 @@ RunPlan plan_run(const ModelSource& model, std::span<const PaperTrial> gang, Dev
                  int64_t budget, const Rates& rates) {
   const Config& first = gang.front().config;
   if (first.train.recompute == "auto") return search(model, gang, target, budget, rates);
-  RunPlan plan = asked_plan(first, model.config.num_hidden_layers);
+  RunPlan plan = asked_plan(model, gang, target);
   const MemoryPrediction prediction = predict_memory(model, gang, target, budget, plan);
   plan.peak = prediction.peak();
   plan.paged_out = prediction.paged_out;

@@ -276,18 +276,19 @@ std::vector<PaperTrial> Gang::on_paper() const {
 }
 
 RunPlan Gang::make_plan() const {
+  if (running().empty()) return {};
   const Config& first = trials_.at(0)->config_;
-  if (first.train.recompute != "auto" || running().empty())
-    return asked_plan(first, model_.config().num_hidden_layers);
+  const ModelSource& source = library_.model(first.model.path);
   const Device device = model_.device();
   std::vector<PaperTrial> gang = on_paper();
   for (PaperTrial& t : gang)  // where they lie was decided before the base was loaded
     t.config.model.embeddings = model_.host_embeddings() != nullptr ? "host" : "device";
+  if (first.train.recompute != "auto") return asked_plan(source, gang, device);
   // The allocator of a run with paged states is limited to its budget already.
   const std::optional<int64_t> capacity = target_here(device).capacity;
   int64_t budget = memory_budget(first, device, capacity);
   if (is_paged(first) && capacity && first.train.memory_budget.text == "auto") budget = *capacity;
-  RunPlan plan = plan_run(library_.model(first.model.path), gang, device, budget, rates_of(device));
+  RunPlan plan = plan_run(source, gang, device, budget, rates_of(device));
   for (TrialRun* t : running())
     t->files_.log(fmt::format("plan: {}; {} at the peak", describe(plan), format_bytes(plan.peak)));
   return plan;

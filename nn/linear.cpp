@@ -67,11 +67,12 @@ Tensor with_room(const Tensor& x, int64_t width) {
   return y;
 }
 
-/// The block [N + R, K + R] of nn/fold.h; without `expand` W is left out. Held, it may have the
-/// adapters already.
+/// The block [N + R, K + R] of nn/fold.h; without `expand` W is left out, and with no adapter
+/// either there is none. Held, it may have the adapters already.
 Tensor folded_block(const LinearGroup& group, const Layout& layout, bool expand, bool has_adapters,
                     DType dtype, Device device) {
   const int64_t n = group.out_features(), k = group.in_features(), width = layout.width;
+  if (!expand && width == 0) return {};
   Tensor block = group.resident;
   if (block.defined()) {
     QLAB_CHECK(block.dim(0) >= n + width && block.dim(1) >= k + width,

@@ -222,6 +222,7 @@ Variable Llama::mlp(Tape& tape, const DecoderLayer& layer, const Variable& h, co
                   layer.gate_up_proj, batch);
   });
   return again(gate_up, [&tape, &batch, &layer, h, wanted](const Variable& in) {
+    if (!wanted && !layer.down_proj.trains(batch)) tape.leave_next_result();
     const Variable activated = swiglu(tape, in, layer.down_proj.tail(batch));
     if (!wanted) tape.leave_next_result();
     return linear(tape, activated, layer.down_proj, batch, h);

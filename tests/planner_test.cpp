@@ -1,6 +1,8 @@
 // Plans within a memory budget: kept to the byte, the same bits, faster with more.
 #include "experiments/planner.h"
 
+#include <map>
+
 #include "experiments/gpus.h"
 #include "tests/support/error_of.h"
 #include "tests/support/training.h"
@@ -124,6 +126,67 @@ TEST(CostModel, IsNearWhatWasMeasured) {
     const GpuSpec gpu = find_gpu("h100-80gb");
     const RunPlan plan = plan_run(model, gang, Device::cuda(), gpu.usable(), gpu_rates(gpu.name));
     EXPECT_NEAR(plan.step_seconds / m.seconds, 1, 0.10) << m.batch << " " << m.recompute;
+  }
+}
+
+// Of a layer that is computed again down_proj's product is left out, and where it has no adapter
+// its input, the result of SwiGLU: nobody reads them.
+TEST(CostModel, LayersAreComputedAgainUpToWhatIsRead) {
+  const ModelSource model = open_model("synthetic:llama-3.1-8b");
+  const int64_t layers = model.config.num_hidden_layers;
+  const auto work = [&](const char* targets, int64_t batch, Recompute recompute) {
+    const Config c =
+        load_config("", {"model.path=synthetic:llama-3.1-8b", "lora.r=16", "data.train=synthetic",
+                         "data.seq_len=2048", fmt::format("train.batch_size={}", batch),
+                         fmt::format("lora.targets={}", targets)});
+    const std::vector<PaperTrial> gang = {assumed_trial(c, Device::cuda())};
+    RunPlan plan;
+    plan.layers.assign(static_cast<size_t>(layers), recompute);
+    std::map<std::string, ProfileLine> lines;
+    for (const ProfileLine& line : predict_memory(model, gang, Device::cuda(), {}, plan).work)
+      lines[line.name] = line;
+    return lines;
+  };
+  for (const int64_t batch : {4, 8})  // 8 x 2048 in chunks of 8,192 rows
+    for (const bool mlp : {false, true}) {
+      SCOPED_TRACE(fmt::format("{} x 2048, adapters on the MLP: {}", batch, mlp));
+      const char* targets = mlp ? "all-linear" : "attention";
+      auto none = work(targets, batch, Recompute::none);
+      const int64_t r = 16, r_mlp = mlp ? r : 0;
+      const double again = static_cast<double>((4096 + 3 * r) * (4096 + 2 * 1024) +
+                                               (4096 + r) * 4096 + (4096 + 2 * r_mlp) * 2 * 14336);
+      auto full = work(targets, batch, Recompute::full);
+      EXPECT_DOUBLE_EQ(full["product"].work.flops - none["product"].work.flops,
+                       2.0 * 2048 * static_cast<double>(batch * layers) * again);
+      const double activations = 2.0 * 2048 * static_cast<double>(batch * layers) * 3 * 14336;
+      for (const Recompute recompute : {Recompute::full, Recompute::selective})
+        EXPECT_DOUBLE_EQ(work(targets, batch, recompute)["swiglu"].work.bytes,
+                         activations * (mlp ? 2 : 1));
+    }
+}
+
+// Backward would fill the last layer again as soon as it is dropped.
+TEST(Planner, KeepsTheLastLayerWhereThatCostsNothing) {
+  const ModelSource model = open_model("synthetic:llama-3.1-8b");
+  const Rates rates = gpu_rates("h100-80gb");
+  const auto all_again = [&](const std::vector<PaperTrial>& gang) {
+    RunPlan plan;
+    plan.layers.assign(static_cast<size_t>(model.config.num_hidden_layers), Recompute::full);
+    return predict_memory(model, gang, Device::cuda(), {}, plan);
+  };
+  for (const int64_t batch : {4, 8}) {
+    const Config c =
+        load_config("", {"model.path=synthetic:llama-3.1-8b", "lora.r=16", "data.train=synthetic",
+                         "data.seq_len=2048", "train.recompute=full",
+                         fmt::format("train.batch_size={}", batch)});
+    const std::vector<PaperTrial> gang = {assumed_trial(c, Device::cuda())};
+    const RunPlan plan = plan_run(model, gang, Device::cuda(), int64_t{1} << 40, rates);
+    const MemoryPrediction again = all_again(gang);
+    EXPECT_LE(plan.peak, again.peak());
+    EXPECT_EQ(std::count(plan.layers.begin(), plan.layers.end() - 1, Recompute::full), 31);
+    const bool free = batch == 4;  // 8 x 2048: kept, its MLP would not run in chunks
+    EXPECT_EQ(plan.layers.back(), free ? Recompute::none : Recompute::full);
+    EXPECT_EQ(plan.step_seconds < predicted_seconds(again.work, rates), free);
   }
 }
 

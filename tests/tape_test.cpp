@@ -189,6 +189,32 @@ TEST_F(TapeTest, OperationsThatTrainAreRecorded) {
   EXPECT_TRUE(called);
 }
 
+// A region's last result is read by nobody when it runs once more, nor is what only operations read
+// that keep nothing and come to that end; who keeps something is given its inputs.
+TEST_F(TapeTest, ASecondRunIsToldWhatNobodyReads) {
+  Tape tape;
+  std::vector<std::string> wanted;
+  const auto operation = [&](const char* name, const std::vector<Variable>& inputs, bool keeps) {
+    if (tape.result_wanted()) wanted.emplace_back(name);
+    std::vector<Slot> slots;
+    if (keeps) slots.push_back({"kept", inputs[0].value});
+    return tape.record(name, x_, inputs, std::move(slots), [](const Tensor& g, const Node& node) {
+      return std::vector<Tensor>{node.needs(0) ? g : Tensor(), node.needs(1) ? g : Tensor()};
+    });
+  };
+  const Variable y = tape.recompute(
+      [&](const Variable& in) {
+        const Variable a = operation("a", {in, in}, false), b = operation("b", {a, a}, true);
+        const Variable c = operation("c", {a, b}, false), d = operation("d", {b, a}, true);
+        return operation("e", {c, d}, false);
+      },
+      tape.input(x_, true));
+  EXPECT_EQ(wanted, (std::vector<std::string>{"a", "b", "c", "d", "e"}));
+  wanted.clear();
+  tape.backward(y, x_);
+  EXPECT_EQ(wanted, (std::vector<std::string>{"a", "b"}));
+}
+
 TEST_F(TapeTest, RecomputeThatTakesAnotherPathIsAnError) {
   Tape tape;
   const Variable x = tape.input(x_, true);
