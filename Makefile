@@ -68,7 +68,7 @@ demo: build model data
 	@tools/demo.sh $(BUILD) $(MODEL)
 
 gpu-check: setup
-	@tools/gpu_check.sh $(BUILD) $(JOBS) $(PTX)
+	@tools/gpu_check.sh $(BUILD) $(JOBS) "$(PTX)" "$(TOOLS)"
 
 gpu-bench: setup
 	@tools/gpu_bench.sh $(BUILD) $(JOBS) "$(PART)" "$(FILTER)"

@@ -2,12 +2,14 @@
 # Everything that needs a GPU: build, all tests, compute-sanitizer over the small CUDA cases, a short
 # 8B training. Prints a table of steps; exits 1 if one failed. Arguments: build folder, jobs, and
 # perhaps 75 or 80: then the CUDA tests run once more, from PTX of that version alone, translated by
-# the driver: the code of older GPUs, on the GPU that is here.
+# the driver: the code of older GPUs, on the GPU that is here. Or "" and names of compute-sanitizer's
+# tools: then these alone run.
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit 1
 build=$1
 jobs=$2
 ptx=${3:-}
+tools=${4:-}
 if [[ -n $ptx ]]; then
   build=$build/ptx$ptx
   # Each test is a process; what the first ones translate the others find there.
@@ -118,6 +120,10 @@ if ((failed == 0)); then
   elif [[ -n $ptx ]]; then
     step "CUDA tests from PTX $ptx" 500 tools/run_tests.sh "$build" $((jobs < 8 ? jobs : 8)) \
       -R '[Cc]uda'
+  elif [[ -n $tools ]]; then
+    for tool in $tools; do
+      step "compute-sanitizer $tool" 400 bash -c 'sanitize "$0" "$filter"' "$tool"
+    done
   else
     OMP_NUM_THREADS=2 step "tests" 240 tools/run_tests.sh "$build" "$processes"
     step "short 8B training" 180 "$build/qlab" train experiments/gpu-check.yaml --device cuda \
