@@ -88,21 +88,21 @@ sanitize_part() {
   return "$status"
 }
 
-# One sanitizer tool over the small CUDA tests: TOOL FILTER. More parts than processes even out their
-# times.
+# One sanitizer tool over the small CUDA tests. More parts than processes even out their times.
 sanitize() {
-  local parts=$((3 * processes)) status=0
+  local parts=$((3 * processes)) status=0 tests=$filter
+  [[ $1 != racecheck ]] || tests=$racecheck_filter
   if [[ -z $sanitizer ]]; then
     echo "compute-sanitizer was not found in PATH or /usr/local/cuda/bin: it is part of the CUDA Toolkit"
     return 1
   fi
   seq 0 $((parts - 1)) |
-    xargs -P "$processes" -I PART bash -c 'sanitize_part "$@"' _ "$1" "$2" "$parts" PART || status=1
+    xargs -P "$processes" -I PART bash -c 'sanitize_part "$@"' _ "$1" "$tests" "$parts" PART || status=1
   if [[ $1 == racecheck ]]; then
     echo "$(grep -lE "$wrong_reports" "$logs"/racecheck-*.log | wc -l) of $parts parts have reports that are known to be wrong"
   fi
   if ! grep -qE 'PASSED +\] [1-9]' "$logs/$1"-*.log; then
-    echo "no CUDA test ran: $build/qlab_tests --gtest_filter='$2' found none that did"
+    echo "no CUDA test ran: $build/qlab_tests --gtest_filter='$tests' found none that did"
     status=1
   fi
   return "$status"
@@ -122,14 +122,14 @@ if ((failed == 0)); then
       -R '[Cc]uda'
   elif [[ -n $tools ]]; then
     for tool in $tools; do
-      step "compute-sanitizer $tool" 400 bash -c 'sanitize "$0" "$filter"' "$tool"
+      step "compute-sanitizer $tool" 400 bash -c "sanitize $tool"
     done
   else
     OMP_NUM_THREADS=2 step "tests" 240 tools/run_tests.sh "$build" "$processes"
     step "short 8B training" 180 "$build/qlab" train experiments/gpu-check.yaml --device cuda \
       --out "$logs/train"
-    step "compute-sanitizer memcheck" 150 bash -c 'sanitize memcheck "$filter"'
-    step "compute-sanitizer racecheck" 150 bash -c 'sanitize racecheck "$racecheck_filter"'
+    step "compute-sanitizer memcheck" 150 bash -c 'sanitize memcheck'
+    step "compute-sanitizer racecheck" 150 bash -c 'sanitize racecheck'
   fi
 fi
 
