@@ -149,10 +149,11 @@ TEST_P(TrainTest, ABatchIsItsMicroBatches) {
       for (size_t s = 0; s < a.size(); ++s)
         EXPECT_NEAR(a[s], b[s], (key == std::string("grad_norm") ? 1e-4 : 1e-5) * a[s]) << key;
     }
-  // The mean of the micro-batches' means is another loss when they differ in length.
+  // The mean of the micro-batches' means is another loss when they differ in length, by far more
+  // than rounding.
   sets.push_back("train.loss_norm=microbatch");
   const Outcome means = train("means", with("train.batch_size=1", "train.grad_accum=4"));
-  EXPECT_GT(std::abs(means.values("loss")[0] - one.values("loss")[0]), 1e-3);
+  EXPECT_GT(std::abs(means.values("loss")[0] - one.values("loss")[0]), 2e-4);
 }
 
 TEST_P(TrainTest, DropoutActsAndIsSeeded) {
