@@ -202,8 +202,10 @@ void TrialRun::write_status(const char* status, const std::string& error) {
     json["skipped_steps"] = progress_.loss_scale.skipped;
   }
   if (predicted_) {
-    json["predicted_peak_bytes"] = predicted_->training;
-    json["predicted_load_peak_bytes"] = predicted_->loading;
+    json["predicted_peak_bytes"] = predicted_->peak;
+    json["predicted_load_peak_bytes"] = predicted_->load_peak;
+    json["predicted_step_seconds"] = predicted_->step_seconds;
+    json["plan"] = predicted_->plan;
   }
   if (is_paged(config_)) {
     PageTraffic all;
@@ -313,8 +315,15 @@ void Gang::reserve() {
   const bool steps = std::any_of(trials.begin(), trials.end(), [](const TrialRun* t) {
     return t->progress_.step < t->total_steps_;
   });
+  plan.resident = prediction.held_expanded;
+  int64_t micro_batches = 0;
+  for (const TrialRun* t : trials)
+    micro_batches = std::max(micro_batches, t->config_.train.grad_accum);
+  const double seconds =
+      static_cast<double>(micro_batches) * predicted_seconds(prediction.work, rates_of(device));
   for (TrialRun* t : trials)
-    t->predicted_ = {prediction.load_peak(), prediction.training_peak(steps)};
+    t->predicted_ = {prediction.load_peak(), prediction.training_peak(steps), seconds,
+                     describe(plan)};
 }
 
 void Gang::begin(const char* phase) {

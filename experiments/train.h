@@ -65,10 +65,12 @@ class TrialRun {
   int64_t evaluated_step_ = -1, gang_size_ = 1;
   double seconds_before_ = 0;  // of memory.jsonl, in earlier processes
   /// Of the gang.
-  struct PredictedPeaks {
-    int64_t loading, training;
+  struct Predicted {
+    int64_t load_peak, peak;
+    double step_seconds;
+    std::string plan;
   };
-  std::optional<PredictedPeaks> predicted_;
+  std::optional<Predicted> predicted_;
   double first_eval_loss_ = 0, last_eval_loss_ = 0, best_eval_loss_ = 0;
   bool fresh_ = false;  // the adapter is still the identity: B is zero
   bool scales_loss_;
