@@ -51,11 +51,10 @@ Moments::Moments(int64_t blocks, DType dtype, bool paged, Device device)
   do {
     const int64_t last = std::min(first + page_blocks_, blocks);
     Page& page = pages_.emplace_back(Page{first, last, {}, {}, {}});
-    if (paged && available_memory(device) < bytes_of(last - first)) {
+    if (!paged || available_memory(device) >= bytes_of(last - first)) page.device = zeros(page);
+    if (!page.device.defined()) {
       leave(page);
       if (page.host) std::memset(page.host.get(), 0, static_cast<size_t>(bytes_of(last - first)));
-    } else {
-      page.device = Tensor::zeros({2, block_size * (last - first)}, dtype, device);
     }
     first = last;
   } while (first < blocks);
@@ -66,6 +65,16 @@ Moments::~Moments() {
   if (!paged_) return;
   remove_evictable(device_, this);
   if (device_.is_cuda() && !moved_.empty()) cuda::synchronize();
+}
+
+/// Undefined where the device refuses a page that may lie elsewhere: what is free can be in pieces.
+Tensor Moments::zeros(const Page& page) const {
+  try {
+    return Tensor::zeros({2, block_size * (page.last - page.first)}, dtype_, device_);
+  } catch (const OutOfMemory&) {
+    if (!paged_) throw;
+    return {};
+  }
 }
 
 int64_t Moments::bytes_of(int64_t blocks) const {

@@ -58,6 +58,7 @@ class Moments final : private Evictable {
     std::unique_ptr<Transfer> transfer;
   };
   int64_t evict(int64_t bytes) override;
+  Tensor zeros(const Page& page) const;
   int64_t bytes_of(int64_t blocks) const;
   Tensor shape_at(const Tensor& memory, int64_t offset, const Page& page) const;
   void show(const Page& page, const Tensor& states, const Update& update) const;
