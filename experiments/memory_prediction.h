@@ -47,6 +47,7 @@ struct RunPlan {
   bool host_embeddings = false;   // model.embeddings
   int64_t paged_out = 0;          // bytes of optimizer states in host memory, predicted
   int64_t peak = 0;               // of the allocator, predicted
+  int64_t host_peak = 0;          // of host memory beside a GPU, predicted
   double step_seconds = 0;        // predicted by experiments/cost_model.h
 };
 /// What train.recompute (not auto) and quant.resident of the first trial ask for, but for the last

@@ -1,5 +1,7 @@
 #include "experiments/planner.h"
 
+#include <fmt/ranges.h>
+
 #include <algorithm>
 #include <limits>
 
@@ -36,6 +38,13 @@ std::vector<Recompute> policy_at(int64_t i, int64_t layers) {
   if (i > layers) std::fill(at(0), at(std::min(i - layers, layers)), Recompute::full);
   if (i > 2 * layers) std::fill(at(0), at(i - 2 * layers), Recompute::offload);
   return policy;
+}
+
+void foresee(RunPlan& plan, const MemoryPrediction& prediction, const Rates& rates) {
+  plan.peak = prediction.peak();
+  plan.host_peak = prediction.host_peak;
+  plan.paged_out = prediction.paged_out;
+  plan.step_seconds = predicted_seconds(prediction.work, rates);
 }
 
 class Search {
@@ -100,9 +109,7 @@ class Search {
       MemoryPrediction held = predict(holding);
       if (held.peak() <= budget) plan = std::move(holding), prediction = std::move(held);
     }
-    plan.peak = prediction.peak();
-    plan.paged_out = prediction.paged_out;
-    plan.step_seconds = predicted_seconds(prediction.work, rates_);
+    foresee(plan, prediction, rates_);
     return plan;
   }
 
@@ -156,9 +163,7 @@ RunPlan plan_run(const ModelSource& model, std::span<const PaperTrial> gang, Dev
   if (first.train.recompute == "auto") return search(model, gang, target, budget, rates);
   RunPlan plan = asked_plan(model, gang, target);
   const MemoryPrediction prediction = predict_memory(model, gang, target, budget, plan);
-  plan.peak = prediction.peak();
-  plan.paged_out = prediction.paged_out;
-  plan.step_seconds = predicted_seconds(prediction.work, rates);
+  foresee(plan, prediction, rates);
   return plan;
 }
 
@@ -187,6 +192,21 @@ int64_t memory_budget(const Config& config, Device target, std::optional<int64_t
 std::optional<int64_t> allocator_limit(const Config& config, Device target,
                                        std::optional<int64_t> capacity) {
   return is_paged(config) && capacity ? memory_budget(config, target, capacity) : capacity;
+}
+
+void check_host_memory(const RunPlan& plan, int64_t available) {
+  if (plan.host_peak <= available) return;
+  std::vector<std::string> advice;
+  const auto puts_aside = [](Recompute layer) { return layer == Recompute::offload; };
+  if (plan.paged_out > 0) advice.emplace_back("an optim.type that is not paged");
+  if (std::any_of(plan.layers.begin(), plan.layers.end(), puts_aside))
+    advice.emplace_back("train.recompute: full");
+  if (plan.host_embeddings) advice.emplace_back("model.embeddings: device");
+  throw OutOfMemory(fmt::format(
+      "too little host memory: loading, and what this run keeps beside the GPU, take {} and {} is "
+      "available; free as much{}{}; --force tries all the same",
+      format_bytes(plan.host_peak), format_bytes(available), advice.empty() ? "" : ", or set ",
+      fmt::join(advice, " and ")));
 }
 
 std::string describe(const RunPlan& plan) {

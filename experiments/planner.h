@@ -30,6 +30,10 @@ int64_t memory_budget(const Config& config, Device target, std::optional<int64_t
 std::optional<int64_t> allocator_limit(const Config& config, Device target,
                                        std::optional<int64_t> capacity);
 
+/// Throws OutOfMemory, with what to do, where a GPU's run needs more host memory than `available`:
+/// for loading, embeddings, inputs of layers that are put aside, pages of optimizers.
+void check_host_memory(const RunPlan& plan, int64_t available);
+
 /// "layers 1-20 fully again, 21-32 norms and SwiGLU again; 4.30 GB of weights held expanded"
 std::string describe(const RunPlan& plan);
 

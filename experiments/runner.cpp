@@ -224,6 +224,10 @@ class Runner {
     const ModelSource& model = library_.model(first.model.path);
     const RunPlan plan = plan_run(model, papers, device_,
                                   memory_budget(first, device_, target.capacity), target.rates);
+    // A base that is loaded already has its part of it.
+    if (!force_ && device_.is_cuda())
+      check_host_memory(plan,
+                        available_memory(Device::cpu()) + memory_account(Device::cpu()).total);
     if (plan.peak <= capacity) return plan;
     const auto remedy = cheapest_fit(model, papers, device_, capacity);
     std::string sets;

@@ -190,6 +190,35 @@ TEST(Planner, KeepsTheLastLayerWhereThatCostsNothing) {
   }
 }
 
+// What waits on the host has room there, or the run is refused before it loads anything.
+TEST(Planner, HostMemoryThatIsTooLittleIsSaid) {
+  const ModelSource model = open_model("synthetic:llama-3.1-8b");
+  const auto plan = [&](std::vector<std::string> sets) {
+    sets.insert(sets.end(), {"model.path=synthetic:llama-3.1-8b", "lora.r=16",
+                             "data.train=synthetic", "train.batch_size=4", "data.seq_len=2048"});
+    const std::vector<PaperTrial> gang = {assumed_trial(load_config("", sets), Device::cuda())};
+    return plan_run(model, gang, Device::cuda(), int64_t{60} << 30, gpu_rates("h100-80gb"));
+  };
+  const RunPlan plain = plan({"train.recompute=full"});
+  const RunPlan aside = plan({"train.recompute=offload", "model.embeddings=host"});
+  constexpr int64_t inputs = int64_t{31} * 8192 * 4096 * 2, table = int64_t{128256} * 4096 * 2;
+  EXPECT_GE(aside.host_peak, inputs + table);
+  EXPECT_GE(plain.host_peak, table);  // as it is read
+  EXPECT_LT(plain.host_peak, inputs);
+  const auto refused = [](const RunPlan& p, int64_t available) {
+    return error_of([&] { check_host_memory(p, available); });
+  };
+  EXPECT_EQ(refused(aside, aside.host_peak), "");
+  EXPECT_THAT(refused(aside, aside.host_peak - 1),
+              testing::AllOf(testing::HasSubstr(format_bytes(aside.host_peak)),
+                             testing::HasSubstr("train.recompute: full"),
+                             testing::HasSubstr("model.embeddings: device"),
+                             testing::Not(testing::HasSubstr("optim.type"))));
+  EXPECT_THAT(refused(plain, plain.host_peak - 1),
+              testing::AllOf(testing::HasSubstr("host memory"),
+                             testing::Not(testing::HasSubstr("or set"))));
+}
+
 // Embeddings go to the host where computing again is not enough, then layers.
 TEST(Planner, MovesEmbeddingsLast) {
   const ModelSource model = open_model("synthetic:llama-3.1-8b");
