@@ -11,18 +11,25 @@
 namespace qlab {
 namespace {
 
+// What no allocation can have: the driver's reserve, a CUDA context, the kernels' code and the
+// libraries. `make gpu-bench PART=memory` prints it, by a training of SmolLM2-135M's shapes.
 struct Row {
   const char* name;
-  int64_t mib;  // total memory in nvidia-smi
+  int64_t mib;                          // total memory in nvidia-smi
+  std::optional<int64_t> context = {};  // MiB, where it was measured
 };
 constexpr Row rows[] = {{"h100-80gb", 81559}, {"h200", 143771},   {"a100-40gb", 40960},
                         {"a100-80gb", 81920}, {"l40s", 46068},    {"l4", 23034},
                         {"a10g", 23028},      {"rtx3090", 24576}, {"rtx4090", 24564},
                         {"rtx5090", 32607},   {"t4", 15360}};
+constexpr int64_t assumed_context = 600;
+constexpr const char* not_measured = "assumed: not measured on this GPU";
 
-// What a CUDA context, the kernels' code and the libraries take has not been measured yet on any of
-// them; this much is assumed.
-constexpr int64_t assumed_context = int64_t{600} << 20;
+GpuSpec spec_of(const Row& row) {
+  return {row.name, row.mib << 20, row.context.has_value(),
+          row.context.value_or(assumed_context) << 20,
+          row.context ? "measured on this GPU" : not_measured};
+}
 
 }  // namespace
 
@@ -38,12 +45,12 @@ GpuSpec find_gpu(const std::string& text) {
                  [](unsigned char c) { return static_cast<char>(std::tolower(c)); });
   const Row* row =
       std::find_if(std::begin(rows), std::end(rows), [&](const Row& r) { return name == r.name; });
-  if (row != std::end(rows)) return {row->name, row->mib << 20, false, assumed_context};
+  if (row != std::end(rows)) return spec_of(*row);
   const auto bytes = parse_bytes(text);
   if (!bytes || *bytes == 0)
     fail("--gpu {}: unknown; known are {}, or give its memory, for example 24GiB", text,
          known_gpus());
-  return {text, *bytes, false, assumed_context};
+  return {text, *bytes, false, assumed_context << 20, not_measured};
 }
 
 MemoryTarget target_here(Device device) {
@@ -53,7 +60,8 @@ MemoryTarget target_here(Device device) {
   if (free < unlimited - held) target.capacity = free + held;
   if (device.is_cuda()) {
     const auto total = static_cast<int64_t>(cuda::memory_info(device.index).total_bytes);
-    target.gpu = GpuSpec{target.name, total, true, total - target.capacity.value_or(total)};
+    target.gpu = GpuSpec{target.name, total, true, total - target.capacity.value_or(total),
+                         "and other programs, now"};
   }
   return target;
 }

@@ -14,6 +14,7 @@ struct GpuSpec {
   int64_t memory_bytes = 0;   // in all, as the driver reports it
   bool measured = false;      // whether context_bytes was measured on this GPU
   int64_t context_bytes = 0;  // taken by driver and libraries before and beside the allocator
+  const char* context_note = "";
   int64_t usable() const { return memory_bytes - context_bytes; }
 };
 

@@ -86,8 +86,7 @@ std::string memory_text(const MemoryQuestion& question, const Config& config,
   if (p.host_peak > 0) text += row("on the host", p.host_peak);
   if (question.target.gpu) {
     const GpuSpec& gpu = *question.target.gpu;
-    text += row("CUDA context and libraries", gpu.context_bytes,
-                gpu.measured ? "and other programs, now" : "assumed: not measured on this GPU");
+    text += row("CUDA context and libraries", gpu.context_bytes, gpu.context_note);
     const int64_t left = gpu.usable() - p.peak();
     text += left >= 0
                 ? row("free of " + format_bytes(gpu.memory_bytes), left, "fits")
