@@ -17,6 +17,8 @@ import itertools
 import json
 import pathlib
 
+import memory
+
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench/results"
 TIMES = ("us", "step_seconds", "peak_bytes")  # less is better
@@ -35,15 +37,35 @@ def cpu_rows(raw):
     return {"calls": [call], "ours": rows["qlab"], "peers": rows["peft"]}
 
 
+def memory_rows(entries):
+    """bench/memory.py's file in the form of the others: how far the GPU's own figure and the
+    prediction with its context are apart, the larger over the smaller."""
+    calls, rows = [], []
+    for i, entry in enumerate(entries):
+        context = memory.context_of(entries, entry["device"], memory.reference_row())
+        ratio = memory.device_ratio(entry, context)
+        if ratio is None:
+            continue
+        call = {"commit": entry["commit"], "date": entry["date"], "gpu": {"name": entry["device"]}}
+        calls += [call] if call not in calls else []
+        rows.append({"name": f"memory/{i}", "device_ratio": max(ratio, 1 / ratio),
+                     "call": calls.index(call)})
+    return {"calls": calls, "ours": rows}
+
+
 def load(results=RESULTS):
     """The raw files by name; those that do not exist are left out."""
     raw = {}
-    for name in ("step", "kernels", "attention", "cpu_step"):
+    for name in ("step", "kernels", "attention", "cpu_step", "memory"):
         path = pathlib.Path(results) / f"{name}.json"
         if path.exists():
-            text = json.loads(path.read_text())
-            raw[name] = cpu_rows(text) if name == "cpu_step" else text
+            raw[name] = in_one_form(name, json.loads(path.read_text()))
     return raw
+
+
+def in_one_form(name, raw):
+    form = {"cpu_step": cpu_rows, "memory": memory_rows}.get(name)
+    return form(raw) if form else raw
 
 
 def best(raw, side, query, values, limit=None, call=None):

@@ -1,4 +1,4 @@
-"""Renews bench/results/headline.json, the plot and the tables of docs/performance.md from the raw
+"""Renews bench/results/headline.json, the plots and the tables of docs/performance.md from the raw
 files in bench/results. Standard library only; `make gpu-bench` runs it.
 
     python bench/report.py [--results bench/results] [--docs docs]
@@ -13,6 +13,8 @@ import sys
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent))
 import crossover
 import headline
+import memory
+import memory_report
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 ROWS = ROOT / "bench/step_rows.json"
@@ -197,7 +199,7 @@ def ceiling_table(raw):
                   for name, found in names.items()])
 
 
-def tables(raw, entries):
+def tables(raw, entries, memory_runs, budget_runs):
     return {
         "headline": headline_table(entries),
         "step": step_table(raw) + "\n\n" + provenance(raw, "step"),
@@ -211,6 +213,8 @@ def tables(raw, entries):
         "lora": lora_table(raw),
         "other": kernel_table(raw, "kernels", ("rms_norm/", "swiglu/", "rope/", "cross_entropy/",
                                                "adamw/"), "GB/s"),
+        "budget": memory_report.budget_table(budget_runs, table),
+        "memory": memory_report.memory_table(memory_runs, table),
     }
 
 
@@ -236,8 +240,14 @@ def main():
         device = raw["kernels"]["calls"][-1]["gpu"].get("name") or "GPU"
         plot = crossover.plot(times, f"NF4 linear layer on {device}")
         (options.docs / "performance-linear.svg").write_text(plot)
+    memory_runs, budget_runs = (memory.read_results(options.results / f"{name}.json")
+                                for name in ("memory", "budget"))
+    plot = memory_report.budget_plot(budget_runs)
+    if plot:
+        (options.docs / "performance-budget.svg").write_text(plot)
     page = options.docs / "performance.md"
-    page.write_text(replace_tables(page.read_text(), tables(raw, entries)))
+    page.write_text(replace_tables(page.read_text(),
+                                   tables(raw, entries, memory_runs, budget_runs)))
     met = sum(entry["met"] for entry in entries)
     print(f"{met} of {len(entries)} targets met; {options.results / 'headline.json'}, {page}")
 

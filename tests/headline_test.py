@@ -22,9 +22,7 @@ def figure(results, source):
     path = results / source["file"]
     if not path.exists():
         raise ValueError(f"{path} is missing")
-    raw = json.loads(path.read_text())
-    if source["file"] == "cpu_step.json":
-        raw = headline.cpu_rows(raw)
+    raw = headline.in_one_form(path.stem, json.loads(path.read_text()))
     rows = [row for row in raw[source["side"]] if row["name"] == source["name"] and
             row["call"] == source["call"]]
     if len(rows) != 1:

@@ -1,6 +1,6 @@
 #!/bin/bash
-# Builds, then measures one part of the GPU benchmark beside its peers and renews the headline, the
-# plot and the tables. Arguments: build folder, jobs, part, filter ("" for all cases).
+# Builds, then measures one part of the GPU benchmark beside its peers (memory: beside what was
+# predicted) and renews the headline, the plots and the tables. Arguments: build folder, jobs, part, filter ("" for all cases).
 # PYTHONPATH names the peers that are not installed; .peers is added where it exists.
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit 1
@@ -11,9 +11,10 @@ filter=$4
 limit=460 # seconds: a part stays under 8 minutes, its build included
 
 case $part in
-  step | kernels | attention) ;;
+  step | kernels | attention) programs="qlab qlab-bench" ;;
+  memory) programs=qlab ;;
   *)
-    echo "make gpu-bench PART=step|kernels|attention: which part? got '$part'"
+    echo "make gpu-bench PART=step|kernels|attention|memory: which part? got '$part'"
     exit 1
     ;;
 esac
@@ -22,7 +23,7 @@ if ! nvidia-smi --query-gpu=name --format=csv,noheader; then
   exit 1
 fi
 if ! command -v python3 >/dev/null; then
-  echo "make gpu-bench needs python3: it runs the peers and writes the report."
+  echo "make gpu-bench needs python3: it runs both sides and writes the report."
   exit 1
 fi
 if [[ -d .peers ]]; then export PYTHONPATH=$PWD/.peers${PYTHONPATH:+:$PYTHONPATH}; fi
@@ -30,14 +31,19 @@ export PYTHONDONTWRITEBYTECODE=1
 
 start=$SECONDS
 make configure BUILD="$build" || exit 1
-cmake --build "$build" -j "$jobs" --target qlab qlab-bench || exit 1
+# shellcheck disable=SC2086
+cmake --build "$build" -j "$jobs" --target $programs || exit 1
 printf '==> Built in %d s; measuring %s\n' $((SECONDS - start)) "$part"
 
 status=0
 # What does not fit keeps its older figures; FILTER=REGEX measures it alone.
 rest=$((limit - (SECONDS - start)))
-timeout "$rest" python3 bench/measure.py "$part" --build "$build" --filter "$filter" \
-  --seconds $((rest - 40)) || status=$?
+if [[ $part == memory ]]; then
+  python3 bench/memory.py --qlab "$build/qlab" --filter "$filter" --seconds $((rest - 20)) || status=$?
+else
+  timeout "$rest" python3 bench/measure.py "$part" --build "$build" --filter "$filter" \
+    --seconds $((rest - 40)) || status=$?
+fi
 ((status != 124)) || echo "Stopped after $limit s: nothing was recorded; measure less with FILTER."
 python3 bench/report.py || status=$?
 printf '==> %d s in all\n' $((SECONDS - start))
