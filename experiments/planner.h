@@ -1,5 +1,6 @@
 // Which plan of a run is the fastest that fits a memory budget: what each layer keeps or computes
-// again, and how much of the base is held expanded. Candidates are run on meta; the budget is met
+// again, how much of the base is held expanded, and, where nothing else fits, how many layers are
+// streamed from the host. Candidates are run on meta; the budget is met
 // to the byte, the time is that of experiments/cost_model.h.
 #pragma once
 #include <span>
@@ -29,6 +30,10 @@ int64_t memory_budget(const Config& config, Device target, std::optional<int64_t
 /// budget is exceeded. Otherwise all.
 std::optional<int64_t> allocator_limit(const Config& config, Device target,
                                        std::optional<int64_t> capacity);
+
+/// Throws OutOfMemory where a GPU's run takes more of the host than it has, before anything is
+/// loaded. `held`: what an earlier base takes there and gives back.
+void check_host_memory(const RunPlan& plan, Device target, int64_t held);
 
 /// "layers 1-20 fully again, 21-32 norms and SwiGLU again; 4.30 GB of weights held expanded"
 std::string describe(const RunPlan& plan);

@@ -214,6 +214,13 @@ class Runner {
   /// Throws OutOfMemory before anything is loaded where minutes later the allocator would. Returns
   /// the plan.
   RunPlan check_fits(const std::vector<Planned>& gang) {
+    const RunPlan plan = fitting_plan(gang);
+    if (!force_) check_host_memory(plan, device_, library_.streamed_bytes());
+    return plan;
+  }
+
+ private:
+  RunPlan fitting_plan(const std::vector<Planned>& gang) {
     const MemoryTarget target = target_here(device_);
     std::vector<PaperTrial> papers;
     for (const Planned& p : gang) papers.push_back(paper_trial(p.trial->config, library_, device_));
@@ -237,12 +244,12 @@ class Runner {
                : "Nothing that can be set makes it fit"));
   }
 
- private:
   void train(const std::vector<Planned>& gang) {
     Config first = gang.front().trial->config;
     const RunPlan plan = check_fits(gang);
     const PagedLimit limit(first, device_, plan.peak);
     first.model.embeddings = plan.host_embeddings ? "host" : "device";
+    first.model.streamed_layers.text = std::to_string(plan.streamed_layers);
     Llama& model = load(first, compute_dtype(first, device_));
     std::vector<std::unique_ptr<TrialRun>> runs;
     std::vector<TrialRun*> pointers;
