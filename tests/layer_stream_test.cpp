@@ -2,7 +2,7 @@
 // stays on the device.
 #include "nn/layer_stream.h"
 
-#include <numeric>
+#include <algorithm>
 
 #include "core/ops/copy.h"
 #include "experiments/generate.h"
@@ -46,9 +46,8 @@ INSTANTIATE_TEST_SUITE_P(Runs, LayerStreamTest, cpu_and_cuda, device_name);
 /// Five layers of two tensors, all of a layer's values its number.
 struct Layers {
   static constexpr int count = 5;
-  static constexpr int64_t length = 1000;
 
-  explicit Layers(Device device) : stream(device) {
+  explicit Layers(Device device, int64_t length = 1000) : stream(device) {
     for (int l = 0; l < count; ++l) {
       const std::vector<float> values(length, static_cast<float>(l));
       first.push_back(Tensor::from_vector(values, {length}, device));
@@ -90,6 +89,43 @@ TEST_P(LayerStreamTest, LayersAreThereWhenNeeded) {
     EXPECT_TRUE(layers.hold(l, static_cast<float>(l))) << l;
   }
   layers.stream.end();
+}
+
+// Nobody waits between issuing and the end: what is read of a layer must come after its copy, and
+// the copy of the next into its slot after that, both where copies are slower and where reading is.
+TEST_P(LayerStreamTest, CopiesAndReadersWaitForEachOther) {
+  constexpr int64_t length = 1'000'000;
+  constexpr size_t visits = 2 * Layers::count;
+  Layers layers(device(), length);
+  std::vector<Tensor> seen;
+  for (size_t i = 0; i < visits; ++i) seen.push_back(Tensor::zeros({length}, DType::f32, device()));
+  for (const int readings : {1, 100}) {
+    const auto issue = [&] {
+      layers.stream.begin(device());
+      for (size_t i = 0; i < visits; ++i) {
+        const size_t layer = i < Layers::count ? i : visits - 1 - i;
+        layers.stream.need(layer);
+        for (int r = 0; r < readings; ++r) copy(seen[i], layers.first[layer]);
+      }
+      layers.stream.end();
+    };
+    const auto expect_seen = [&] {
+      for (size_t i = 0; i < visits; ++i) {
+        const auto value = static_cast<float>(i < Layers::count ? i : visits - 1 - i);
+        const std::vector<float> values = seen[i].to_vector<float>();
+        EXPECT_EQ(std::count(values.begin(), values.end(), value), length) << readings << " " << i;
+        fill_zero(seen[i]);
+      }
+    };
+    for (int pass = 0; pass < 3; ++pass) issue();
+    expect_seen();
+    if (!device().is_cuda()) continue;
+    const cuda::Graph graph(issue);
+    for (int pass = 0; pass < 3; ++pass) graph.launch();
+    expect_seen();
+    issue();
+    expect_seen();
+  }
 }
 
 // Layers take turns in two slots, one ahead of its use.
