@@ -19,10 +19,11 @@ struct Recording {
 thread_local Recording* recording = nullptr;
 thread_local WorkCounter* counter = nullptr;
 
-void add_line(std::vector<ProfileLine>& lines, const char* name, double seconds, Work work) {
+void add_line(std::vector<ProfileLine>& lines, const char* name, double seconds, Work work,
+              int part = 0) {
   auto line = std::find_if(lines.begin(), lines.end(),
-                           [&](const ProfileLine& l) { return l.name == name; });
-  if (line == lines.end()) line = lines.insert(line, ProfileLine{name, 0, 0, {}});
+                           [&](const ProfileLine& l) { return l.part == part && l.name == name; });
+  if (line == lines.end()) line = lines.insert(line, ProfileLine{name, 0, 0, {}, part});
   ++line->calls;
   line->seconds += seconds;
   line->work.flops += work.flops;
@@ -37,8 +38,13 @@ WorkCounter::WorkCounter() {
 }
 WorkCounter::~WorkCounter() { counter = nullptr; }
 
+void WorkCounter::next_part() {
+  if (counter != nullptr) ++counter->part_;
+}
+
 OpScope::OpScope(const char* name, Device device, Work work) : cuda_(device.is_cuda()) {
-  if (counter != nullptr && device.is_meta()) add_line(counter->lines_, name, 0, work);
+  if (counter != nullptr && device.is_meta())
+    add_line(counter->lines_, name, 0, work, counter->part_);
   if (!cuda_) return;
   cuda::push_range(name);
   if (recording == nullptr) return;

@@ -33,6 +33,7 @@ struct ProfileLine {
   int64_t calls = 0;
   double seconds = 0;
   Work work;
+  int part = 0;  // of a WorkCounter
 };
 struct Profile {
   std::vector<ProfileLine> lines;  // the most time first
@@ -47,8 +48,8 @@ class Profiler {
   Profile finish();
 };
 
-/// Adds up, by name, what operations that this thread issues on meta devices would have to do;
-/// seconds stay 0.
+/// Adds up, by part and name, what operations that this thread issues on meta devices would have to
+/// do; seconds stay 0.
 class WorkCounter {
  public:
   WorkCounter();
@@ -56,10 +57,14 @@ class WorkCounter {
   WorkCounter(const WorkCounter&) = delete;
   WorkCounter& operator=(const WorkCounter&) = delete;
   const std::vector<ProfileLine>& lines() const { return lines_; }
+  /// Where work is being counted, what follows is a part of its own: copies beside it overlap with
+  /// this part alone.
+  static void next_part();
 
  private:
   friend class OpScope;
   std::vector<ProfileLine> lines_;
+  int part_ = 0;
 };
 
 namespace cuda {

@@ -115,6 +115,15 @@ struct Reader {
     out->text = node.Scalar();
   }
 
+  void operator()(LayerCount* out) const {
+    const char* expected = "a number of layers, all, or auto";
+    if (!node.IsScalar()) refuse(expected);
+    const std::string& text = node.Scalar();
+    const auto n = parse_whole(text);
+    if (text != "auto" && text != "all" && !(n && *n >= 0)) refuse(expected);
+    out->text = n ? std::to_string(*n) : text;
+  }
+
   void read_target(const std::string& text, Targets& targets) const {
     std::string lower = text;
     for (char& c : lower) c = static_cast<char>(std::tolower(static_cast<unsigned char>(c)));

@@ -13,9 +13,16 @@
 
 namespace qlab {
 
+/// "0", "40", "all", or "auto".
+struct LayerCount {
+  std::string text;
+  bool operator==(const LayerCount&) const = default;
+};
+
 struct ModelConfig {
-  std::string path;                 // directory, FILE.gguf, hub id, or synthetic:NAME
-  std::string embeddings = "auto";  // auto | device | host
+  std::string path;                    // directory, FILE.gguf, hub id, or synthetic:NAME
+  std::string embeddings = "auto";     // auto | device | host
+  LayerCount streamed_layers{"auto"};  // number | all | auto
 };
 
 /// "14.3GB", "24GiB", a number of bytes, or "auto".

@@ -41,6 +41,12 @@ std::vector<Field> make_fields() {
        "recompute auto needs it",
        none,
        {"auto", "device", "host"}},
+      {.key = "model.streamed_layers",
+       .slot = QLAB_SLOT(model.streamed_layers),
+       .meaning = "how many decoder layers keep their weights in page-locked host memory, from "
+                  "where they come in every pass, while the layer before is computed: a number, or "
+                  "all; auto: 0, or as many as recompute auto needs where nothing else fits",
+       .effect = none},
       {.key = "quant.type",
        .slot = QLAB_SLOT(quant.type),
        .meaning = "how the frozen linear layers are stored; of int8 only the bytes are known, for "
@@ -339,6 +345,7 @@ struct ToText {
   }
   std::string operator()(const Targets* targets) const { return targets->str(); }
   std::string operator()(const MemoryBudget* budget) const { return budget->text; }
+  std::string operator()(const LayerCount* count) const { return count->text; }
 };
 
 }  // namespace

@@ -12,7 +12,8 @@ namespace qlab {
 
 /// Where a key's value lives in a Config.
 using Slot = std::variant<std::string*, int64_t*, double*, bool*, std::optional<int64_t>*,
-                          std::optional<double>*, std::array<double, 2>*, Targets*, MemoryBudget*>;
+                          std::optional<double>*, std::array<double, 2>*, Targets*, MemoryBudget*,
+                          LayerCount*>;
 
 /// Values a number may take; an open end is excluded.
 struct Range {

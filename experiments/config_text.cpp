@@ -14,6 +14,7 @@ struct ToYaml {
   const std::string& text;
   std::string operator()(const std::string*) const { return yaml_text(text); }
   std::string operator()(const MemoryBudget*) const { return yaml_text(text); }
+  std::string operator()(const LayerCount*) const { return text; }
   std::string operator()(const Targets* targets) const {
     if (!targets->pattern.empty()) return yaml_text(targets->pattern);
     std::vector<std::string> names;

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cctype>
 #include <iterator>
+#include <map>
 
 #include "core/parallel.h"
 
@@ -16,6 +17,8 @@ struct Share {
   const char* operation;
   double flops, bytes;  // share of the rate; 0: does not bind
 };
+/// Copied on a stream of its own: overlaps with the rest of its part.
+constexpr const char* beside = "streamed layer";
 constexpr Share shares[] = {
     {"product", 1.0, 0},
     {"product with an adapter or few rows", 0, 0.77},
@@ -34,7 +37,8 @@ constexpr Share shares[] = {
     {"adamw", 0, 0.97},
     {"adamw8bit", 0, 0.37},
     {"offload", 0, 54.8e9 / 2.97e12},  // pinned memory over PCIe
-    {"page", 0, 104e9 / 2.97e12},      // in and out at once
+    {beside, 0, 54.8e9 / 2.97e12},
+    {"page", 0, 104e9 / 2.97e12},  // in and out at once
 };
 constexpr double other_share = 0.85;
 
@@ -77,7 +81,10 @@ Rates rates_of(Device device) {
 }
 
 double predicted_seconds(const std::vector<ProfileLine>& work, const Rates& rates) {
-  double seconds = 0;
+  struct Part {
+    double compute = 0, copies = 0;
+  };
+  std::map<int, Part> parts;
   for (const ProfileLine& line : work) {
     const auto* share = std::find_if(std::begin(shares), std::end(shares),
                                      [&](const Share& s) { return line.name == s.operation; });
@@ -86,8 +93,12 @@ double predicted_seconds(const std::vector<ProfileLine>& work, const Rates& rate
         known && share->flops > 0 ? line.work.flops / (rates.product_flops * share->flops) : 0;
     const double byte_share = known ? share->bytes : other_share;
     const double by_bytes = byte_share > 0 ? line.work.bytes / (rates.bytes * byte_share) : 0;
-    seconds += std::max(by_flops, by_bytes) + static_cast<double>(line.calls) * rates.launch;
+    Part& part = parts[line.part];
+    (line.name == beside ? part.copies : part.compute) +=
+        std::max(by_flops, by_bytes) + static_cast<double>(line.calls) * rates.launch;
   }
+  double seconds = 0;
+  for (const auto& [number, part] : parts) seconds += std::max(part.compute, part.copies);
   return seconds;
 }
 

@@ -228,7 +228,7 @@ class Evaluator {
       return {text, field};
     }
     if (std::holds_alternative<std::array<double, 2>*>(slot) ||
-        std::holds_alternative<MemoryBudget*>(slot))
+        std::holds_alternative<MemoryBudget*>(slot) || std::holds_alternative<LayerCount*>(slot))
       return {text, field};
     if (text.empty()) stop(fmt::format("{} has no value here", name));
     double x = 0;

@@ -118,6 +118,7 @@ RunPlan asked_plan(const ModelSource& model, std::span<const PaperTrial> gang, D
   const Config& config = gang.front().config;
   RunPlan plan;
   plan.host_embeddings = config.model.embeddings == "host";
+  plan.streamed_layers = streamed_layers(config, model.config.num_hidden_layers);
   plan.layers.assign(static_cast<size_t>(model.config.num_hidden_layers), recompute_of(config));
   const std::string& resident = config.quant.resident.text;
   plan.resident =
@@ -170,7 +171,9 @@ MemoryPrediction predict_memory(const ModelSource& model, std::span<const PaperT
   const Accounts host_accounts(host);  // on a CPU the same as the device's
   const Accounts accounts(meta);
   const std::unique_ptr<Llama> llama =
-      load_llama(model, weight_spec(first), compute_dtype(first, meta), meta, plan.host_embeddings);
+      load_llama(model, weight_spec(first), compute_dtype(first, meta), meta, plan.host_embeddings,
+                 plan.streamed_layers);
+  out.streamed_bytes = llama->streamed_bytes();
   out.phases.push_back(accounts.phase("load"));
   if (target.is_cuda()) out.host_peak = host_accounts.phase("load").peak;
   LargestStep step;
@@ -223,6 +226,16 @@ MemoryPrediction predict_memory(const ModelSource& model, std::span<const PaperT
   return out;
 }
 
+std::optional<int64_t> fewest_streamed(int64_t layers, const std::function<bool(int64_t)>& fits) {
+  if (!fits(layers)) return {};
+  int64_t fewest = layers, too_few = 0;
+  while (fewest - too_few > 1) {
+    const int64_t middle = (fewest + too_few) / 2;
+    (fits(middle) ? fewest : too_few) = middle;
+  }
+  return fewest;
+}
+
 std::optional<Remedy> cheapest_fit(const ModelSource& model, std::span<const PaperTrial> gang,
                                    Device target, int64_t capacity) {
   // What costs speed alone comes first, the mildest first; then what changes the numbers.
@@ -255,6 +268,21 @@ std::optional<Remedy> cheapest_fit(const ModelSource& model, std::span<const Pap
     });
     if (target.is_cuda() && one_type && !is_paged(first))
       if (const auto remedy = set("optim.type", "paged_" + first.optim.type)) return remedy;
+  }
+  const int64_t layers = model.config.num_hidden_layers;
+  const auto stream = [&]() -> std::optional<Remedy> {
+    const Config& now = tried.front().config;
+    if (!target.is_cuda() || now.quant.type != "nf4" || streamed_layers(now, layers) > 0) return {};
+    const auto fewest = fewest_streamed(layers, [&](int64_t n) {
+      set_all(tried, "model.streamed_layers", std::to_string(n));
+      return fits().has_value();
+    });
+    return set("model.streamed_layers", std::to_string(fewest.value_or(layers)));
+  };
+  // Smaller batches are of no use where the base alone is too large.
+  if (predict_memory(model, tried, target, capacity).load_peak() > capacity)
+    if (const auto remedy = stream()) return remedy;
+  if (first.lora.present) {
     while (tried.size() > 1) {
       tried.resize((tried.size() + 1) / 2);
       std::erase_if(sets, [](const std::string& s) { return s.starts_with("parallel."); });
@@ -268,6 +296,7 @@ std::optional<Remedy> cheapest_fit(const ModelSource& model, std::span<const Pap
     if (const auto remedy = set("quant.type", "nf4")) return remedy;
   if (!first.quant.double_quant)
     if (const auto remedy = set("quant.double_quant", "true")) return remedy;
+  if (const auto remedy = stream()) return remedy;
   while (first.lora.present && tried.front().config.data.seq_len > 256) {
     const int64_t length = tried.front().config.data.seq_len / 2;
     for (PaperTrial& t : tried)

@@ -1,6 +1,7 @@
 // What a run will need: its own code, from loading to the optimizer, on a meta device, where
 // nothing is computed and the allocator keeps accounts. No formula beside the program.
 #pragma once
+#include <functional>
 #include <optional>
 #include <span>
 #include <string>
@@ -45,13 +46,14 @@ struct RunPlan {
   std::vector<Recompute> layers;  // what each of them computes again
   int64_t resident = 0;           // bytes for weights held expanded
   bool host_embeddings = false;   // model.embeddings
+  int64_t streamed_layers = 0;    // model.streamed_layers
   int64_t paged_out = 0;          // bytes of optimizer states in host memory, predicted
   int64_t peak = 0;               // of the allocator, predicted
   int64_t host_peak = 0;          // of host memory beside a GPU, predicted
   double step_seconds = 0;        // predicted by experiments/cost_model.h
 };
-/// What train.recompute (not auto) and quant.resident of the first trial ask for, but for the last
-/// layer (keep_last_layer).
+/// What train.recompute (not auto), quant.resident and the model's placement of the first trial ask
+/// for, but for the last layer (keep_last_layer).
 RunPlan asked_plan(const ModelSource& model, std::span<const PaperTrial> gang, Device target);
 /// Backward begins by filling again what the last layer has just dropped. The plan in which it
 /// keeps everything, if the largest step needs no more memory for that; otherwise `plan`.
@@ -68,6 +70,7 @@ struct MemoryPrediction {
   std::vector<LiveTensor> at_peak;     // what lives then, the largest first
   int64_t held_expanded = 0;           // of the base, in the compute dtype (quant.resident)
   std::vector<ProfileLine> work;       // of the largest training micro-batch and an update
+  int64_t streamed_bytes = 0;          // of the base, in host memory
   int64_t host_peak = 0;               // of the host, for a GPU's run: what loading stages
   int64_t paged_out = 0;               // of the optimizers' states, in host memory
 
@@ -85,6 +88,9 @@ struct MemoryPrediction {
 MemoryPrediction predict_memory(const ModelSource& model, std::span<const PaperTrial> gang,
                                 Device target, std::optional<int64_t> capacity = {},
                                 const std::optional<RunPlan>& plan = {});
+
+/// The smallest number of streamed layers that fits, if all of them do.
+std::optional<int64_t> fewest_streamed(int64_t layers, const std::function<bool(int64_t)>& fits);
 
 /// Settings under which a run fits, and what it then needs.
 struct Remedy {

@@ -76,7 +76,8 @@ bool is_base(Category category) {
 /// Whether bytes of the category depend on the key. A key that nothing is said of matters.
 bool matters(const std::string& key, Category category) {
   if (indifferent_keys().contains(key)) return false;
-  if (is_base(category)) return key.starts_with("quant.") || key == "model.embeddings";
+  if (is_base(category))
+    return key.starts_with("quant.") || key == "model.embeddings" || key == "model.streamed_layers";
   if (category == Category::activations || category == Category::workspace) return true;
   return key.starts_with("quant.") || key.starts_with("lora.") || key.starts_with("optim.") ||
          key.starts_with("parallel.");

@@ -66,6 +66,10 @@ std::string memory_text(const MemoryQuestion& question, const Config& config,
   text += row("embeddings", r.embeddings);
   if (r.lm_head > 0) text += row("lm_head", r.lm_head);
   text += row("norms", r.norms) + row("rotary tables", r.tables) + row("resident", r.total());
+  if (p.streamed_bytes > 0)
+    text += row("streamed, in host memory", p.streamed_bytes,
+                fmt::format("the weights of {} layers; two at a time among those above",
+                            question.plan.streamed_layers));
   text += row("Hugging Face's footprint", question.footprint,
               "its rule: parameters alone, 16 bits where not quantized");
   const MemoryPhase& highest = p.highest();
@@ -133,6 +137,8 @@ Json memory_json(const MemoryQuestion& question, const MemoryPrediction& p,
                {"step_tokens", question.tokens},
                {"step_bytes", p.step_bytes},
                {"host_peak_bytes", p.host_peak},
+               {"streamed_layers", question.plan.streamed_layers},
+               {"streamed_bytes", p.streamed_bytes},
                {"paged_out_bytes", p.paged_out}};
   if (!question.assumed.empty()) json["assumed"] = question.assumed;
   if (question.target.gpu) {

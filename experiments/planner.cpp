@@ -54,21 +54,49 @@ class Search {
       : model_(model), gang_(gang), target_(target), rates_(rates), capacity_(capacity) {}
 
   RunPlan run(int64_t budget) {
+    const ModelConfig& wish = gang_.front().config.model;
     const int64_t layers = model_.config.num_hidden_layers;
     // On a CPU the host is the device.
     const int64_t leanest = (target_.is_cuda() ? 3 : 2) * layers;
-    const std::string& embeddings = gang_.front().config.model.embeddings;
+    streamed_layers_ = streamed_layers(gang_.front().config, layers);
+    const std::string& embeddings = wish.embeddings;
     // Bringing embeddings along costs less than putting layers aside.
     host_embeddings_ = embeddings == "host";
     if (embeddings == "auto" && target_.is_cuda() && !model_.config.tie_word_embeddings)
       host_embeddings_ = predict(plan_at(2 * layers)).peak() > budget;
     const MemoryPrediction least = predict(kept(plan_at(leanest)));
-    // The first of the row that fits: peaks fall along it, but for a little at its corners.
-    int64_t fits = leanest, too_large = -1;
-    for (const int64_t corner : {2 * layers, layers})
-      if (least.peak() > budget && fits == leanest && predict(plan_at(corner)).peak() <= budget)
-        fits = corner;
-    if (fits == leanest && least.peak() > budget) refuse(least, budget);
+    if (least.peak() <= budget) return row(budget, leanest);
+    for (const int64_t corner : {2 * layers, layers})  // peaks fall, but for a little at corners
+      if (predict(plan_at(corner)).peak() <= budget) return row(budget, corner);
+    if (wish.streamed_layers.text != "auto" || !target_.is_cuda()) refuse(least, budget);
+    return streaming(budget, leanest);
+  }
+
+ private:
+  /// With as few layers streamed as let a corner of the row fit, whichever corner is the fastest.
+  RunPlan streaming(int64_t budget, int64_t leanest) {
+    const int64_t layers = model_.config.num_hidden_layers;
+    RunPlan best;
+    for (int64_t corner = leanest; corner >= 0; corner -= layers) {
+      RunPlan plan = kept(plan_at(corner));  // the same whatever is streamed
+      const auto fewest = fewest_streamed(layers, [&](int64_t n) {
+        plan.streamed_layers = n;
+        return predict(plan).peak() <= budget;
+      });
+      if (!fewest) continue;
+      streamed_layers_ = *fewest;
+      plan = row(budget, corner);
+      if (best.layers.empty() || plan.step_seconds < best.step_seconds) best = std::move(plan);
+    }
+    streamed_layers_ = layers;
+    if (best.layers.empty()) refuse(predict(kept(plan_at(leanest))), budget);
+    return best;
+  }
+
+  /// The fastest of the row up to plan `fits`, which fits.
+  RunPlan row(int64_t budget, int64_t fits) const {
+    const int64_t layers = model_.config.num_hidden_layers;
+    int64_t too_large = -1;
     while (fits - too_large > 1) {
       const int64_t middle = (fits + too_large) / 2;
       (predict(plan_at(middle)).peak() <= budget ? fits : too_large) = middle;
@@ -84,7 +112,6 @@ class Search {
     return best;
   }
 
- private:
   MemoryPrediction predict(const RunPlan& plan) const {
     return predict_memory(model_, gang_, target_, capacity_, plan);
   }
@@ -93,6 +120,7 @@ class Search {
     RunPlan plan;
     plan.layers = policy_at(i, model_.config.num_hidden_layers);
     plan.host_embeddings = host_embeddings_;
+    plan.streamed_layers = streamed_layers_;
     return plan;
   }
 
@@ -123,10 +151,14 @@ class Search {
                         format_bytes(bytes[static_cast<size_t>(i)]));
     throw OutOfMemory(fmt::format(
         "{} is too little (train.memory_budget, or what the device has): with every layer computed "
-        "again this run needs {} ({}); give that much, or set a smaller train.batch_size (with "
+        "again{} this run needs {} ({}); give that much, or set a smaller train.batch_size (with "
         "more train.grad_accum), "
         "data.seq_len or parallel.trials_per_gpu",
-        format_bytes(budget), format_bytes(least.peak()), parts));
+        format_bytes(budget),
+        streamed_layers_ == 0
+            ? ""
+            : fmt::format(" and {} of them streamed from host memory", streamed_layers_),
+        format_bytes(least.peak()), parts));
   }
 
   const ModelSource& model_;
@@ -135,6 +167,7 @@ class Search {
   const Rates& rates_;
   std::optional<int64_t> capacity_;  // within which states are paged
   bool host_embeddings_ = false;
+  int64_t streamed_layers_ = 0;
 };
 
 /// With states on the device, or moving where that is faster or the only way.
@@ -176,6 +209,8 @@ RunPlan plan_or_leanest(const ModelSource& model, std::span<const PaperTrial> ga
     for (PaperTrial& t : leanest) {
       t.config.train.recompute = target.is_cuda() ? "offload" : "full";
       if (target.is_cuda() && !model.config.tie_word_embeddings) t.config.model.embeddings = "host";
+      if (target.is_cuda() && t.config.model.streamed_layers.text == "auto")
+        t.config.model.streamed_layers.text = "all";
     }
     return plan_run(model, leanest, target, budget, rates);
   }
@@ -202,6 +237,8 @@ void check_host_memory(const RunPlan& plan, int64_t available) {
   if (std::any_of(plan.layers.begin(), plan.layers.end(), puts_aside))
     advice.emplace_back("train.recompute: full");
   if (plan.host_embeddings) advice.emplace_back("model.embeddings: device");
+  if (plan.streamed_layers > 0)
+    advice.emplace_back(fmt::format("model.streamed_layers below {}", plan.streamed_layers));
   throw OutOfMemory(fmt::format(
       "too little host memory: loading, and what this run keeps beside the GPU, take {} and {} is "
       "available; free as much{}{}; --force tries all the same",
@@ -220,6 +257,9 @@ std::string describe(const RunPlan& plan) {
     first = last + 1;
   }
   if (plan.host_embeddings) text += "; embeddings in host memory";
+  if (plan.streamed_layers > 0)
+    text += fmt::format("; the weights of {} of {} layers streamed from host memory",
+                        plan.streamed_layers, plan.layers.size());
   if (plan.paged_out > 0)
     text += fmt::format("; {} of optimizer states in host memory", format_bytes(plan.paged_out));
   if (plan.resident > 0)

@@ -1,5 +1,6 @@
 // Which plan of a run is the fastest that fits a memory budget: what each layer keeps or computes
-// again, and how much of the base is held expanded. Candidates are run on meta; the budget is met
+// again, how much of the base is held expanded, and, where nothing else fits, how many layers are
+// streamed from the host. Candidates are run on meta; the budget is met
 // to the byte, the time is that of experiments/cost_model.h.
 #pragma once
 #include <span>

@@ -214,6 +214,16 @@ class Runner {
   /// Throws OutOfMemory before anything is loaded where minutes later the allocator would. Returns
   /// the plan.
   RunPlan check_fits(const std::vector<Planned>& gang) {
+    const RunPlan plan = fitting_plan(gang);
+    // A base that is loaded already has its part of it.
+    if (!force_ && device_.is_cuda())
+      check_host_memory(plan, available_memory(Device::cpu()) +
+                                  memory_account(Device::cpu()).total + library_.streamed_bytes());
+    return plan;
+  }
+
+ private:
+  RunPlan fitting_plan(const std::vector<Planned>& gang) {
     const MemoryTarget target = target_here(device_);
     std::vector<PaperTrial> papers;
     for (const Planned& p : gang) papers.push_back(paper_trial(p.trial->config, library_, device_));
@@ -224,10 +234,6 @@ class Runner {
     const ModelSource& model = library_.model(first.model.path);
     const RunPlan plan = plan_run(model, papers, device_,
                                   memory_budget(first, device_, target.capacity), target.rates);
-    // A base that is loaded already has its part of it.
-    if (!force_ && device_.is_cuda())
-      check_host_memory(plan,
-                        available_memory(Device::cpu()) + memory_account(Device::cpu()).total);
     if (plan.peak <= capacity) return plan;
     const auto remedy = cheapest_fit(model, papers, device_, capacity);
     std::string sets;
@@ -241,12 +247,12 @@ class Runner {
                : "Nothing that can be set makes it fit"));
   }
 
- private:
   void train(const std::vector<Planned>& gang) {
     Config first = gang.front().trial->config;
     const RunPlan plan = check_fits(gang);
     const PagedLimit limit(first, device_, plan.peak);
     first.model.embeddings = plan.host_embeddings ? "host" : "device";
+    first.model.streamed_layers.text = std::to_string(plan.streamed_layers);
     Llama& model = load(first, compute_dtype(first, device_));
     std::vector<std::unique_ptr<TrialRun>> runs;
     std::vector<TrialRun*> pointers;

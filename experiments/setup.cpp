@@ -58,6 +58,16 @@ Recompute recompute_of(const Config& config) {
   return config.train.recompute == "full" ? Recompute::full : Recompute::none;
 }
 
+int64_t streamed_layers(const Config& config, int64_t layers) {
+  const std::string& wish = config.model.streamed_layers.text;
+  if (wish == "auto") return 0;
+  if (wish == "all") return layers;
+  const int64_t count = std::stoll(wish);
+  if (count > layers)
+    fail("model.streamed_layers: {} of the {} layers of {}", count, layers, config.model.path);
+  return count;
+}
+
 DType compute_dtype(const Config& config, Device device) {
   const bool bf16 = !device.is_cuda() || cuda::supports_bf16(device.index);
   if (config.quant.compute_dtype == "auto") {
@@ -136,9 +146,9 @@ const Dataset& Library::dataset(const Config& config, const std::string& path, i
 }
 
 std::string base_key(const Config& config, DType compute, Device device) {
-  return fmt::format("{}|{}|{}|{}|{}|{}|{}", config.model.path, config.model.embeddings,
-                     config.quant.type, config.quant.block_size, config.quant.double_quant,
-                     name_of(compute), device.str());
+  return fmt::format("{}|{}|{}|{}|{}|{}|{}|{}", config.model.path, config.model.embeddings,
+                     config.model.streamed_layers.text, config.quant.type, config.quant.block_size,
+                     config.quant.double_quant, name_of(compute), device.str());
 }
 
 void Library::drop_base() {
@@ -158,7 +168,8 @@ Llama& Library::base(const Config& config, DType compute, Device device) {
       return read(name, shape);
     };
     base_ =
-        load_llama(source, weight_spec(config), compute, device, config.model.embeddings == "host");
+        load_llama(source, weight_spec(config), compute, device, config.model.embeddings == "host",
+                   streamed_layers(config, source.config.num_hidden_layers));
     base_key_ = key;
   }
   base_->hold_resident(0, Batch());

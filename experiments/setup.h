@@ -22,6 +22,8 @@ AdamWConfig adamw_config(const Config& config);
 /// Whether its optimizer's states may wait on the host.
 bool is_paged(const Config& config);
 Recompute recompute_of(const Config& config);
+/// What model.streamed_layers asks for of a model of so many; auto: none.
+int64_t streamed_layers(const Config& config, int64_t layers);
 /// What quant.compute_dtype means on the device. Unless said: fp32 on the CPU, bf16 on a GPU, fp16
 /// on one that has no bf16. What stands for a GPU in a prediction (meta) has bf16; fp16 has
 /// the same tensors, but with dropout other scratch (nn/adapter_products.h).
@@ -59,6 +61,8 @@ class Library {
   /// the last one is kept: trials that share it run one after another.
   Llama& base(const Config& config, DType compute, Device device);
   void drop_base();
+  /// Of the loaded base, its streamed layers in host memory.
+  int64_t streamed_bytes() const { return base_ ? base_->streamed_bytes() : 0; }
   /// Of the device that the last base was loaded to.
   MemoryLog& memory() { return *memory_; }
   /// What the loaded base alone gives on a set: every trial's evaluation before its first step,

@@ -1,6 +1,7 @@
 #include "experiments/stepper.h"
 
 #include "core/ops/copy.h"
+#include "core/profile.h"
 
 namespace qlab {
 namespace {
@@ -25,7 +26,10 @@ Tensor Stepper::step(const Batch& batch, bool train) {
   Tape tape(train);
   const Variable hidden = model_.hidden(tape, batch, policy_, nullptr, &host_);
   const Variable nll = model_.loss(tape, batch, hidden);
+  WorkCounter::next_part();
   if (train) tape.backward(nll);
+  model_.end_step();
+  WorkCounter::next_part();
   return nll.value;
 }
 

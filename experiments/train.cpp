@@ -283,8 +283,10 @@ RunPlan Gang::make_plan() const {
   const ModelSource& source = library_.model(first.model.path);
   const Device device = model_.device();
   std::vector<PaperTrial> gang = on_paper();
-  for (PaperTrial& t : gang)  // where they lie was decided before the base was loaded
+  for (PaperTrial& t : gang) {  // where they lie was decided before the base was loaded
     t.config.model.embeddings = model_.host_embeddings() != nullptr ? "host" : "device";
+    t.config.model.streamed_layers.text = std::to_string(model_.streamed_layers());
+  }
   if (first.train.recompute != "auto") return asked_plan(source, gang, device);
   // The allocator of a run with paged states is limited to its budget already.
   const std::optional<int64_t> capacity = target_here(device).capacity;
@@ -310,6 +312,7 @@ void Gang::reserve() {
   reserve_steps(model_, stepper_, gang, plan_.resident);
   RunPlan plan = plan_;
   plan.host_embeddings = model_.host_embeddings() != nullptr;
+  plan.streamed_layers = model_.streamed_layers();
   const MemoryPrediction prediction =
       predict_memory(library_.model(papers[0].config.model.path), papers, device, capacity, plan);
   const bool steps = std::any_of(trials.begin(), trials.end(), [](const TrialRun* t) {

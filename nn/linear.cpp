@@ -273,6 +273,11 @@ void generating_forward(const Tensor& x, const Tensor& y, const LinearGroup& gro
     }
 }
 
+/// Before weights are read.
+void fetch(const LinearGroup& group) {
+  if (group.stream != nullptr) group.stream->need(group.streamed);
+}
+
 void add_biases(const Tensor& y, const LinearGroup& group) {
   int64_t row = 0;
   for (const Linear& member : group.members) {
@@ -298,6 +303,7 @@ bool LinearGroup::trains(const Batch& batch) const { return layout_of(*this, bat
 
 Variable linear(Tape& tape, const Variable& x, const LinearGroup& group, const Batch& batch,
                 const Variable& residual) {
+  fetch(group);
   const Layout layout = layout_of(group, batch);
   const int64_t n = group.out_features(), width = layout.width;
   // The tail lets an operation write its gradient in place of y.
@@ -329,6 +335,7 @@ Variable linear(Tape& tape, const Variable& x, const LinearGroup& group, const B
   Variable result = tape.record(
       "linear", y, {x, residual}, std::move(slots),
       [&group, batch, layout, pass = ++group.passes](const Tensor& g, const Node& node) {
+        fetch(group);
         Tensor dy = g;  // with room for ds, which the residual's gradient then has too
         const bool latest = group.passes == pass;
         const Tensor dx = group.folded ? folded_backward(g, node, group, batch, layout, latest, dy)

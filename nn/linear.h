@@ -10,6 +10,7 @@
 #pragma once
 #include "autograd/tape.h"
 #include "nn/batch.h"
+#include "nn/layer_stream.h"
 #include "nn/lora.h"
 #include "quant/weight.h"
 
@@ -33,6 +34,9 @@ struct LinearGroup {
   /// Forward passes so far: each leaves its adapters in `resident`, where its backward pass finds
   /// them unless another came between.
   mutable int64_t passes = 0;
+  /// Where the weights wait on the host: who brings them, and the layer's number there.
+  LayerStream* stream = nullptr;
+  size_t streamed = 0;
 
   int64_t in_features() const { return members.front().weight.in_features(); }
   int64_t out_features() const;

@@ -26,7 +26,7 @@ Tensor to_dtype(const Tensor& t, DType dtype, Device device) {
 }  // namespace
 
 Llama::Llama(const LlamaConfig& config, const WeightSpec& spec, DType compute, Device device,
-             const TensorSource& source, bool host_embeddings)
+             const TensorSource& source, bool host_embeddings, int64_t streamed_layers)
     : config_(config),
       spec_(spec),
       compute_(compute),
@@ -47,6 +47,9 @@ Llama::Llama(const LlamaConfig& config, const WeightSpec& spec, DType compute, D
   const Device host = device.is_meta() ? Device::cpu().meta() : Device::cpu();
   embed_tokens_ = dense_on(host_embeddings ? host : device, "model.embed_tokens.weight",
                            {config.vocab_size, hidden}, compute);
+  QLAB_CHECK(streamed_layers >= 0 && streamed_layers <= config.num_hidden_layers,
+             "{} of {} layers cannot be streamed", streamed_layers, config.num_hidden_layers);
+  if (streamed_layers > 0) stream_ = std::make_unique<LayerStream>(device);
   int index = 0;
   for (int64_t l = 0; l < config.num_hidden_layers; ++l) {
     const std::string prefix = fmt::format("model.layers.{}.", l);
@@ -80,6 +83,10 @@ Llama::Llama(const LlamaConfig& config, const WeightSpec& spec, DType compute, D
     layer.gate_up_proj.members = {linear("mlp.gate_proj", inter, hidden, config.mlp_bias),
                                   linear("mlp.up_proj", inter, hidden, config.mlp_bias)};
     layer.down_proj.members = {linear("mlp.down_proj", hidden, inter, config.mlp_bias)};
+    const auto streamed_until = [&](int64_t end) {
+      return end * streamed_layers / config.num_hidden_layers;
+    };
+    if (streamed_until(l + 1) > streamed_until(l)) move_to_host(layer);
   }
   set_folded(device.target == DeviceType::cuda && compute != DType::f32 &&
              spec.format == WeightFormat::nf4);
@@ -89,6 +96,16 @@ Llama::Llama(const LlamaConfig& config, const WeightSpec& spec, DType compute, D
                           : dense("lm_head.weight", {config.vocab_size, hidden}, compute);
   lm_head_ = Weight::share(head, unquantized(compute));
   synchronize(device);
+}
+
+void Llama::move_to_host(DecoderLayer& layer) {
+  std::vector<Tensor*> parts;
+  const auto groups = {&layer.qkv_proj, &layer.o_proj, &layer.gate_up_proj, &layer.down_proj};
+  for (LinearGroup* group : groups)
+    for (Linear& module : group->members)
+      for (Tensor* part : module.weight.parts()) parts.push_back(part);
+  const size_t number = stream_->add(parts);
+  for (LinearGroup* group : groups) group->stream = stream_.get(), group->streamed = number;
 }
 
 const std::vector<const Linear*> Llama::linears() const {
@@ -130,7 +147,7 @@ bool Llama::hold_resident(int64_t budget, const Batch& batch) {
       Tensor& held = group->resident;
       const int64_t pitch = width > 0 ? (k + width + 63) / 64 * 64 : k;
       const int64_t bytes = n * pitch * static_cast<int64_t>(size_of(compute_));
-      const bool fits = group->folded && bytes <= budget;
+      const bool fits = group->folded && group->stream == nullptr && bytes <= budget;
       if (fits) budget -= bytes;
       if (fits == held.defined() && (!fits || held.shape() == Shape{n, k + width})) continue;
       changed = true;
@@ -280,6 +297,7 @@ Tensor Llama::embedded(const Batch& batch) const {
 Variable Llama::hidden(Tape& tape, const Batch& batch, const RecomputePolicy& policy,
                        KvCache* cache, HostSlots* host) const {
   if (cache == nullptr) cover_positions(batch.max_length);
+  if (stream_) stream_->begin(batch.ids.device());
   Variable x = tape.input(embedded(batch));
   // The residual stream's gradient is one buffer; folded adapters of o and down work in its tail.
   for (const DecoderLayer& l : layers_)

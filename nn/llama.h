@@ -52,9 +52,11 @@ class Llama {
  public:
   /// Layer by layer: a tensor is read, moved, quantized and dropped before the next is read. With
   /// `host_embeddings` the input embeddings stay in host memory, and a micro-batch brings its rows
-  /// along (Batch::embedded); lm_head must not be tied to them.
+  /// along (Batch::embedded); lm_head must not be tied to them. The weights of `streamed_layers`
+  /// of the layers, spread evenly so that copies overlap with the layers between them, wait on the
+  /// host and come when a pass needs them (nn/layer_stream.h).
   Llama(const LlamaConfig& config, const WeightSpec& spec, DType compute, Device device,
-        const TensorSource& source, bool host_embeddings = false);
+        const TensorSource& source, bool host_embeddings = false, int64_t streamed_layers = 0);
 
   const LlamaConfig& config() const { return config_; }
   const WeightSpec& spec() const { return spec_; }
@@ -65,12 +67,19 @@ class Llama {
   /// default where weights are expanded for a GPU anyway.
   void set_folded(bool folded);
   /// Keeps as many groups of linear modules as fit into `budget` bytes expanded, with room for the
-  /// adapters of batches like `batch`; the first layers come first. 0 drops what was held. True
-  /// when anything changed. Needs folded adapters; the values are the same either way.
+  /// adapters of batches like `batch`; the first layers come first, streamed ones are left out. 0
+  /// drops what was held. True when anything changed. Needs folded adapters; the values are the
+  /// same either way.
   bool hold_resident(int64_t budget, const Batch& batch);
   int64_t resident_bytes() const;  // held now
   /// The input embeddings where they lie in host memory, otherwise nullptr.
   const Tensor* host_embeddings() const { return host_embeddings_ ? &embed_tokens_ : nullptr; }
+  int64_t streamed_layers() const { return stream_ ? stream_->size() : 0; }
+  int64_t streamed_bytes() const { return stream_ ? stream_->host_bytes() : 0; }
+  /// To be called when a step has been issued.
+  void end_step() const {
+    if (stream_) stream_->end();
+  }
   /// Makes the rotary tables long enough; to be called before a step that needs it is planned.
   void cover_positions(int64_t positions) const;
   void forget_positions() { rope_ = {}; }
@@ -94,6 +103,7 @@ class Llama {
   KvCache make_cache(int64_t capacity) const;
 
  private:
+  void move_to_host(DecoderLayer& layer);
   const std::vector<const Linear*> linears() const;
   Tensor embedded(const Batch& batch) const;
   Variable layer(Tape& tape, const DecoderLayer& layer, int64_t index, const Variable& x,
@@ -112,6 +122,7 @@ class Llama {
   bool host_embeddings_ = false, folded_ = false;
   mutable RopeTables rope_;  // of the positions that occur
   mutable int rope_generation_ = 0;
+  std::unique_ptr<LayerStream> stream_;  // of the layers whose weights wait on the host
   std::vector<DecoderLayer> layers_;
 };
 

@@ -119,9 +119,10 @@ ModelSource open_model(const std::string& path) {
 }
 
 std::unique_ptr<Llama> load_llama(const ModelSource& source, const WeightSpec& spec, DType compute,
-                                  Device device, bool host_embeddings) {
+                                  Device device, bool host_embeddings, int64_t streamed_layers) {
   return std::make_unique<Llama>(source.config, spec, compute, device,
-                                 device.is_meta() ? source.on_paper : source.read, host_embeddings);
+                                 device.is_meta() ? source.on_paper : source.read, host_embeddings,
+                                 streamed_layers);
 }
 
 std::string requantization_warning(const ModelSource& source, const WeightSpec& spec) {

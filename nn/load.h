@@ -21,7 +21,8 @@ ModelSource open_model(const std::string& path);
 
 /// Reads the weights; for a meta device nothing is read, and accounts show what loading takes.
 std::unique_ptr<Llama> load_llama(const ModelSource& source, const WeightSpec& spec, DType compute,
-                                  Device device, bool host_embeddings = false);
+                                  Device device, bool host_embeddings = false,
+                                  int64_t streamed_layers = 0);
 
 /// "" or a warning that the source's weights already lie on a 4-bit grid.
 std::string requantization_warning(const ModelSource& source, const WeightSpec& spec);

@@ -83,4 +83,12 @@ void Weight::expand(const Tensor& y) const {
     copy(y, dense_);
 }
 
+std::vector<Tensor*> Weight::parts() {
+  std::vector<Tensor*> defined;
+  for (Tensor* part : {&dense_, &row_scales_, &nf4_.codes, &nf4_.absmax, &nf4_.absmax_code,
+                       &nf4_.absmax2, &nf4_.offset})
+    if (part->defined()) defined.push_back(part);
+  return defined;
+}
+
 }  // namespace qlab

@@ -5,6 +5,8 @@
 // int8 is LLM.int8's storage (Dettmers et al. 2022, section 3: one byte a weight and one fp32 scale
 // a row) on paper: its bytes are known on a meta device, and there is nothing to compute with it.
 #pragma once
+#include <vector>
+
 #include "autograd/tape.h"
 #include "core/tensor.h"
 #include "quant/nf4_dispatch.h"
@@ -41,6 +43,8 @@ class Weight {
                 const Tensor& addend) const;
   /// Writes the values to y [N, K], whose row pitch is honoured.
   void expand(const Tensor& y) const;
+  /// The tensors that hold it, for whoever keeps them elsewhere.
+  std::vector<Tensor*> parts();
 
  private:
   Shape shape_;

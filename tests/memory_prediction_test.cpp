@@ -69,6 +69,10 @@ TEST_P(PredictionTest, IsThePeakToTheByte) {
       {"optim.type=adamw8bit", "lora.r=256", "train.batch_size=1", "data.seq_len=2"},
       {"optim.type=paged_adamw", "lora.r=256"},
       {"optim.type=paged_adamw8bit", "lora.r=7", "lora.dtype=bf16"},
+      {"model.streamed_layers=1", "model.path=synthetic:tiny-deep"},
+      {"model.streamed_layers=4", "model.path=synthetic:tiny-deep", "train.recompute=offload"},
+      {"model.streamed_layers=all", "model.path=synthetic:tiny-deep", "model.embeddings=host"},
+      {"model.streamed_layers=all", "model.path=synthetic:tiny-deep", "quant.type=bf16"},
   };
   for (const std::vector<std::string>& sets : cases) {
     SCOPED_TRACE(sets.empty() ? "" : sets[0]);

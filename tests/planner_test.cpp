@@ -142,9 +142,11 @@ TEST(CostModel, LayersAreComputedAgainUpToWhatIsRead) {
     const std::vector<PaperTrial> gang = {assumed_trial(c, Device::cuda())};
     RunPlan plan;
     plan.layers.assign(static_cast<size_t>(layers), recompute);
-    std::map<std::string, ProfileLine> lines;
-    for (const ProfileLine& line : predict_memory(model, gang, Device::cuda(), {}, plan).work)
-      lines[line.name] = line;
+    std::map<std::string, ProfileLine> lines;  // of all parts together
+    for (const ProfileLine& line : predict_memory(model, gang, Device::cuda(), {}, plan).work) {
+      lines[line.name].work.flops += line.work.flops;
+      lines[line.name].work.bytes += line.work.bytes;
+    }
     return lines;
   };
   for (const int64_t batch : {4, 8})  // 8 x 2048 in chunks of 8,192 rows
@@ -240,7 +242,105 @@ TEST(Planner, MovesEmbeddingsLast) {
   EXPECT_EQ(aside(plan("9.5GB", "auto")), 0);
   EXPECT_GT(aside(plan("9.5GB", "device")), 0);
   EXPECT_GT(aside(plan("8GiB", "auto")), 0);
-  EXPECT_THROW(plan("6GB", "auto"), OutOfMemory);
+  EXPECT_EQ(plan("8GiB", "auto").streamed_layers, 0);
+  EXPECT_GT(plan("6GB", "auto").streamed_layers, 0);
+}
+
+/// Of a synthetic model, 1 x 512 tokens.
+Config small_batch(const std::string& model, const std::string& recompute,
+                   const std::vector<std::string>& sets = {}) {
+  std::vector<std::string> all = {"model.path=synthetic:" + model, "lora.r=16",
+                                  "data.train=synthetic", "train.batch_size=1",
+                                  "train.recompute=" + recompute};
+  all.insert(all.end(), sets.begin(), sets.end());
+  return load_config("", all);
+}
+Config llama_2_7b(const std::string& recompute, const std::vector<std::string>& sets = {}) {
+  return small_batch("llama-2-7b", recompute, sets);
+}
+/// On an H100.
+RunPlan h100_plan(const Config& c, const char* budget) {
+  const std::vector<PaperTrial> gang = {assumed_trial(c, Device::cuda())};
+  return plan_run(open_model(c.model.path), gang, Device::cuda(), *parse_bytes(budget),
+                  gpu_rates("h100-80gb"));
+}
+
+// Where not even the base fits, layers come from the host.
+TEST(Planner, StreamsLayersLast) {
+  EXPECT_EQ(h100_plan(llama_2_7b("auto"), "6GB").streamed_layers, 0);
+  int64_t before = 0;
+  double seconds = 0;
+  for (const char* budget : {"4GB", "3GB", "2GB"}) {
+    SCOPED_TRACE(budget);
+    const RunPlan plan = h100_plan(llama_2_7b("auto"), budget);
+    EXPECT_LE(plan.peak, *parse_bytes(budget));
+    EXPECT_GT(plan.streamed_layers, before);
+    EXPECT_GE(plan.step_seconds, seconds);
+    EXPECT_GT(plan.host_peak, plan.streamed_layers * 100'000'000);
+    EXPECT_THAT(describe(plan),
+                testing::HasSubstr(fmt::format("the weights of {} of 32 layers streamed from host "
+                                               "memory",
+                                               plan.streamed_layers)));
+    // One fewer, with everything put aside, is too much or no faster.
+    const RunPlan fewer = h100_plan(
+        llama_2_7b("offload", {"model.embeddings=host",
+                               fmt::format("model.streamed_layers={}", plan.streamed_layers - 1)}),
+        budget);
+    EXPECT_TRUE(fewer.peak > *parse_bytes(budget) || fewer.step_seconds >= plan.step_seconds);
+    before = plan.streamed_layers, seconds = plan.step_seconds;
+  }
+  EXPECT_THAT(error_of([&] { h100_plan(llama_2_7b("auto"), "600MB"); }),
+              testing::HasSubstr("again and 32 of them streamed from host memory this run needs"));
+  // A number is kept to.
+  EXPECT_EQ(h100_plan(llama_2_7b("auto", {"model.streamed_layers=8"}), "40GB").streamed_layers, 8);
+  EXPECT_THROW(h100_plan(llama_2_7b("auto", {"model.streamed_layers=0"}), "3GB"), OutOfMemory);
+}
+
+TEST(Planner, SeventyBillionParametersFitIn24GiB) {
+  for (const char* model : {"llama-3.1-70b", "llama-2-70b"}) {
+    SCOPED_TRACE(model);
+    const RunPlan plan = h100_plan(small_batch(model, "auto"), "24GiB");
+    EXPECT_LE(plan.peak, int64_t{24} << 30);
+    EXPECT_GT(plan.streamed_layers, 20);
+    EXPECT_LT(plan.streamed_layers, 60);
+  }
+}
+
+TEST(Planner, AsksTheHostForRoom) {
+  const RunPlan plan = h100_plan(llama_2_7b("auto"), "3GB");
+  ASSERT_GT(plan.streamed_layers, 0);
+  EXPECT_THAT(
+      error_of([&] { check_host_memory(plan, plan.host_peak - 1); }),
+      testing::HasSubstr(fmt::format("model.streamed_layers below {}", plan.streamed_layers)));
+  check_host_memory(plan, plan.host_peak);
+}
+
+TEST(Planner, StreamingIsARemedy) {
+  const Config c = llama_2_7b("none");
+  const std::vector<PaperTrial> gang = {assumed_trial(c, Device::cuda())};
+  const auto remedy = cheapest_fit(open_model(c.model.path), gang, Device::cuda(), 3'000'000'000);
+  ASSERT_TRUE(remedy);
+  EXPECT_LE(remedy->peak, 3'000'000'000);
+  EXPECT_THAT(remedy->sets, testing::Contains(testing::StartsWith("model.streamed_layers=")));
+  EXPECT_THAT(remedy->sets, testing::Not(testing::Contains(testing::HasSubstr("grad_accum"))));
+}
+
+// Copies of a part overlap with what it computes, not with the next part.
+TEST(CostModel, StreamedLayersOverlap) {
+  const Rates rates{1e12, 1e12, 0, true};
+  const auto line = [](const char* name, double flops, double bytes, int part) {
+    return ProfileLine{name, 1, 0, {flops, bytes}, part};
+  };
+  const double copy = predicted_seconds({line("streamed layer", 0, 1e12, 0)}, rates);
+  const double product = predicted_seconds({line("product", 1e12, 0, 0)}, rates);
+  EXPECT_GT(copy, 2 * product);
+  const auto both = [&](double products, int part) {
+    return predicted_seconds(
+        {line("streamed layer", 0, 1e12, 0), line("product", products * 1e12, 0, part)}, rates);
+  };
+  EXPECT_EQ(both(1, 0), copy);
+  EXPECT_EQ(both(1000, 0), 1000 * product);
+  EXPECT_EQ(both(1, 1), copy + product);
 }
 
 TEST(Gpus, AreKnownByNameOrBytes) {
