@@ -4,13 +4,20 @@
 
 namespace qlab {
 
-const Tensor& Node::saved(std::string_view name) const {
-  for (const Slot& slot : slots_)
-    if (slot.name == name) {
-      QLAB_CHECK(slot.value.defined(), "[{}] slot {} was dropped and not filled again", op_, name);
-      return slot.value;
+size_t Node::find(std::string_view name) const {
+  for (size_t i = 0; i < slots_.size(); ++i)
+    if (slots_[i].name == name) {
+      QLAB_CHECK(slots_[i].value.defined(), "[{}] slot {} was dropped and not filled again", op_,
+                 name);
+      return i;
     }
   fail("[{}] has no slot {}", op_, name);
+}
+
+const Tensor& Node::saved(std::string_view name) const { return slots_[find(name)].value; }
+
+Tensor Node::take(std::string_view name) {
+  return std::exchange(slots_[find(name)].value, Tensor());
 }
 
 Variable Tape::input(Tensor value, bool requires_grad) {

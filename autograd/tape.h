@@ -39,6 +39,9 @@ class Node {
  public:
   /// The saved tensor of that name.
   const Tensor& saved(std::string_view name) const;
+  /// The same, no longer the node's: its memory is free for what its backward allocates once the
+  /// caller drops it.
+  Tensor take(std::string_view name);
   /// Whether the gradient of input i is wanted.
   bool needs(size_t i) const { return inputs_[i] >= 0; }
   /// With Sum::own: the gradient of input 0 collected so far, undefined when there is none. The
@@ -47,7 +50,8 @@ class Node {
 
  private:
   friend class Tape;
-  using Backward = std::function<std::vector<Tensor>(const Tensor& g, const Node& node)>;
+  size_t find(std::string_view name) const;
+  using Backward = std::function<std::vector<Tensor>(const Tensor& g, Node& node)>;
   const char* op_ = "";
   std::string place_;  // of the forward pass, in a named plan
   std::vector<int> inputs_;

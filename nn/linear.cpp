@@ -143,7 +143,7 @@ void fill_s(const Tensor& x, const Tensor& block, const Layout& layout, const Li
                     stacked_a(block, segment, n, k), segment.rows(batch));
 }
 
-Tensor folded_backward(const Tensor& incoming, const Node& node, const LinearGroup& group,
+Tensor folded_backward(const Tensor& incoming, Node& node, const LinearGroup& group,
                        const Batch& batch, const Layout& layout, bool has_adapters, Tensor& g) {
   const int64_t n = group.out_features(), k = group.in_features(), width = layout.width;
   g = with_room(incoming, width);
@@ -153,7 +153,7 @@ Tensor folded_backward(const Tensor& incoming, const Node& node, const LinearGro
   std::vector<Tensor> apart;  // ds of segments with dropout
   if (width > 0) {
     wide = g.widened(n + width);
-    const Tensor& x = node.saved("linear.x");
+    const Tensor x = node.take("linear.x");  // dx may lie where it lay
     const bool written = one_adapter(layout, g.dim(0));
     const Tensor tail = cleared_tail(wide, n, layout, written);
     for (const SegmentParts& segment : layout.segments) {
@@ -334,7 +334,7 @@ Variable linear(Tape& tape, const Variable& x, const LinearGroup& group, const B
   if (wanted) add_biases(y, group);
   Variable result = tape.record(
       "linear", y, {x, residual}, std::move(slots),
-      [&group, batch, layout, pass = ++group.passes](const Tensor& g, const Node& node) {
+      [&group, batch, layout, pass = ++group.passes](const Tensor& g, Node& node) {
         fetch(group);
         Tensor dy = g;  // with room for ds, which the residual's gradient then has too
         const bool latest = group.passes == pass;
