@@ -219,6 +219,19 @@ TEST(Targets, ARegexMatchesTheWholeName) {
   EXPECT_THAT(error_of([] { resolve("("); }), HasSubstr("neither a keyword"));
 }
 
+// Each takes a backtracking matcher minutes or more.
+TEST(Targets, NoRegexTakesExponentialTime) {
+  for (const char* pattern : {"(.*)*x", "((.*)*)*[xz]", "(a|e|.)*!", "(?=(.*)*z).*"})
+    EXPECT_THAT(error_of([&] { resolve(pattern); }), HasSubstr("no module matches")) << pattern;
+  EXPECT_EQ(resolve("(.*)*j").size(), names.size());
+  EXPECT_EQ(resolve("((.*)*)*[ij]").size(), names.size());
+  EXPECT_THAT(error_of([] { resolve(R"((.*)\1)"); }), HasSubstr("back-reference"));
+}
+
+TEST(Targets, ARegexMayLookAhead) {
+  EXPECT_THAT(resolve(R"(.*layers\.(?!0\.)\d+\..*?q_proj)"), testing::ElementsAre(7, 14));
+}
+
 TEST(Targets, NothingThatMatchesIsAnError) {
   EXPECT_THAT(error_of([] { resolve("", {"c_attn"}); }),
               AllOf(HasSubstr("lora.targets: no module matches c_attn"), HasSubstr("q_proj"),
