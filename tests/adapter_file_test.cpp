@@ -174,6 +174,21 @@ TEST_F(AdapterFileTest, RefusesWeightsThatDoNotFit) {
   EXPECT_THAT(load_error(spec), HasSubstr("adapter_model.safetensors"));
 }
 
+TEST_F(AdapterFileTest, RefusesValuesThatAreNotFinite) {
+  LoraSpec spec;
+  spec.pattern = "qv";
+  for (const float bad : {std::numeric_limits<float>::quiet_NaN(), HUGE_VALF, -HUGE_VALF}) {
+    const auto adapter = saved(spec);
+    const Tensor b = adapter->module("model.layers.1.self_attn.v_proj").b;
+    b.data<float>()[b.numel() - 1] = bad;
+    save_adapter(dir_, *adapter, "base");
+    EXPECT_THAT(load_error(spec),
+                AllOf(HasSubstr("adapter_model.safetensors"),
+                      HasSubstr("layers.1.self_attn.v_proj.lora_B.weight has values that are not "
+                                "finite")));
+  }
+}
+
 const std::vector<std::string> names = [] {
   std::vector<std::string> all;
   for (const char* layer : {"0", "1", "10"})
