@@ -4,6 +4,7 @@
 #include <cmath>
 #include <nlohmann/json.hpp>
 #include <numbers>
+#include <set>
 
 #include "core/parallel.h"
 #include "core/random.h"
@@ -72,13 +73,32 @@ Tensor tensor_on_paper(const Shape& shape, DType dtype) {
   return Tensor::empty(shape, dtype, Device::cpu().meta());
 }
 
-// Every tensor of the model, by the headers alone: mistakes surface before anything is loaded.
+// What files hold besides the weights: tables that follow from the configuration, and a copy of
+// tied embeddings.
+bool is_redundant(const std::string& name, const LlamaConfig& config) {
+  return name.ends_with("rotary_emb.inv_freq") ||
+         (name == "lm_head.weight" && config.tie_word_embeddings);
+}
+
+// Every tensor of the model, and that there are no others, by the headers alone: mistakes surface
+// before anything is loaded.
 void check_tensors(const LlamaConfig& config, const Checkpoint& checkpoint) {
+  std::set<std::string> wanted;
   Llama(config, {WeightFormat::bf16}, DType::bf16, Device::cpu().meta(),
         [&](const std::string& name, const Shape& shape) {
           checkpoint.check(name, shape);
+          wanted.insert(name);
           return tensor_on_paper(shape, DType::bf16);
         });
+  std::vector<std::string> left;
+  for (const std::string& name : checkpoint.names())
+    if (!wanted.contains(name) && !is_redundant(name, config)) left.push_back(name);
+  if (!left.empty())
+    fail(
+        "{}: the model that the configuration describes ({} layers) has no place for tensor "
+        "\"{}\"{}; config.json and the weights must be of one model that qlab computes in full",
+        checkpoint.file_of(left.front()), config.num_hidden_layers, left.front(),
+        left.size() > 1 ? fmt::format(" and {} more", left.size() - 1) : "");
 }
 
 }  // namespace
