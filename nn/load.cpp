@@ -110,7 +110,7 @@ ModelSource open_model(const std::string& path) {
   source.path = path;
   if (path.starts_with(synthetic_prefix)) {
     source.config = synthetic_config(path.substr(std::string(synthetic_prefix).size()));
-    source.fingerprint = path + " by quantiles";  // how its values are made
+    source.fingerprint = [path](const auto&) { return path + " by quantiles"; };  // how it is made
     source.read = synthetic_tensor;
     source.on_paper = [](const std::string&, const Shape& shape) {
       return tensor_on_paper(shape, DType::bf16);
@@ -124,7 +124,9 @@ ModelSource open_model(const std::string& path) {
   if (!checkpoint->contains("lm_head.weight")) source.config.tie_word_embeddings = true;
   check_tensors(source.config, *checkpoint);
   source.config.source_dtype = checkpoint->source_dtype("model.layers.0.self_attn.q_proj.weight");
-  source.fingerprint = checkpoint->fingerprint();
+  source.fingerprint = [checkpoint](const std::function<void()>& between_tensors) {
+    return checkpoint->fingerprint(between_tensors);
+  };
   const auto dtype = [checkpoint](const std::string& name) {
     return checkpoint->source_dtype(name) == "BF16" ? DType::bf16 : DType::f32;
   };
