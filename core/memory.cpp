@@ -4,7 +4,6 @@
 #include <charconv>
 #include <cmath>
 #include <cstdlib>
-#include <fstream>
 #include <limits>
 #include <mutex>
 #include <numeric>
@@ -12,6 +11,7 @@
 #include <utility>
 
 #include "core/error.h"
+#include "core/host_memory.h"
 
 namespace qlab {
 namespace {
@@ -108,15 +108,6 @@ bool plain_mode() {
   return plain;
 }
 
-int64_t available_host_bytes() {
-  std::ifstream file("/proc/meminfo");
-  std::string key, unit;
-  int64_t kib = 0;
-  while (file >> key >> kib >> unit)
-    if (key == "MemAvailable:") return kib * 1024;
-  return INT64_MAX;
-}
-
 int64_t left_of_limit(Device device) {
   const std::lock_guard lock(account_mutex);
   const auto limit = limits.find(device);
@@ -143,7 +134,7 @@ void* try_to_allocate(Device device, int64_t bytes) {
   if (bytes > left_of_limit(device)) return nullptr;
   if (device.is_cuda()) return cuda::allocate(static_cast<size_t>(bytes), device.index);
   // Linux hands out more than it has; ask before a large block, so that the error is ours.
-  if (bytes > (int64_t{1} << 28) && bytes > available_host_bytes()) return nullptr;
+  if (bytes > (int64_t{1} << 28) && bytes > available_host_memory()) return nullptr;
   return std::aligned_alloc(alignment, static_cast<size_t>(bytes));
 }
 
@@ -241,7 +232,7 @@ int64_t available_memory(Device device) {
   if (device.is_meta()) return within;
   return std::min(within, device.is_cuda()
                               ? static_cast<int64_t>(cuda::memory_info(device.index).free_bytes)
-                              : available_host_bytes());
+                              : available_host_memory());
 }
 
 void add_evictable(Device device, Evictable* who) {

@@ -1,6 +1,7 @@
 // A model on disk, in one of the forms people have: a Hugging Face directory, a hub id in the local
 // cache, or a GGUF file. All are read through Hugging Face's names and configuration keys.
 #pragma once
+#include <functional>
 #include <memory>
 #include <nlohmann/json.hpp>
 #include <string>
@@ -36,10 +37,9 @@ class Checkpoint {
   /// What each rotary frequency is divided by, [head_dim / 2]; empty when the file has none. Only
   /// GGUF carries them, in place of the llama3 rope scaling.
   virtual std::vector<float> rope_divisors() const { return {}; }
-  /// Of configuration, names, dtypes, shapes, and the first and last MiB of every tensor: fast for
-  /// files of many GB, blind to a change deep inside a large tensor that leaves its ends as they
-  /// were.
-  virtual std::string fingerprint() const = 0;
+  /// Of configuration, names, dtypes, shapes and every byte of the tensors, which are read for it.
+  /// `between_tensors` may throw, which ends the reading.
+  virtual std::string fingerprint(const std::function<void()>& between_tensors = [] {}) const = 0;
 
  protected:
   Checkpoint(std::string path, nlohmann::json config)

@@ -168,10 +168,13 @@ class GgufCheckpoint final : public Checkpoint {
     return result;
   }
 
-  std::string fingerprint() const override {
+  std::string fingerprint(const std::function<void()>& between_tensors) const override {
     Fingerprint result;
     result.add(file_.header());
-    for (const auto& [name, tensor] : file_.tensors()) add_ends(result, file_.bytes(tensor));
+    for (const auto& [name, tensor] : file_.tensors()) {
+      between_tensors();
+      result.add_in_blocks(file_.bytes(tensor));
+    }
     return result.hex();
   }
 

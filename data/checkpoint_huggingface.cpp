@@ -84,14 +84,15 @@ class HuggingFaceDirectory final : public Checkpoint {
   Tensor read(const std::string& name, DType dtype) const override {
     return file_with(name).read(name, dtype);
   }
-  std::string fingerprint() const override {
+  std::string fingerprint(const std::function<void()>& between_tensors) const override {
     Fingerprint result;
     result.add(config_.dump());
     for (const auto& [name, index] : file_of_) {
       const SafetensorsFile& file = files_[index];
       const SafetensorsEntry& entry = file.entries().at(name);
       result.add(name).add(entry.dtype).add(shape_text(entry.shape));
-      add_ends(result, file.bytes(name));
+      between_tensors();
+      result.add_in_blocks(file.bytes(name));
     }
     return result.hex();
   }

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <functional>
+#include <utility>
 
 #include "core/error.h"
 #include "core/random.h"
@@ -104,10 +105,13 @@ class LineReader {
       const std::string role = text_of(message, "role", where);
       if (role != "system" && role != "user" && role != "assistant" && role != "tool")
         fail("{}: role \"{}\" is unknown; system, user, assistant and tool are known", where, role);
-      const bool trained = all || role == "assistant";
+      const bool answer = role == "assistant", trained = all || answer;
+      std::string heading = role + "\n", content = text_of(message, "content", where);
+      // Tokens may span both, as in the whole text; an answer begins where generation begins.
+      if (!answer) heading += std::exchange(content, "");
       append(example, {start}, all);
-      append(example, tokenizer_.encode(role + "\n"), all);
-      append(example, tokenizer_.encode(text_of(message, "content", where)), trained);
+      append(example, tokenizer_.encode(heading), all);
+      append(example, tokenizer_.encode(content), trained);
       append(example, {end}, trained);
       append(example, tokenizer_.encode("\n"), all);
     }

@@ -37,7 +37,7 @@ struct Dataset {
 ///   {"prompt": text, "completion": text}    tokenized apart and joined, EOS appended and trained
 ///   {"text": text}                          EOS appended, all trained
 ///   {"messages": [{"role", "content"}]}     ChatML; the assistant's content and its <|im_end|>
-///   trained
+///   trained. Tokens are those of the whole text, but none spans the start of an answer.
 ///   {"input_ids": ids, "labels": ids}       taken as they are
 /// The first two begin with what the tokenizer's own template puts first (BOS, for some).
 /// A line that is none of them is an Error with file and line; so is a set with nothing to train.

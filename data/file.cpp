@@ -5,14 +5,17 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <atomic>
 #include <bit>
 #include <cerrno>
 #include <cstring>
 #include <filesystem>
 #include <utility>
+#include <vector>
 
 #include "core/error.h"
+#include "core/parallel.h"
 
 namespace qlab {
 namespace {
@@ -140,11 +143,25 @@ Fingerprint& Fingerprint::add(uint64_t value) {
   return *this;
 }
 
+Fingerprint& Fingerprint::add_in_blocks(Bytes bytes) {
+  constexpr size_t block = size_t{1} << 20;
+  std::vector<std::array<uint64_t, 2>> digests((bytes.size() + block - 1) / block);
+  parallel_for(static_cast<int64_t>(digests.size()), 1, [&](int64_t first, int64_t last) {
+    for (auto i = static_cast<size_t>(first); i < static_cast<size_t>(last); ++i) {
+      const Bytes rest = bytes.subspan(i * block);
+      digests[i] = Fingerprint().add(rest.first(std::min(rest.size(), block))).digest();
+    }
+  });
+  return add(static_cast<uint64_t>(bytes.size())).add(std::as_bytes(std::span(digests)));
+}
+
+std::array<uint64_t, 2> Fingerprint::digest() const {
+  return {finish(lanes_[3] ^ finish(lanes_[0] + finish(lanes_[1] + finish(lanes_[2])))),
+          finish(lanes_[0] ^ finish(lanes_[1] ^ finish(lanes_[2] ^ finish(lanes_[3]))))};
+}
+
 std::string Fingerprint::hex() const {
-  const uint64_t low =
-      finish(lanes_[0] ^ finish(lanes_[1] ^ finish(lanes_[2] ^ finish(lanes_[3]))));
-  const uint64_t high =
-      finish(lanes_[3] ^ finish(lanes_[0] + finish(lanes_[1] + finish(lanes_[2]))));
+  const auto [high, low] = digest();
   return fmt::format("{:016x}{:016x}", high, low);
 }
 

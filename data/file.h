@@ -1,5 +1,6 @@
 // Files: read-only mappings, whole-file reads, atomic replacement, and content fingerprints.
 #pragma once
+#include <array>
 #include <cstddef>
 #include <cstdint>
 #include <cstdio>
@@ -60,9 +61,13 @@ class Fingerprint {
   Fingerprint& add(Bytes bytes);  // the length is part of the digest, so pieces do not run together
   Fingerprint& add(std::string_view text) { return add(std::as_bytes(std::span(text))); }
   Fingerprint& add(uint64_t value);
+  /// For contents of many GB: the digests of blocks of 1 MiB, which threads make side by side.
+  Fingerprint& add_in_blocks(Bytes bytes);
   std::string hex() const;  // 32 digits
 
  private:
+  std::array<uint64_t, 2> digest() const;
+
   uint64_t lanes_[4] = {0x243f6a8885a308d3, 0x13198a2e03707344, 0xa4093822299f31d0,
                         0x082efa98ec4e6c89};  // digits of pi
 };

@@ -87,8 +87,7 @@ std::vector<Field> make_fields() {
        .range = kFraction},
       {"lora.targets", QLAB_SLOT(lora.targets),
        "modules that get an adapter: attention, mlp, all-linear, qk, qv, a list of module names, "
-       "or "
-       "a regular expression that matches the whole module name"},
+       "or a regular expression without back-references that matches the whole module name"},
       {"lora.scaling",
        QLAB_SLOT(lora.scaling),
        "scale of the adapters' output",

@@ -10,6 +10,10 @@
 namespace qlab {
 
 int32_t sample(const std::vector<float>& logits, double temperature, double top_p, double draw) {
+  if (!std::all_of(logits.begin(), logits.end(), [](float l) { return std::isfinite(l); }))
+    fail(
+        "the model's logits are not finite: a weight of the base is not, or activations overflow "
+        "(then set quant.compute_dtype: bf16 or fp32)");
   const auto best = std::max_element(logits.begin(), logits.end());
   if (temperature <= 0) return static_cast<int32_t>(best - logits.begin());
   std::vector<int32_t> order(logits.size());

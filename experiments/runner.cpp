@@ -92,7 +92,7 @@ std::vector<Planned> plan_trials(const Sweep& sweep, const std::string& dir, Dev
     const std::vector<Adapter::Shape> targets = at_key(
         c, "lora.targets", [&] { return adapted_shapes(model.config, lora_spec(c)); }, true);
     check_start(c, targets);
-    const Fingerprints prints{model.fingerprint, library.train_set(c).fingerprint,
+    const Fingerprints prints{library.fingerprint(c.model.path), library.train_set(c).fingerprint,
                               c.data.eval.empty() ? "" : library.eval_set(c).fingerprint,
                               adapter_fingerprint(c.lora.adapter)};
     const DType compute = at_key(

@@ -103,6 +103,13 @@ const ModelSource& Library::model(const std::string& path) {
   return it->second;
 }
 
+const std::string& Library::fingerprint(const std::string& path) {
+  auto it = fingerprints_.find(path);
+  if (it == fingerprints_.end())
+    it = fingerprints_.emplace(path, model(path).fingerprint([this] { check_stop(); })).first;
+  return it->second;
+}
+
 const Tokenizer& Library::tokenizer(const std::string& model_path) {
   auto it = tokenizers_.find(model_path);
   if (it == tokenizers_.end())

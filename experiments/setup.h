@@ -53,6 +53,8 @@ class Library {
   /// `stop` is asked again and again while files are read; true throws Interrupted.
   explicit Library(std::function<bool()> stop = {}) : stop_(std::move(stop)) {}
   const ModelSource& model(const std::string& path);
+  /// Of the model at `path`; the first call reads all of it.
+  const std::string& fingerprint(const std::string& path);
   const Tokenizer& tokenizer(const std::string& model_path);
   /// data.train and data.eval, files or "synthetic". Every id is in the model's vocabulary.
   const Dataset& train_set(const Config& config);
@@ -79,6 +81,7 @@ class Library {
 
   std::function<bool()> stop_;
   std::map<std::string, ModelSource> models_;
+  std::map<std::string, std::string> fingerprints_;  // of models
   std::map<std::string, Tokenizer> tokenizers_;
   std::map<std::string, Dataset> datasets_;
   std::unique_ptr<MemoryLog> memory_;

@@ -1,6 +1,7 @@
 #include "nn/adapter_file.h"
 
 #include <algorithm>
+#include <cmath>
 #include <filesystem>
 #include <nlohmann/json.hpp>
 #include <set>
@@ -173,7 +174,14 @@ void load_adapter(const std::string& dir, const Adapter& adapter) {
   int64_t offset = 0;
   for (const Adapter::Shape& m : adapter.modules())
     for (const char* factor : {"lora_A", "lora_B"}) {
-      const Tensor t = file.read(tensor_name(m.name, factor), DType::f32);
+      const std::string name = tensor_name(m.name, factor);
+      const Tensor t = file.read(name, DType::f32);
+      const float* values = t.data<float>();
+      if (!std::all_of(values, values + t.numel(), [](float v) { return std::isfinite(v); }))
+        fail(
+            "{}: {} has values that are not finite; take an adapter from before its training "
+            "diverged",
+            file.path(), name);
       copy(host.slice_rows(offset, offset + t.numel()), t.view({t.numel()}));
       offset += t.numel();
     }

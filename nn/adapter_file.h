@@ -21,7 +21,7 @@ LoraSpec read_adapter_spec(const std::string& dir);
 void check_adapter(const std::string& dir, const LoraSpec& spec,
                    const std::vector<Adapter::Shape>& modules);
 
-/// Fills the adapter's parameters from `dir`, which must fit it.
+/// Fills the adapter's parameters from `dir`, which must fit it and be finite.
 void load_adapter(const std::string& dir, const Adapter& adapter);
 
 }  // namespace qlab

@@ -4,6 +4,7 @@
 #include <cmath>
 #include <nlohmann/json.hpp>
 #include <numbers>
+#include <set>
 
 #include "core/parallel.h"
 #include "core/random.h"
@@ -72,13 +73,32 @@ Tensor tensor_on_paper(const Shape& shape, DType dtype) {
   return Tensor::empty(shape, dtype, Device::cpu().meta());
 }
 
-// Every tensor of the model, by the headers alone: mistakes surface before anything is loaded.
+// What files hold besides the weights: tables that follow from the configuration, and a copy of
+// tied embeddings.
+bool is_redundant(const std::string& name, const LlamaConfig& config) {
+  return name.ends_with("rotary_emb.inv_freq") ||
+         (name == "lm_head.weight" && config.tie_word_embeddings);
+}
+
+// Every tensor of the model, and that there are no others, by the headers alone: mistakes surface
+// before anything is loaded.
 void check_tensors(const LlamaConfig& config, const Checkpoint& checkpoint) {
+  std::set<std::string> wanted;
   Llama(config, {WeightFormat::bf16}, DType::bf16, Device::cpu().meta(),
         [&](const std::string& name, const Shape& shape) {
           checkpoint.check(name, shape);
+          wanted.insert(name);
           return tensor_on_paper(shape, DType::bf16);
         });
+  std::vector<std::string> left;
+  for (const std::string& name : checkpoint.names())
+    if (!wanted.contains(name) && !is_redundant(name, config)) left.push_back(name);
+  if (!left.empty())
+    fail(
+        "{}: the model that the configuration describes ({} layers) has no place for tensor "
+        "\"{}\"{}; config.json and the weights must be of one model that qlab computes in full",
+        checkpoint.file_of(left.front()), config.num_hidden_layers, left.front(),
+        left.size() > 1 ? fmt::format(" and {} more", left.size() - 1) : "");
 }
 
 }  // namespace
@@ -90,7 +110,7 @@ ModelSource open_model(const std::string& path) {
   source.path = path;
   if (path.starts_with(synthetic_prefix)) {
     source.config = synthetic_config(path.substr(std::string(synthetic_prefix).size()));
-    source.fingerprint = path + " by quantiles";  // how its values are made
+    source.fingerprint = [path](const auto&) { return path + " by quantiles"; };  // how it is made
     source.read = synthetic_tensor;
     source.on_paper = [](const std::string&, const Shape& shape) {
       return tensor_on_paper(shape, DType::bf16);
@@ -104,7 +124,9 @@ ModelSource open_model(const std::string& path) {
   if (!checkpoint->contains("lm_head.weight")) source.config.tie_word_embeddings = true;
   check_tensors(source.config, *checkpoint);
   source.config.source_dtype = checkpoint->source_dtype("model.layers.0.self_attn.q_proj.weight");
-  source.fingerprint = checkpoint->fingerprint();
+  source.fingerprint = [checkpoint](const std::function<void()>& between_tensors) {
+    return checkpoint->fingerprint(between_tensors);
+  };
   const auto dtype = [checkpoint](const std::string& name) {
     return checkpoint->source_dtype(name) == "BF16" ? DType::bf16 : DType::f32;
   };

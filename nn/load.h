@@ -1,5 +1,6 @@
 // From a path to a model: checkpoints through data/checkpoint.h, synthetic ones from a seed.
 #pragma once
+#include <functional>
 #include <memory>
 #include <string>
 
@@ -11,9 +12,10 @@ namespace qlab {
 struct ModelSource {
   std::string path;
   LlamaConfig config;
-  std::string fingerprint;  // of configuration and tensors
-  TensorSource read;        // f32, or bf16 where the checkpoint has it, on the CPU
-  TensorSource on_paper;    // the same on the CPU's meta device
+  TensorSource read;      // f32, or bf16 where the checkpoint has it, on the CPU
+  TensorSource on_paper;  // the same on the CPU's meta device
+  /// Of configuration and tensors: reads the whole model, with calls of its argument on the way.
+  std::function<std::string(const std::function<void()>&)> fingerprint;
 };
 
 /// DIR, FILE.gguf, a hub id, or synthetic:NAME (seeded normal weights of standard deviation 0.02).

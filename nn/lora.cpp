@@ -17,13 +17,9 @@ const std::map<std::string, std::vector<std::string>> keywords = {
     {"qv", {"q_proj", "v_proj"}},
 };
 
-bool matches(const std::regex& regex, const std::string& name) {
-  try {
-    return std::regex_match(name, regex);
-  } catch (const std::regex_error&) {
-    fail("lora.targets: the regular expression is too complex to match {}", name);
-  }
-}
+// libstdc++'s matcher without backtracking, which takes exponential time for (.*)*x; it refuses
+// back-references.
+constexpr auto syntax = std::regex::ECMAScript | std::regex_constants::__polynomial;
 
 bool matches_name(const std::string& full, const std::string& entry) {
   return full == entry || full.ends_with("." + entry);
@@ -43,7 +39,7 @@ std::vector<int> resolve_targets(const LoraSpec& spec, const std::vector<std::st
     entries = keyword->second;
   } else if (!spec.pattern.empty()) {
     try {
-      regex.emplace(spec.pattern, std::regex::ECMAScript);
+      regex.emplace(spec.pattern, syntax);
     } catch (const std::regex_error& error) {
       fail(
           "lora.targets: '{}' is neither a keyword (attention, mlp, all-linear, qk, qv) nor a "
@@ -54,7 +50,7 @@ std::vector<int> resolve_targets(const LoraSpec& spec, const std::vector<std::st
   std::vector<int> found;
   std::vector<bool> used(entries.size());
   for (size_t i = 0; i < linears.size(); ++i) {
-    bool hit = regex && matches(*regex, linears[i]);
+    bool hit = regex && std::regex_match(linears[i], *regex);
     for (size_t e = 0; e < entries.size(); ++e)
       if (matches_name(linears[i], entries[e])) hit = true, used[e] = true;
     if (hit) found.push_back(static_cast<int>(i));

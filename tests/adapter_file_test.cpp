@@ -174,6 +174,21 @@ TEST_F(AdapterFileTest, RefusesWeightsThatDoNotFit) {
   EXPECT_THAT(load_error(spec), HasSubstr("adapter_model.safetensors"));
 }
 
+TEST_F(AdapterFileTest, RefusesValuesThatAreNotFinite) {
+  LoraSpec spec;
+  spec.pattern = "qv";
+  for (const float bad : {std::numeric_limits<float>::quiet_NaN(), HUGE_VALF, -HUGE_VALF}) {
+    const auto adapter = saved(spec);
+    const Tensor b = adapter->module("model.layers.1.self_attn.v_proj").b;
+    b.data<float>()[b.numel() - 1] = bad;
+    save_adapter(dir_, *adapter, "base");
+    EXPECT_THAT(load_error(spec),
+                AllOf(HasSubstr("adapter_model.safetensors"),
+                      HasSubstr("layers.1.self_attn.v_proj.lora_B.weight has values that are not "
+                                "finite")));
+  }
+}
+
 const std::vector<std::string> names = [] {
   std::vector<std::string> all;
   for (const char* layer : {"0", "1", "10"})
@@ -217,6 +232,19 @@ TEST(Targets, ARegexMatchesTheWholeName) {
   EXPECT_THAT(resolve(".*down_proj"), ElementsAre(6, 13, 20));
   EXPECT_THAT(error_of([] { resolve("down_proj"); }), HasSubstr("no module matches down_proj"));
   EXPECT_THAT(error_of([] { resolve("("); }), HasSubstr("neither a keyword"));
+}
+
+// Each takes a backtracking matcher minutes or more.
+TEST(Targets, NoRegexTakesExponentialTime) {
+  for (const char* pattern : {"(.*)*x", "((.*)*)*[xz]", "(a|e|.)*!", "(?=(.*)*z).*"})
+    EXPECT_THAT(error_of([&] { resolve(pattern); }), HasSubstr("no module matches")) << pattern;
+  EXPECT_EQ(resolve("(.*)*j").size(), names.size());
+  EXPECT_EQ(resolve("((.*)*)*[ij]").size(), names.size());
+  EXPECT_THAT(error_of([] { resolve(R"((.*)\1)"); }), HasSubstr("back-reference"));
+}
+
+TEST(Targets, ARegexMayLookAhead) {
+  EXPECT_THAT(resolve(R"(.*layers\.(?!0\.)\d+\..*?q_proj)"), testing::ElementsAre(7, 14));
 }
 
 TEST(Targets, NothingThatMatchesIsAnError) {

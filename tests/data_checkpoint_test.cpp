@@ -185,6 +185,41 @@ TEST(Checkpoint, FingerprintFollowsContent) {
   EXPECT_NE(before, Checkpoint::open(llama_folder)->fingerprint());
 }
 
+TEST(Checkpoint, FingerprintReadsEveryByte) {
+  const test::TemporaryFolder folder;
+  folder.write("config.json", read_text_file(llama_folder + "/config.json"));
+  const Tensor x = Tensor::zeros({1024, 1024}, DType::f32, Device::cpu());
+  const auto fingerprint = [&] {
+    write_safetensors(folder / "model.safetensors", {{"x", x}});
+    return Checkpoint::open(folder.path())->fingerprint();
+  };
+  const std::string before = fingerprint();
+  for (const int64_t i : {300000, 524288, 700001}) {  // of 1,048,576
+    x.data<float>()[i] = 1;
+    EXPECT_NE(fingerprint(), before) << i;
+    x.data<float>()[i] = 0;
+  }
+  EXPECT_EQ(fingerprint(), before);
+  EXPECT_THROW(Checkpoint::open(folder.path())->fingerprint([] { throw std::runtime_error(""); }),
+               std::runtime_error);
+}
+
+TEST(Checkpoint, FingerprintReadsEveryByteOfGguf) {
+  QLAB_SKIP_WITHOUT_DEMO_MODEL();
+  const test::TemporaryFolder folder;
+  const std::string path = folder / "model.gguf";
+  std::filesystem::copy_file(test::demo_model(), path);
+  const std::string before = Checkpoint::open(path)->fingerprint();
+  {
+    std::fstream file(path, std::ios::binary | std::ios::in | std::ios::out);
+    file.seekg(10'000'000);  // inside the embeddings
+    const char changed = static_cast<char>(file.get() ^ 1);
+    file.seekp(10'000'000);
+    file.put(changed);
+  }
+  EXPECT_NE(Checkpoint::open(path)->fingerprint(), before);
+}
+
 TEST(Checkpoint, SmolLm2) {
   QLAB_SKIP_WITHOUT_DEMO_MODEL();
   const auto checkpoint = Checkpoint::open(test::demo_model());

@@ -99,6 +99,23 @@ TEST_F(DatasetTest, Messages) {
   EXPECT_EQ(all.examples[0].labels, example.input_ids);
 }
 
+TEST_F(DatasetTest, PromptsAreTokenizedWithTheirRole) {
+  const Tokenizer t = chat_tokenizer();
+  const std::string asked =
+      "<|im_start|>system\n \n<|im_end|>\n<|im_start|>user\n\n\nhi<|im_end|>\n";
+  const auto prompt = t.encode(asked + "<|im_start|>assistant\n"), answer = t.encode("\n\nyo"),
+             closing = t.encode("<|im_end|>\n");
+  ASSERT_NE(t.encode("user\n\n\nhi"), joined({t.encode("user\n"), t.encode("\n\nhi")}));
+  const Dataset data = load(
+      R"({"messages": [{"role": "system", "content": " \n"}, {"role": "user", "content": "\n\nhi"},)"
+      R"( {"role": "assistant", "content": "\n\nyo"}]})",
+      t);
+  const auto& example = data.examples[0];
+  EXPECT_EQ(example.input_ids, joined({prompt, answer, closing}));
+  EXPECT_EQ(example.labels,
+            joined({masked(prompt.size()), answer, {closing[0]}, masked(closing.size() - 1)}));
+}
+
 TEST_F(DatasetTest, Tokenized) {
   const Dataset data =
       load(R"({"input_ids": [5, 6, 7], "labels": [-100, 6, -100]})", Tokenizer::without_text(8));

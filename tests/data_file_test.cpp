@@ -4,6 +4,7 @@
 
 #include <csignal>
 
+#include "core/parallel.h"
 #include "tests/support/files.h"
 
 namespace qlab {
@@ -89,6 +90,30 @@ TEST(Fingerprint, ChangesWithEveryBit) {
   }
   EXPECT_NE(before, Fingerprint().add(text + '\0').hex());
   EXPECT_NE(Fingerprint().add("ab").add("c").hex(), Fingerprint().add("a").add("bc").hex());
+}
+
+TEST(Fingerprint, InBlocksWhateverTheThreads) {
+  std::string text((size_t{3} << 20) + 5, 'x');
+  const auto hex = [&] {
+    return Fingerprint().add_in_blocks(std::as_bytes(std::span(text))).hex();
+  };
+  const std::string before = hex();
+  const int threads = thread_count();
+  set_thread_count(3);
+  EXPECT_EQ(hex(), before);
+  set_thread_count(threads);
+  for (const size_t i : {size_t{0}, size_t{1} << 20, text.size() / 2, text.size() - 1}) {
+    text[i] = 'y';
+    EXPECT_NE(hex(), before) << i;
+    text[i] = 'x';
+  }
+  text[0] = 'y';
+  const std::string first = hex();
+  text[0] = 'x';
+  text[size_t{1} << 20] = 'y';  // the same block at another place
+  EXPECT_NE(hex(), first);
+  text += 'x';
+  EXPECT_NE(hex(), before);
 }
 
 }  // namespace
