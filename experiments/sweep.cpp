@@ -106,7 +106,11 @@ class Expansion {
     std::erase_if(in_.derived, [&](const Formula& f) { return is_fixed(f.key); });
     for (std::vector<Point>* points : {&in_.paired, &in_.include}) {
       for (Point& point : *points) {
-        std::erase_if(point, [&](const Setting& s) { return is_fixed(s.key); });
+        Point kept;  // not erase_if: assigning a YAML::Node rewrites the node it stood for
+        for (const Setting& s : point) {
+          if (!is_fixed(s.key)) kept.push_back(s);
+        }
+        point.swap(kept);
       }
     }
   }

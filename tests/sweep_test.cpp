@@ -203,6 +203,19 @@ derived: {alpha: 2*r}
   EXPECT_EQ(load(text, {"data.seq_len=64"}).trials.size(), 12u);
 }
 
+TEST_F(SweepTest, OptionsLeaveTheRestOfAPairAlone) {
+  const Sweep sweep = load(R"(
+paired: [{train.steps: 3, optim.lr: 1e-3, lora.dropout: 0.25, train.grad_accum: 5}]
+)",
+                           {"train.steps=2"});
+  ASSERT_EQ(sweep.trials.size(), 1u);
+  const Config& config = sweep.trials[0].config;
+  EXPECT_EQ(config.train.steps, 2);
+  EXPECT_EQ(config.optim.lr, 1e-3);
+  EXPECT_EQ(config.lora.dropout, 0.25);
+  EXPECT_EQ(config.train.grad_accum, 5);
+}
+
 TEST_F(SweepTest, WordsOfWandb) {
   const Sweep sweep = load(R"(
 program: train.py
