@@ -235,18 +235,11 @@ class Layer {
       if (e.field != entry.field || e.text == entry.text) continue;
       fail("{}: {} contradicts {} ({}): keep one", entry.where, entry.spelled, e.spelled, e.where);
     }
-    static const std::vector<std::pair<std::string, std::string>> exclusive{
-        {"train.steps", "train.epochs"},
-        {"optim.warmup_steps", "optim.warmup_ratio"},
-        {"optim.betas", "optim.beta1"},
-        {"optim.betas", "optim.beta2"}};
-    for (const auto& [a, b] : exclusive) {
-      const std::string& key = entry.field->key;
-      if ((key != a && key != b) || entry.text.empty()) continue;
-      if (const Entry* other = find(key == a ? b : a)) {
-        fail("{}: {} excludes {} ({}): keep one", entry.where, entry.spelled, other->spelled,
-             other->where);
-      }
+    for (const std::string& key : excluded_by(entry.field->key)) {
+      const Entry* other = entry.text.empty() ? nullptr : find(key);
+      if (other == nullptr) continue;
+      fail("{}: {} excludes {} ({}): keep one", entry.where, entry.spelled, other->spelled,
+           other->where);
     }
     if (entry.field->key.starts_with("lora.")) lora_ = true;
     entries_.push_back(std::move(entry));
@@ -288,6 +281,15 @@ void set_key(Config& config, const std::string& key, const YAML::Node& value,
   Layer layer;
   layer.add(key, value, place(origin, value), origin);
   layer.apply(config);
+}
+
+void set_keys(Config& config, const std::vector<Setting>& settings, const std::string& file) {
+  Layer layer;
+  for (const Setting& s : settings) {
+    layer.add(s.key, s.value, s.value.Mark().line < 0 ? s.where : place(file, s.value), file);
+  }
+  layer.apply(config);
+  layer.use_paths_beside(config, file);
 }
 
 void apply_sets(Config& config, const std::vector<std::string>& sets) {

@@ -400,6 +400,20 @@ const Alias* find_alias(const std::string& name) {
   return nullptr;
 }
 
+std::vector<std::string> excluded_by(const std::string& key) {
+  static const std::vector<std::pair<std::string, std::string>> exclusive{
+      {"train.steps", "train.epochs"},
+      {"optim.warmup_steps", "optim.warmup_ratio"},
+      {"optim.betas", "optim.beta1"},
+      {"optim.betas", "optim.beta2"}};
+  std::vector<std::string> keys;
+  for (const auto& [a, b] : exclusive) {
+    if (key == a) keys.push_back(b);
+    if (key == b) keys.push_back(a);
+  }
+  return keys;
+}
+
 std::string field_text(const Field& field, const Config& config) {
   return std::visit(ToText{}, field.slot(const_cast<Config&>(config)));
 }

@@ -216,6 +216,77 @@ paired: [{train.steps: 3, optim.lr: 1e-3, lora.dropout: 0.25, train.grad_accum: 
   EXPECT_EQ(config.train.grad_accum, 5);
 }
 
+TEST_F(SweepTest, OptionsFixWhatTheyExclude) {
+  const std::string betas = "parameters: {optim.betas: {values: [[0.9, 0.99], [0.8, 0.99]]}}";
+  const Sweep sweep = load(betas, {"adam_beta1=0.5"});
+  ASSERT_EQ(sweep.trials.size(), 1u);
+  EXPECT_EQ(sweep.trials[0].config.optim.betas, (std::array{0.5, 0.999}));
+  const Sweep both =
+      load("parameters: {adam_beta1: {values: [0.9, 0.8]}, adam_beta2: {values: [0.99, 0.95]}}",
+           {"optim.betas=[0.5, 0.6]"});
+  ASSERT_EQ(both.trials.size(), 1u);
+  EXPECT_EQ(both.trials[0].config.optim.betas, (std::array{0.5, 0.6}));
+}
+
+TEST_F(SweepTest, SettingsOfOnePointMayNotContradictEachOther) {
+  EXPECT_THAT(error("parameters:\n  train.steps: {values: [1, 2]}\n  train.epochs: {values: [1]}"),
+              HasSubstr("ranks.yaml:9: train.epochs excludes train.steps (" +
+                        (dir_ / "ranks.yaml").string() + ":8): keep one"));
+  EXPECT_THAT(error("parameters: {train.steps: {value: 5}, train.epochs: {values: [1, 2]}}"),
+              HasSubstr("excludes train.steps"));
+  EXPECT_THAT(error("parameters: {optim.betas: {values: [[0.9, 0.9]]}, adam_beta1: {values: [0]}}"),
+              HasSubstr("adam_beta1 excludes optim.betas"));
+  EXPECT_THAT(error("paired: [{lora.r: 4, lora_r: 8}]"), HasSubstr("lora_r contradicts lora.r"));
+  EXPECT_THAT(error("parameters: {r: {value: 4}}\npaired: [{lora.r: 8}]"),
+              HasSubstr("lora.r contradicts r"));
+  EXPECT_THAT(error("parameters: {train.steps: {values: [1, 2]}}\nderived: {train.epochs: 2}"),
+              HasSubstr("train.epochs is already given by train.steps"));
+  EXPECT_THAT(error("derived: {optim.warmup_ratio: 0.5, warmup_steps: 2}"),
+              HasSubstr("optim.warmup_steps is already given by optim.warmup_ratio"));
+  const Sweep apart = load("paired: [{train.steps: 5}, {train.epochs: 2}]");
+  EXPECT_EQ(apart.trials[0].config.train.steps, 5);
+  EXPECT_EQ(apart.trials[1].config.train.epochs, 2);
+  const Sweep included = load(
+      "parameters: {lora.r: {values: [4]}}\nderived: {warmup_steps: lora.r}\n"
+      "include: [{lora.r: 8, warmup_ratio: 0.5}]");
+  EXPECT_EQ(included.trials[1].config.optim.warmup_ratio, 0.5);
+}
+
+TEST_F(SweepTest, PointsHaveTheirOwnSeeds) {
+  const auto seeds = [](const Sweep& sweep) {
+    std::vector<int64_t> found;
+    for (const Trial& trial : sweep.trials) {
+      EXPECT_EQ(trial.seed, trial.config.train.seed);
+      EXPECT_EQ(trial.seed, trial.config.train.init_seed);
+      found.push_back(trial.seed);
+    }
+    return found;
+  };
+  const std::string paired = "paired: [{train.seed: 1, lora.r: 8}, {seed: 2, lora.r: 4}]";
+  const Sweep sweep = load(paired);
+  EXPECT_THAT(seeds(sweep), ElementsAre(1, 2));
+  EXPECT_THAT(names(sweep), ElementsAre("r8-s1", "r4-s2"));
+  EXPECT_THAT(sweep.seeds, ElementsAre(1, 2));
+  EXPECT_THAT(sweep.swept_keys, ElementsAre("lora.r"));
+  EXPECT_THAT(seeds(load(paired, {"seed=5"})), ElementsAre(5, 5));
+  const std::string ranks = "parameters: {lora.r: {values: [2, 4]}}\n";
+  EXPECT_THAT(seeds(load(ranks + "include: [{train.seed: 7, lora.r: 4}]")), ElementsAre(0, 0, 7));
+  EXPECT_THAT(seeds(load(ranks + "derived: {train.seed: lora.r}")), ElementsAre(2, 4));
+  for (const std::string& own :
+       {std::string("derived: {train.seed: lora.r}"), std::string("include: [{seed: 7}]"), paired,
+        std::string("parameters: {seed: {value: 3}}")}) {
+    EXPECT_THAT(error("seeds: [0, 1]\n" + own), HasSubstr("both seeds and train.seed")) << own;
+  }
+}
+
+TEST_F(SweepTest, FormulasKnowTheSeed) {
+  const Sweep sweep = load(
+      "seeds: [0, 1, 2]\nparameters: {lora.r: {values: [2, 4]}}\n"
+      "derived: {train.data_seed: 100 + train.seed}\nexclude: [lora.r == 4 && seed > 0]");
+  EXPECT_THAT(names(sweep), ElementsAre("r2-s0", "r2-s1", "r2-s2", "r4-s0"));
+  EXPECT_EQ(sweep.trials[2].config.train.data_seed, 102);
+}
+
 TEST_F(SweepTest, WordsOfWandb) {
   const Sweep sweep = load(R"(
 program: train.py
@@ -278,7 +349,7 @@ TEST_F(SweepTest, Errors) {
   EXPECT_THAT(error("parameters: {lora.r: {values: [4]}, lora_r: {values: [4]}}"),
               HasSubstr("stands twice"));
   EXPECT_THAT(error("parameters: {lora.r: {values: [4]}}\nderived: {lora.r: 2}"),
-              HasSubstr("already swept"));
+              HasSubstr("ranks.yaml:8: lora.r is already given by lora.r"));
   EXPECT_THAT(error("method: random\nparameters: {lora.r: {values: [4]}}"),
               HasSubstr("needs run_cap"));
   EXPECT_THAT(error("parameters: {lora.r: {values: [4]}}\nexclude: [lora.r == 4]"),
