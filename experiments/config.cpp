@@ -353,6 +353,15 @@ std::string get_key(const Config& config, const std::string& key) {
   return field_text(*find_field(canonical_key(key, "configuration")), config);
 }
 
+std::string value_text(const std::string& key, const std::string& value,
+                       const std::string& origin) {
+  Layer layer;
+  layer.add(key, option_value(value), origin, origin);
+  Config config;
+  layer.apply(config);
+  return get_key(config, key);
+}
+
 std::string canonical_key(const std::string& key, const std::string& origin) {
   if (const Alias* alias = find_alias(key)) return alias->key;
   if (const Field* field = find_field(key)) return field->key;

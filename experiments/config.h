@@ -146,6 +146,8 @@ std::string to_yaml(const Config& config);
 std::string canonical(const Config& config);
 /// The value of a key as text; "" when it has none.
 std::string get_key(const Config& config, const std::string& key);
+/// The same for a value as --set would give it; `origin` begins errors.
+std::string value_text(const std::string& key, const std::string& value, const std::string& origin);
 
 /// The dotted key an alias or a dotted key stands for; Error with the nearest key when unknown.
 std::string canonical_key(const std::string& key, const std::string& origin);

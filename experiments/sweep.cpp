@@ -264,10 +264,13 @@ class Expansion {
   }
 
   void derive(Config& config, const Formula& formula) const {
+    const Field* field = find_field(formula.key);
+    if (contains(field->allowed, formula.text)) {  // alpha/r is a number elsewhere
+      return set_key(config, formula.key, YAML::Node(formula.text), formula.where);
+    }
     Config known = config;
     resolve(known);
     const Value value = evaluate(formula.text, known, formula.where);
-    const Field* field = find_field(formula.key);
     std::string text;
     if (const auto* x = std::get_if<double>(&value)) {
       const Slot slot = field->slot(config);

@@ -107,6 +107,14 @@ include:
   EXPECT_EQ(sweep.trials[3].config.lora.alpha, 5);
 }
 
+TEST_F(SweepTest, AlphaOverRIsANumberAndAScaling) {
+  const Sweep sweep = load(
+      "parameters: {lora.r: {values: [4, 8]}}\n"
+      "derived: {lora.alpha: 4*r, lora.scaling: alpha/r, optim.lr: 1e-4*alpha/r}");
+  EXPECT_EQ(sweep.trials[1].config.lora.scaling, "alpha/r");
+  EXPECT_EQ(sweep.trials[1].config.optim.lr, 4e-4);
+}
+
 TEST_F(SweepTest, DuplicatesAreDropped) {
   const Sweep sweep = load(R"(
 parameters:
@@ -431,6 +439,10 @@ TEST(Expression, Arithmetic) {
   EXPECT_EQ(number("max(4, min(lora.r, 6), 5)"), 6);
   EXPECT_EQ(number("sqrt(4) + floor(1.9) + ceil(0.1)"), 4);
   EXPECT_EQ(number("2e-4"), 2e-4);
+  EXPECT_EQ(number("alpha/r"), 2);
+  EXPECT_EQ(number("32/alpha/r"), 0.25);
+  EXPECT_EQ(number("1e-4*alpha/r"), 1e-4 * 16 / 8);
+  EXPECT_EQ(number("alpha/sqrt(r) * sqrt(r)"), 16);
 }
 
 TEST(Expression, Conditions) {
@@ -443,6 +455,14 @@ TEST(Expression, Conditions) {
   EXPECT_FALSE(holds("lora.scaling == alpha/sqrt(r)"));
   EXPECT_TRUE(holds("!(lora.r > 16) && lora.r >= 16 && lora.alpha == 2*lora.r"));
   EXPECT_FALSE(holds("!quant.double_quant"));
+  EXPECT_TRUE(holds("alpha/sqrt(r) != lora.scaling"));
+  EXPECT_TRUE(holds("lora.scaling == 'alpha/r' && alpha/r == 2"));
+  EXPECT_TRUE(holds("quant.type == torch.bfloat16 || optim.type == adamw_torch"));
+  EXPECT_TRUE(holds("optim.betas == '[0.9,0.999]'"));
+  const Config list = load_config("", {"lora.targets=[q_proj, v_proj]", "data.train=a/b.jsonl"});
+  EXPECT_TRUE(evaluate_condition("lora.targets == '[q_proj,v_proj]'", list, "test"));
+  EXPECT_TRUE(evaluate_condition("data.train == 'b.jsonl' && data.train == 'a/b.jsonl'", list, ""));
+  EXPECT_FALSE(evaluate_condition("data.train == 'jsonl'", list, "test"));
 }
 
 TEST(Expression, Errors) {
@@ -460,6 +480,14 @@ TEST(Expression, Errors) {
   EXPECT_THAT(error("quant.type * 2 > 1"), HasSubstr("\"nf4\" is not a number"));
   EXPECT_THAT(error("lora.r == nf4"), HasSubstr("cannot be compared"));
   EXPECT_THAT(error("quant.type == nf5"), HasSubstr("one of nf4, bf16, fp16, fp32"));
+  EXPECT_THAT(error("targets == attention"),
+              HasSubstr("x.yaml:3: in \"targets == attention\": neither \"targets\" nor "
+                        "\"attention\" is a key; did you mean \"lora.targets\"?"));
+  EXPECT_THAT(error("bf16 == type"), HasSubstr("did you mean \"quant.type\"?"));
+  EXPECT_THAT(error("'scaling' != 'alpha/r'"), HasSubstr("did you mean \"lora.scaling\"?"));
+  EXPECT_THAT(error("lora.targets == atention"), HasSubstr("did you mean \"attention\"?"));
+  EXPECT_THAT(error("optim.betas == '[0.9]'"), HasSubstr("expected two numbers"));
+  EXPECT_THAT(error("lora.scaling == alpha*r"), HasSubstr("cannot be compared"));
   EXPECT_THAT(error("train.steps > 5"), HasSubstr("has no value here"));
   EXPECT_THAT(error("(1 > 2"), HasSubstr("\")\" is missing"));
   EXPECT_THAT(error("1 >"), HasSubstr("missing at the end"));
