@@ -185,6 +185,28 @@ parameters:
   EXPECT_THAT(ranks, ElementsAre(1, 2, 3));
 }
 
+TEST_F(SweepTest, DrawsLieBetweenMinAndMax) {
+  const auto values = [&](const std::string& range) {
+    std::set<double> found;
+    for (const Trial& trial :
+         load("method: random\ncount: 40\nparameters: {lora.alpha: " + range + "}").trials)
+      found.insert(*trial.config.lora.alpha);
+    return found;
+  };
+  EXPECT_THAT(values("{distribution: q_uniform, min: 1, max: 10, q: 4}"), ElementsAre(4, 8));
+  EXPECT_THAT(values("{distribution: q_uniform, min: 0.1, max: 0.3, q: 0.1}"),
+              ElementsAre(0.1, 0.2, 0.3));
+  EXPECT_THAT(values("{min: 1.23456781, max: 1.23456789}"),
+              testing::Each(testing::AllOf(testing::Ge(1.23456781), testing::Le(1.23456789))));
+  EXPECT_THAT(error("parameters: {lora.r: {min: 5, max: 7, q: 4, distribution: q_uniform}}"),
+              HasSubstr("no multiple of q lies between min and max"));
+  EXPECT_THAT(error("method: random\ncount: 3\n"
+                    "parameters: {lora.r: {min: 5, max: 7, q: 4, distribution: q_uniform}}"),
+              HasSubstr("no multiple of q lies between min and max"));
+  EXPECT_THAT(error("parameters: {lora.r: {value: 5, values: [7]}}"),
+              HasSubstr("both value and values"));
+}
+
 TEST_F(SweepTest, AFiniteSpaceIsExhausted) {
   const Sweep sweep = load("method: random\ncount: 50\nparameters: {lora.r: {values: [1, 2, 3]}}");
   EXPECT_EQ(sweep.trials.size(), 3u);
