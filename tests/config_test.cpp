@@ -326,6 +326,10 @@ TEST(Config, FilesAndPathsBesideThem) {
   EXPECT_THAT(error(dir.string()), HasSubstr("is a directory"));
   std::ofstream(file) << "lora: {r: 8\ntrain: [";
   EXPECT_THAT(error(file), HasSubstr("not valid YAML"));
+  std::ofstream(file) << "lora: {r: 8}\n---\ntrain: {steps: 3}\n";
+  EXPECT_THAT(error(file), HasSubstr("run.yaml:3: a second document begins"));
+  std::ofstream(file) << "---\nlora: {r: 8}\n...\n";
+  EXPECT_EQ(error(file), "");
   std::ofstream(file) << "just text";
   EXPECT_THAT(error(file), HasSubstr("expected keys and values"));
   std::ofstream(file) << "";
