@@ -42,7 +42,7 @@ struct Reader {
   }
 
   void operator()(std::string* out) const {
-    if (node.IsNull() && out->empty()) return;
+    if (node.IsNull() && field_text(field, Config()).empty()) return out->clear();
     if (!node.IsScalar()) refuse("text");
     std::string text = node.Scalar();
     if (!field.allowed.empty()) {
@@ -296,13 +296,8 @@ void apply_sets(Config& config, const std::vector<std::string>& sets) {
   Layer layer;
   for (const std::string& set : sets) {
     const auto [key, text] = split_option(set);
-    const Alias* alias = find_alias(key);
-    const Field* field = find_field(alias == nullptr ? key : alias->key);
-    const bool is_text =
-        field != nullptr && std::holds_alternative<std::string*>(field->slot(config));
     const std::string where = "--set " + set;
-    const bool nothing = text.empty() || text == "\"\"" || text == "''";
-    layer.add(key, is_text ? YAML::Node(nothing ? "" : text) : option_value(text), where, where);
+    layer.add(key, option_value(text), where, where);
   }
   layer.apply(config);
 }

@@ -224,6 +224,20 @@ TEST(Config, OptionsReplaceWhatTheFileSays) {
   EXPECT_EQ(c.quant.type, "fp32");
 }
 
+TEST(Config, OptionsAreYaml) {
+  EXPECT_EQ(load_config("", {"quant.type=\"bf16\""}).quant.type, "bf16");
+  EXPECT_EQ(load_config("", {"model.path='models/a: b'"}).model.path, "models/a: b");
+  EXPECT_EQ(load_config("", {"model.path=synthetic:tiny"}).model.path, "synthetic:tiny");
+  EXPECT_EQ(load_config("", {"lora.adapter=7"}).lora.adapter, "7");
+  for (const char* nothing : {"data.eval=null", "data.eval=~", "data.eval=", "data.eval=\"\""}) {
+    Config c = parse_config(YAML::Load("data: {eval: some.jsonl}"), "run.yaml");
+    apply_sets(c, {nothing});
+    EXPECT_EQ(c.data.eval, "") << nothing;
+  }
+  EXPECT_THAT(set_error({"quant.type=null"}), HasSubstr("got nothing"));
+  EXPECT_THAT(set_error({"data.eval=[a]"}), HasSubstr("expected text, got a list"));
+}
+
 TEST(Config, SweepFilesAreRefused) {
   EXPECT_THAT(error_of("base: x.yaml\nparameters: {}"), HasSubstr("use qlab sweep run.yaml"));
 }
