@@ -69,6 +69,12 @@ struct Reader {
     const auto x = node.IsScalar() ? parse_number(node.Scalar()) : std::nullopt;
     if (!x) refuse("a number");
     check_range(*x, "a number");
+    // What the optimizer and the adapters compute with: 1e-50 would be a learning rate of 0.
+    const auto narrow = static_cast<float>(*x);
+    if ((*x != 0 && !std::isnormal(narrow)) || !field.range.contains(narrow)) {
+      refuse(fmt::format("a number {} also as a 32-bit float (1.2e-38 to 3.4e38, 7 digits)",
+                         field.range.str()));
+    }
     *out = *x;
   }
 
