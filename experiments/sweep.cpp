@@ -34,6 +34,13 @@ class Expansion {
   }
 
   Sweep expand() {
+    if (!in_.varies_at.empty() && in_.parameters.empty() && in_.paired.empty() &&
+        in_.include.empty() && sweep_.seeds.empty()) {
+      fail(
+          "{}: the sweep is empty: list what varies, as parameters: {{lora.r: {{values: [8, "
+          "16]}}}}",
+          in_.varies_at);
+    }
     prepare_base();
     take_seeds();
     drop_fixed();

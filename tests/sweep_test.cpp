@@ -384,6 +384,10 @@ TEST_F(SweepTest, Errors) {
               HasSubstr("needs run_cap"));
   EXPECT_THAT(error("parameters: {lora.r: {values: [4]}}\nexclude: [lora.r == 4]"),
               HasSubstr("the sweep is empty"));
+  for (const char* empty :
+       {"parameters: {}", "paired: []", "include: []", "parameters: {lora: {}}"})
+    EXPECT_THAT(error(empty), HasSubstr("ranks.yaml:7: the sweep is empty")) << empty;
+  EXPECT_EQ(error("parameters: {}\nseeds: [0, 1]"), "");
   EXPECT_THAT(error("derived: {lora.r: lora.q * 2}"), HasSubstr("unknown key \"lora.q\""));
   EXPECT_THAT(error("exclude: [quant.type == bf61]"), HasSubstr("one of nf4, bf16, fp16, fp32"));
   EXPECT_THAT(error("seeds: []"), HasSubstr("empty"));
