@@ -42,7 +42,7 @@ struct Reader {
   }
 
   void operator()(std::string* out) const {
-    if (node.IsNull() && out->empty()) return;
+    if (node.IsNull() && field_text(field, Config()).empty()) return out->clear();
     if (!node.IsScalar()) refuse("text");
     std::string text = node.Scalar();
     if (!field.allowed.empty()) {
@@ -69,6 +69,12 @@ struct Reader {
     const auto x = node.IsScalar() ? parse_number(node.Scalar()) : std::nullopt;
     if (!x) refuse("a number");
     check_range(*x, "a number");
+    // What the optimizer and the adapters compute with: 1e-50 would be a learning rate of 0.
+    const auto narrow = static_cast<float>(*x);
+    if ((*x != 0 && !std::isnormal(narrow)) || !field.range.contains(narrow)) {
+      refuse(fmt::format("a number {} also as a 32-bit float (1.2e-38 to 3.4e38, 7 digits)",
+                         field.range.str()));
+    }
     *out = *x;
   }
 
@@ -235,18 +241,11 @@ class Layer {
       if (e.field != entry.field || e.text == entry.text) continue;
       fail("{}: {} contradicts {} ({}): keep one", entry.where, entry.spelled, e.spelled, e.where);
     }
-    static const std::vector<std::pair<std::string, std::string>> exclusive{
-        {"train.steps", "train.epochs"},
-        {"optim.warmup_steps", "optim.warmup_ratio"},
-        {"optim.betas", "optim.beta1"},
-        {"optim.betas", "optim.beta2"}};
-    for (const auto& [a, b] : exclusive) {
-      const std::string& key = entry.field->key;
-      if ((key != a && key != b) || entry.text.empty()) continue;
-      if (const Entry* other = find(key == a ? b : a)) {
-        fail("{}: {} excludes {} ({}): keep one", entry.where, entry.spelled, other->spelled,
-             other->where);
-      }
+    for (const std::string& key : excluded_by(entry.field->key)) {
+      const Entry* other = entry.text.empty() ? nullptr : find(key);
+      if (other == nullptr) continue;
+      fail("{}: {} excludes {} ({}): keep one", entry.where, entry.spelled, other->spelled,
+           other->where);
     }
     if (entry.field->key.starts_with("lora.")) lora_ = true;
     entries_.push_back(std::move(entry));
@@ -290,17 +289,21 @@ void set_key(Config& config, const std::string& key, const YAML::Node& value,
   layer.apply(config);
 }
 
+void set_keys(Config& config, const std::vector<Setting>& settings, const std::string& file) {
+  Layer layer;
+  for (const Setting& s : settings) {
+    layer.add(s.key, s.value, s.value.Mark().line < 0 ? s.where : place(file, s.value), file);
+  }
+  layer.apply(config);
+  layer.use_paths_beside(config, file);
+}
+
 void apply_sets(Config& config, const std::vector<std::string>& sets) {
   Layer layer;
   for (const std::string& set : sets) {
     const auto [key, text] = split_option(set);
-    const Alias* alias = find_alias(key);
-    const Field* field = find_field(alias == nullptr ? key : alias->key);
-    const bool is_text =
-        field != nullptr && std::holds_alternative<std::string*>(field->slot(config));
     const std::string where = "--set " + set;
-    const bool nothing = text.empty() || text == "\"\"" || text == "''";
-    layer.add(key, is_text ? YAML::Node(nothing ? "" : text) : option_value(text), where, where);
+    layer.add(key, option_value(text), where, where);
   }
   layer.apply(config);
 }
@@ -349,6 +352,15 @@ void check_computable(const Config& config, const std::string& origin) {
 
 std::string get_key(const Config& config, const std::string& key) {
   return field_text(*find_field(canonical_key(key, "configuration")), config);
+}
+
+std::string value_text(const std::string& key, const std::string& value,
+                       const std::string& origin) {
+  Layer layer;
+  layer.add(key, option_value(value), origin, origin);
+  Config config;
+  layer.apply(config);
+  return get_key(config, key);
 }
 
 std::string canonical_key(const std::string& key, const std::string& origin) {

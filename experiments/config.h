@@ -122,6 +122,14 @@ Config parse_config(const YAML::Node& document, const std::string& file);
 /// setting of train.steps replaces train.epochs, and so on. `origin` begins every error.
 void set_key(Config& config, const std::string& key, const YAML::Node& value,
              const std::string& origin);
+/// One key given one value, and where `file` says so.
+struct Setting {
+  std::string key;
+  YAML::Node value;
+  std::string where;
+};
+/// Sets keys together, as one block of `file` would: two that contradict each other are an error.
+void set_keys(Config& config, const std::vector<Setting>& settings, const std::string& file);
 /// Applies "key=value" options together; giving a key twice is an error.
 void apply_sets(Config& config, const std::vector<std::string>& sets);
 /// Fills in what depends on other keys (alpha, seeds, steps or epochs, warmup) and checks it.
@@ -138,6 +146,8 @@ std::string to_yaml(const Config& config);
 std::string canonical(const Config& config);
 /// The value of a key as text; "" when it has none.
 std::string get_key(const Config& config, const std::string& key);
+/// The same for a value as --set would give it; `origin` begins errors.
+std::string value_text(const std::string& key, const std::string& value, const std::string& origin);
 
 /// The dotted key an alias or a dotted key stands for; Error with the nearest key when unknown.
 std::string canonical_key(const std::string& key, const std::string& origin);

@@ -75,7 +75,7 @@ std::vector<Field> make_fields() {
       {.key = "lora.r",
        .slot = QLAB_SLOT(lora.r),
        .meaning = "rank of the adapters",
-       .range = at_least(1)},
+       .range = {.low = 1, .high = 65536}},
       {.key = "lora.alpha",
        .slot = QLAB_SLOT(lora.alpha),
        .meaning = "numerator of the adapters' scale",
@@ -397,6 +397,20 @@ const Alias* find_alias(const std::string& name) {
     if (name == alias.name || name == home + alias.name) return &alias;
   }
   return nullptr;
+}
+
+std::vector<std::string> excluded_by(const std::string& key) {
+  static const std::vector<std::pair<std::string, std::string>> exclusive{
+      {"train.steps", "train.epochs"},
+      {"optim.warmup_steps", "optim.warmup_ratio"},
+      {"optim.betas", "optim.beta1"},
+      {"optim.betas", "optim.beta2"}};
+  std::vector<std::string> keys;
+  for (const auto& [a, b] : exclusive) {
+    if (key == a) keys.push_back(b);
+    if (key == b) keys.push_back(a);
+  }
+  return keys;
 }
 
 std::string field_text(const Field& field, const Config& config) {

@@ -55,6 +55,8 @@ const std::vector<std::string>& sweep_keys();
 const Field* find_field(const std::string& key);
 /// By name, alone or inside the block of its key (lora_alpha, lora.lora_alpha); nullptr likewise.
 const Alias* find_alias(const std::string& name);
+/// Keys of which one replaces the other: train.epochs for train.steps, both betas for optim.betas.
+std::vector<std::string> excluded_by(const std::string& key);
 /// The value as text, numbers in their shortest form; "" for an optional without a value.
 std::string field_text(const Field& field, const Config& config);
 

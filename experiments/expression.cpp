@@ -15,10 +15,12 @@
 namespace qlab {
 namespace {
 
-/// A value and, for messages and checks, the key it was read from.
+/// A value and, for messages and checks, the key it was read from; of a whole side of a
+/// comparison also how it is spelt: alpha/r is a number, and a value of lora.scaling.
 struct Operand {
   Value value;
   const Field* field = nullptr;
+  std::string_view spelt = {};
 };
 
 std::string show(const Value& value) {
@@ -29,8 +31,8 @@ std::string show(const Value& value) {
 
 bool is_word(char c) { return std::isalnum(static_cast<unsigned char>(c)) || c == '_'; }
 
-/// Values of keys that are not plain words; the longest first, so that each is read whole.
-const std::vector<std::string> kSpecialWords{"alpha/sqrt(r)", "all-linear", "alpha/r"};
+/// The one value of a key that is neither a plain word nor an expression.
+constexpr std::string_view kAllLinear = "all-linear";
 
 /// Recursive descent that evaluates as it reads.
 class Evaluator {
@@ -90,10 +92,10 @@ class Evaluator {
   }
 
   Operand comparison() {
-    const Operand left = sum();
+    const Operand left = side();
     for (const std::string_view op : {"==", "!=", "<=", ">=", "<", ">"}) {
       if (!take(op)) continue;
-      const Operand right = sum();
+      const Operand right = side();
       if (op == "==") return {equal(left, right)};
       if (op == "!=") return {!equal(left, right)};
       const double a = number(left), b = number(right);
@@ -102,24 +104,46 @@ class Evaluator {
     return left;
   }
 
-  bool equal(const Operand& a, const Operand& b) const {
-    if (a.value.index() != b.value.index()) {
-      stop(fmt::format("{} and {} cannot be compared", show(a.value), show(b.value)));
-    }
-    check_possible(a, b);
-    check_possible(b, a);
-    return a.value == b.value;
+  Operand side() {
+    skip_space();
+    const size_t begin = at_;
+    Operand operand = sum();
+    operand.spelt = text_.substr(begin, at_ - begin);
+    while (std::isspace(static_cast<unsigned char>(operand.spelt.back())))
+      operand.spelt.remove_suffix(1);
+    return operand;
   }
 
-  /// quant.type == bf61 would silently never hold.
-  void check_possible(const Operand& key, const Operand& word) const {
-    if (key.field == nullptr || word.field != nullptr || key.field->allowed.empty()) return;
-    const auto* text = std::get_if<std::string>(&word.value);
-    const auto& allowed = key.field->allowed;
-    if (text && std::find(allowed.begin(), allowed.end(), *text) == allowed.end()) {
-      stop(fmt::format("{} is never \"{}\" but one of {}", key.field->key, *text,
-                       fmt::join(allowed, ", ")));
+  bool equal(const Operand& a, const Operand& b) const {
+    const Value left = meant(a, b), right = meant(b, a);
+    if (left.index() != right.index()) {
+      stop(fmt::format("{} and {} cannot be compared", show(left), show(right)));
     }
+    if (const auto* text = std::get_if<std::string>(&left); text && !a.field && !b.field) {
+      const std::string hint = suggest_key(*text);
+      stop(fmt::format("neither {} nor {} is a key{}", show(left), show(right),
+                       hint.starts_with(";") ? hint : suggest_key(std::get<std::string>(right))));
+    }
+    return left == right;
+  }
+
+  /// The value of one side; a word beside a key is read as that key's value, so that
+  /// quant.type == bf61 is an error, and does not silently never hold.
+  Value meant(const Operand& word, const Operand& key) const {
+    if (word.field || !key.field || !std::holds_alternative<std::string>(key.value)) {
+      return word.value;
+    }
+    const auto& allowed = key.field->allowed;
+    const auto* text = std::get_if<std::string>(&word.value);
+    if (!text) {
+      const bool is_word = std::find(allowed.begin(), allowed.end(), word.spelt) != allowed.end();
+      return is_word ? Value(std::string(word.spelt)) : word.value;
+    }
+    if (key.field->is_path) {  // which may have been found beside its file
+      const std::string& path = std::get<std::string>(key.value);
+      return !text->empty() && path.ends_with("/" + *text) ? path : *text;
+    }
+    return value_text(key.field->key, *text, fmt::format("{}: in \"{}\"", origin_, text_));
   }
 
   Operand sum() {
@@ -203,14 +227,12 @@ class Evaluator {
   }
 
   Operand word() {
-    for (const std::string& special : kSpecialWords) {
-      const size_t end = at_ + special.size();
-      if (!text_.substr(at_).starts_with(special)) continue;
-      if (end < text_.size() && (is_word(text_[end]) || text_[end] == '.')) continue;
+    const size_t begin = at_, end = at_ + kAllLinear.size();
+    if (text_.substr(at_).starts_with(kAllLinear) &&
+        (end == text_.size() || !(is_word(text_[end]) || text_[end] == '.'))) {
       at_ = end;
-      return {special};
+      return {std::string(kAllLinear)};
     }
-    const size_t begin = at_;
     while (at_ < text_.size() && (is_word(text_[at_]) || text_[at_] == '.')) ++at_;
     const std::string name(text_.substr(begin, at_ - begin));
     if (take("(")) return call(name);

@@ -43,14 +43,14 @@ std::vector<int32_t> generate(const Llama& model, const Adapter* adapter,
                               const std::vector<int32_t>& stop_ids, const SamplingOptions& options,
                               const std::function<bool(int32_t)>& token) {
   const auto prompt_length = static_cast<int64_t>(prompt.size());
-  const int64_t capacity = prompt_length + options.max_new_tokens;
+  const int64_t positions_left = model.config().max_position_embeddings - prompt_length;
   if (prompt_length == 0)
     fail("the prompt is empty, and the tokenizer puts nothing before a text; give some text");
-  if (capacity > model.config().max_position_embeddings)
+  if (options.max_new_tokens > positions_left)
     fail("a prompt of {} tokens and {} new ones exceed the model's {} positions", prompt_length,
          options.max_new_tokens, model.config().max_position_embeddings);
   const Device device = model.device();
-  KvCache cache = model.make_cache(capacity);
+  KvCache cache = model.make_cache(prompt_length + options.max_new_tokens);
   std::vector<int32_t> pending = prompt, produced;
   for (int64_t i = 0; i < options.max_new_tokens; ++i) {
     const auto count = static_cast<int64_t>(pending.size());

@@ -33,7 +33,6 @@ void add_run(CLI::App* app, qlab::SweepOptions& options, qlab::CommonOptions& co
       });
   app->add_flag("--dry-run", options.dry_run,
                 "print the trials, what they need and whether it fits, and stop");
-  app->add_option("--shard", options.shard, "I/N: every N-th trial, starting with the I-th");
   app->add_flag("--force", options.force, "run although the predicted memory does not fit");
   add_common(app, common);
 }
@@ -51,6 +50,7 @@ int run(int argc, char** argv) {
   qlab::SweepOptions sweep;
   auto* sweep_app = app.add_subcommand("sweep", "run every trial of a sweep file, and report");
   add_run(sweep_app, sweep, common);
+  sweep_app->add_option("--shard", sweep.shard, "I/N: every N-th trial, starting with the I-th");
   sweep_app->callback([&] { code = qlab::run_sweep_command(sweep, common); });
   auto* train_app = app.add_subcommand("train", "run one configuration");
   add_run(train_app, sweep, common);
@@ -124,7 +124,9 @@ int run(int argc, char** argv) {
   generate_app->add_option("--top-p", generate.sampling.top_p)
       ->check(CLI::Range(0.0, 1.0))
       ->capture_default_str();
-  generate_app->add_option("--seed", generate.sampling.seed)->capture_default_str();
+  generate_app->add_option("--seed", generate.sampling.seed)
+      ->check(CLI::NonNegativeNumber)
+      ->capture_default_str();
   add_common(generate_app, common);
   generate_app->callback([&] { code = qlab::run_generate_command(generate, common); });
 

@@ -331,6 +331,10 @@ RunnerResult run_sweep(const Sweep& sweep, const RunnerOptions& options,
   const std::vector<int> mine = options.shard.empty()
                                     ? std::vector<int>{}
                                     : shard(options.shard, static_cast<int>(sweep.trials.size()));
+  if (!options.shard.empty() && mine.empty()) {
+    print(fmt::format("shard {} holds none of the trials, of which there {} {}: nothing to train",
+                      options.shard, sweep.trials.size() == 1 ? "is" : "are", sweep.trials.size()));
+  }
   if (options.dry_run) {
     Sweep shown = sweep;
     if (!options.shard.empty()) {

@@ -34,8 +34,17 @@ class Expansion {
   }
 
   Sweep expand() {
+    if (!in_.varies_at.empty() && in_.parameters.empty() && in_.paired.empty() &&
+        in_.include.empty() && sweep_.seeds.empty()) {
+      fail(
+          "{}: the sweep is empty: list what varies, as parameters: {{lora.r: {{values: [8, "
+          "16]}}}}",
+          in_.varies_at);
+    }
     prepare_base();
+    take_seeds();
     drop_fixed();
+    check_derived();
     collect_swept_keys();
     if (sweep_.method == "grid") {
       expand_grid();
@@ -62,14 +71,9 @@ class Expansion {
   }
 
   void fix(const std::string& name, const std::string& where) {
-    static const std::vector<std::pair<std::string, std::string>> exclusive{
-        {"train.steps", "train.epochs"}, {"optim.warmup_steps", "optim.warmup_ratio"}};
     const std::string key = canonical_key(name, where);
     fixed_.insert(key);
-    for (const auto& [a, b] : exclusive) {
-      if (key == a) fixed_.insert(b);
-      if (key == b) fixed_.insert(a);
-    }
+    for (const std::string& other : excluded_by(key)) fixed_.insert(other);
   }
 
   bool is_fixed(const std::string& name) const {
@@ -79,23 +83,41 @@ class Expansion {
   void prepare_base() {
     for (const Setting& s : in_.overrides) set_key(in_.base, s.key, s.value, in_.file);
     for (const Parameter& p : in_.parameters) {
-      if (p.constant()) assign(in_.base, {p.spelled, p.values[0], p.where});
+      if (p.constant() && !is_fixed(p.key)) {
+        constants_.push_back({p.spelled, p.values[0], p.where});
+      }
     }
+    set_keys(in_.base, constants_, in_.file);
     apply_sets(in_.base, sets_);
-    take_seed_parameter();
-    if (fixed_.count("train.seed") || sweep_.seeds.empty()) sweep_.seeds = {in_.base.train.seed};
   }
 
-  /// W&B has no seeds: `seed: {values: [...]}` means the same.
-  void take_seed_parameter() {
+  /// Where seeds are listed, each point is run with each; elsewhere a point has its own, or the
+  /// base's.
+  void take_seeds() {
+    const std::string seed = "train.seed";
+    if (fixed_.count(seed)) return sweep_.seeds.clear();
+    const auto refuse_both = [&](const std::string& where) {
+      if (!sweep_.seeds.empty()) fail("{}: both seeds and {} are given: keep one", where, seed);
+    };
     for (const Parameter& p : in_.parameters) {
-      if (p.key != "train.seed" || p.constant() || is_fixed(p.key)) continue;
-      if (!sweep_.seeds.empty()) fail("{}: both seeds and {} are given: keep one", p.where, p.key);
-      for (const YAML::Node& node : p.grid()) {
+      if (p.key != seed) continue;
+      refuse_both(p.where);
+      if (p.constant()) continue;
+      for (const YAML::Node& node : p.grid()) {  // W&B has no seeds: these mean the same
         Config seeded = in_.base;
-        assign(seeded, {p.spelled, node, p.where});
+        set_keys(seeded, {{p.spelled, node, p.where}}, in_.file);
         sweep_.seeds.push_back(seeded.train.seed);
       }
+    }
+    for (const std::vector<Point>* points : {&in_.paired, &in_.include}) {
+      for (const Point& point : *points) {
+        for (const Setting& s : point) {
+          if (canonical_key(s.key, s.where) == seed) refuse_both(s.where);
+        }
+      }
+    }
+    for (const Formula& formula : in_.derived) {
+      if (formula.key == seed) refuse_both(formula.where);
     }
   }
 
@@ -106,14 +128,42 @@ class Expansion {
     std::erase_if(in_.derived, [&](const Formula& f) { return is_fixed(f.key); });
     for (std::vector<Point>* points : {&in_.paired, &in_.include}) {
       for (Point& point : *points) {
-        std::erase_if(point, [&](const Setting& s) { return is_fixed(s.key); });
+        Point kept;  // not erase_if: assigning a YAML::Node rewrites the node it stood for
+        for (const Setting& s : point) {
+          if (!is_fixed(s.key)) kept.push_back(s);
+        }
+        point.swap(kept);
       }
     }
+  }
+
+  /// What a formula sets may not also be given; set_keys() sees to the other contradictions.
+  void check_derived() const {
+    for (const Formula& formula : in_.derived) {
+      const auto check = [&](const Setting& s) {
+        if (!replaces(formula, s)) return;
+        fail("{}: {} is already given by {} ({}): keep one", formula.where, formula.key, s.key,
+             s.where);
+      };
+      for (const Setting& s : constants_) check(s);
+      for (const Parameter& p : in_.parameters) check({p.spelled, {}, p.where});
+      for (const Point& point : in_.paired) std::for_each(point.begin(), point.end(), check);
+      for (const Formula& other : in_.derived) {
+        if (&other == &formula) break;
+        check({other.key, {}, other.where});
+      }
+    }
+  }
+
+  static bool replaces(const Formula& formula, const Setting& s) {
+    const std::string key = canonical_key(s.key, s.where);
+    return key == formula.key || contains(excluded_by(key), formula.key);
   }
 
   void collect_swept_keys() {
     const auto add = [&](const std::string& name, const std::string& where, bool once) {
       const std::string key = canonical_key(name, where);
+      if (key == "train.seed") return;  // a trial's name and every table have it anyway
       const bool known = contains(sweep_.swept_keys, key);
       if (known && once) fail("{}: {} is already swept by parameters or paired", where, key);
       if (!known) sweep_.swept_keys.push_back(key);
@@ -127,18 +177,10 @@ class Expansion {
         paired.push_back(key);
       }
     }
-    for (const Formula& f : in_.derived) add(f.key, f.where, true);
+    for (const Formula& f : in_.derived) add(f.key, f.where, false);
     for (const Point& point : in_.include) {
       for (const Setting& s : point) add(s.key, s.where, false);
     }
-  }
-
-  void assign(Config& config, const Setting& s) const {
-    set_key(config, s.key, s.value, s.value.Mark().line < 0 ? s.where : in_.file);
-    const Field* field = find_field(canonical_key(s.key, s.where));
-    if (!field->is_path) return;
-    std::string& path = *std::get<std::string*>(field->slot(config));
-    path = beside(path, in_.file);
   }
 
   void expand_grid() {
@@ -155,7 +197,7 @@ class Expansion {
       if (total > kMaxTrials) fail("{}: the grid has more than {} points", in_.file, kMaxTrials);
     }
     for (size_t i = 0; i < total; ++i) {
-      Point point;
+      Point point = constants_;
       size_t rest = i, block = total;
       for (const auto& axis : axes) {
         block /= axis.size();
@@ -168,7 +210,7 @@ class Expansion {
   }
 
   void expand_random() {
-    const auto per_point = static_cast<int64_t>(sweep_.seeds.size());
+    const auto per_point = static_cast<int64_t>(std::max<size_t>(sweep_.seeds.size(), 1));
     if (in_.count == 0 && in_.run_cap == 0) {
       fail("{}: method random needs run_cap (trials) or count (points)", in_.file);
     }
@@ -178,7 +220,7 @@ class Expansion {
     const int64_t most = 100 * wanted + 1000;  // a small space is exhausted long before
     int64_t found = 0;
     for (int64_t index = 0; found < wanted && index < most; ++index) {
-      Point point;
+      Point point = constants_;
       for (const Parameter& p : in_.parameters) {
         point.push_back(
             {p.spelled, p.draw(in_.random_seed, static_cast<uint32_t>(index)), p.where});
@@ -198,38 +240,44 @@ class Expansion {
     }
   }
 
-  /// The point's trials, one per seed; false when it is excluded or known.
+  /// The point's trials, one per seed; false when all are excluded or known.
   bool add_point(const Point& point, bool may_exclude) {
-    Config config = in_.base;
-    for (const Setting& s : point) assign(config, s);
-    for (const Formula& formula : in_.derived) {
-      const bool given = !may_exclude && std::any_of(point.begin(), point.end(), [&](auto& s) {
-        return canonical_key(s.key, s.where) == formula.key;
-      });
-      if (!given) derive(config, formula);
-    }
-    Config probe = config;
-    resolve(probe);
-    for (const Formula& rule : in_.exclude) {
-      if (!may_exclude || !evaluate_condition(rule.text, probe, rule.where)) continue;
-      ++excluded_;
-      return false;
-    }
+    if (sweep_.seeds.empty()) return add_settings(point, may_exclude);
     bool fresh = false;
     for (const int64_t seed : sweep_.seeds) {
-      Trial trial{.config = config, .swept = {}, .seed = seed, .variant = "", .name = ""};
-      trial.config.train.seed = seed;
-      resolve(trial.config);
-      fresh = add_trial(std::move(trial)) || fresh;
+      Point seeded = point;
+      seeded.push_back({"train.seed", YAML::Node(seed), in_.file});
+      fresh = add_settings(seeded, may_exclude) || fresh;
     }
     return fresh;
   }
 
+  bool add_settings(const Point& point, bool may_exclude) {
+    Trial trial{.config = in_.base, .swept = {}, .seed = 0, .variant = "", .name = ""};
+    set_keys(trial.config, point, in_.file);
+    for (const Formula& formula : in_.derived) {
+      const bool given = std::any_of(point.begin(), point.end(),
+                                     [&](const Setting& s) { return replaces(formula, s); });
+      if (!given) derive(trial.config, formula);
+    }
+    resolve(trial.config);
+    for (const Formula& rule : in_.exclude) {
+      if (!may_exclude || !evaluate_condition(rule.text, trial.config, rule.where)) continue;
+      ++excluded_;
+      return false;
+    }
+    trial.seed = trial.config.train.seed;
+    return add_trial(std::move(trial));
+  }
+
   void derive(Config& config, const Formula& formula) const {
+    const Field* field = find_field(formula.key);
+    if (contains(field->allowed, formula.text)) {  // alpha/r is a number elsewhere
+      return set_key(config, formula.key, YAML::Node(formula.text), formula.where);
+    }
     Config known = config;
     resolve(known);
     const Value value = evaluate(formula.text, known, formula.where);
-    const Field* field = find_field(formula.key);
     std::string text;
     if (const auto* x = std::get_if<double>(&value)) {
       const Slot slot = field->slot(config);
@@ -266,12 +314,16 @@ class Expansion {
           "{} duplicate trials dropped: their settings mean the same run", duplicates_));
     }
     if (sweep_.trials.empty()) {
-      fail("{}: the sweep is empty: exclude removes all {} points", in_.file, excluded_);
+      fail("{}: the sweep is empty: exclude removes all {} trials", in_.file, excluded_);
     }
     if (in_.run_cap > 0 && sweep_.trials.size() > static_cast<size_t>(in_.run_cap)) {
       sweep_.notes.push_back(fmt::format("run_cap keeps the first {} of {} trials", in_.run_cap,
                                          sweep_.trials.size()));
       sweep_.trials.erase(sweep_.trials.begin() + in_.run_cap, sweep_.trials.end());
+    }
+    sweep_.seeds.clear();
+    for (const Trial& trial : sweep_.trials) {
+      if (!contains(sweep_.seeds, trial.seed)) sweep_.seeds.push_back(trial.seed);
     }
     std::vector<std::string> derived;
     for (const Formula& formula : in_.derived) derived.push_back(formula.key);
@@ -281,6 +333,7 @@ class Expansion {
   SweepFile in_;
   const std::vector<std::string>& sets_;
   Sweep sweep_;
+  Point constants_;
   std::set<std::string> fixed_, seen_;
   int64_t duplicates_ = 0, excluded_ = 0;
 };

@@ -46,6 +46,7 @@ class SweepReader {
 
   void read(const YamlItem& item) {
     const auto& [key, value, where] = item;
+    if (key == "parameters" || key == "paired" || key == "include") out_.varies_at = where;
     if (key == "base") {
       read_base(value, where);
     } else if (key == "parallel") {

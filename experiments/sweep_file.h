@@ -25,8 +25,9 @@ struct SweepFile {
   std::vector<Parameter> parameters;
   std::vector<Point> paired, include;
   std::vector<Formula> derived, exclude;
-  int64_t run_cap = 0;  // most trials in all; 0: no limit
-  int64_t count = 0;    // points of a random sweep
+  std::string varies_at;  // where parameters, paired or include stands; "" where none does
+  int64_t run_cap = 0;    // most trials in all; 0: no limit
+  int64_t count = 0;      // points of a random sweep
   uint64_t random_seed = 0;
 };
 

@@ -46,6 +46,19 @@ void check_distribution(const std::string& name, const std::string& where, const
        fmt::join(kRanges, ", "));
 }
 
+/// Within the ends, whatever rounding did. Six digits: the last bits of log and exp differ between
+/// machines, and nobody reads them.
+YAML::Node number_node(double x, const Parameter& p) {
+  if (x != std::trunc(x)) x = std::stod(fmt::format("{:.6g}", x));
+  x = std::clamp(x, p.min, p.max);
+  return YAML::Node(x == std::trunc(x) ? fmt::format("{:.0f}", x) : shortest(x));
+}
+
+/// The first and last multiple of q between min and max, in units of q.
+std::pair<double, double> multiples(const Parameter& p) {
+  return {std::ceil(p.min / p.q - 1e-9), std::floor(p.max / p.q + 1e-9)};
+}
+
 /// Checks that what was given fits together, and names the distribution where it was left out.
 void complete(Parameter& p, bool has_min, bool has_max, bool whole) {
   const bool range = has_min || has_max;
@@ -70,6 +83,10 @@ void complete(Parameter& p, bool has_min, bool has_max, bool whole) {
     fail("{}: {}: int_uniform needs whole numbers as min and max", p.where, p.key);
   }
   if (p.q <= 0) fail("{}: {}: q must be above 0", p.where, p.key);
+  if (p.distribution == "int_uniform") p.q = 1;
+  if (const auto [first, last] = multiples(p); p.distribution == "q_uniform" && first > last) {
+    fail("{}: {}: no multiple of q lies between min and max", p.where, p.key);
+  }
   if (!p.probabilities.empty() &&
       *std::max_element(p.probabilities.begin(), p.probabilities.end()) == 0) {
     fail("{}: {}: every probability is 0", p.where, p.key);
@@ -109,6 +126,9 @@ Parameter read_parameter(const std::string& key, const YamlItem& item, const std
            near.empty() ? "" : "; did you mean \"" + near + "\"?", fmt::join(kWords, ", "));
     }
   }
+  if (item.value["value"] && item.value["values"]) {
+    fail("{}: {} has both value and values", item.where, key);
+  }
   complete(p, has_min, has_max, whole);
   return p;
 }
@@ -139,30 +159,19 @@ void collect(const std::string& prefix, const YAML::Node& block, const std::stri
   }
 }
 
-YAML::Node number_node(double x) {
-  if (x == std::trunc(x)) return YAML::Node(fmt::format("{:.0f}", x));
-  // Six digits: the last bits of log and exp differ between machines, and nobody reads them.
-  return YAML::Node(fmt::format("{:.6g}", x));
-}
-
 }  // namespace
 
 std::vector<YAML::Node> Parameter::grid() const {
   if (!values.empty()) return values;
-  const double step = distribution == "int_uniform" ? 1 : q;
   if (distribution != "int_uniform" && distribution != "q_uniform") {
     fail("{}: {}: a grid needs values; {} needs method: random", where, key, distribution);
   }
-  if ((max - min) / step >= kMaxGrid) {
+  const auto [first, last] = multiples(*this);
+  if (last - first >= kMaxGrid) {
     fail("{}: {}: more than {:.0f} values in one grid", where, key, kMaxGrid);
   }
   std::vector<YAML::Node> nodes;
-  const auto first = static_cast<int64_t>(std::ceil(min / step - 1e-9));
-  const auto last = static_cast<int64_t>(std::floor(max / step + 1e-9));
-  for (int64_t i = first; i <= last; ++i) {
-    nodes.push_back(number_node(static_cast<double>(i) * step));
-  }
-  if (nodes.empty()) fail("{}: {}: no multiple of q lies between min and max", where, key);
+  for (int i = 0; i <= last - first; ++i) nodes.push_back(number_node((first + i) * q, *this));
   return nodes;
 }
 
@@ -180,12 +189,15 @@ YAML::Node Parameter::draw(uint64_t seed, uint32_t index) const {
     }
     return values.back();
   }
-  if (distribution == "int_uniform") return number_node(min + std::floor(u * (max - min + 1)));
-  if (distribution == "q_uniform") {
-    return number_node(std::round((min + u * (max - min)) / q) * q);
+  if (distribution == "int_uniform") {
+    return number_node(min + std::floor(u * (max - min + 1)), *this);
   }
-  if (distribution == "uniform") return number_node(min + u * (max - min));
-  return number_node(std::exp(std::log(min) + u * (std::log(max) - std::log(min))));
+  if (distribution == "q_uniform") {
+    const auto [first, last] = multiples(*this);
+    return number_node(std::clamp(std::round((min + u * (max - min)) / q), first, last) * q, *this);
+  }
+  if (distribution == "uniform") return number_node(min + u * (max - min), *this);
+  return number_node(std::exp(std::log(min) + u * (std::log(max) - std::log(min))), *this);
 }
 
 std::vector<Parameter> read_parameters(const YAML::Node& block, const std::string& file) {

@@ -7,13 +7,6 @@
 
 namespace qlab {
 
-/// One key given one value, and where the file says so.
-struct Setting {
-  std::string key;
-  YAML::Node value;
-  std::string where;
-};
-
 /// What a parameter may be: one value, a list, or a distribution.
 struct Parameter {
   std::string key, spelled, where;  // spelled: as in the file, perhaps an alias

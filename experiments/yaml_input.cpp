@@ -15,15 +15,22 @@ namespace fs = std::filesystem;
 YAML::Node load_yaml(const std::string& file) {
   if (fs::is_directory(file)) fail("{}: is a directory, expected a YAML file", file);
   if (!fs::exists(file)) fail("{}: no such file", file);
-  YAML::Node document;
+  std::vector<YAML::Node> documents;
   try {
-    document.reset(YAML::LoadFile(file));
+    documents = YAML::LoadAllFromFile(file);
   } catch (const YAML::BadFile&) {
     fail("{}: cannot be read", file);
   } catch (const YAML::Exception& e) {
     fail("{}:{}: not valid YAML: {}", file, e.mark.line + 1, e.msg);
   }
-  if (document.IsNull()) fail("{}: the file is empty", file);
+  if (documents.empty() || (documents.size() == 1 && documents[0].IsNull())) {
+    fail("{}: the file is empty", file);
+  }
+  if (documents.size() > 1) {
+    fail("{}: a second document begins after \"---\"; put each in a file of its own",
+         place(file, documents[1]));
+  }
+  const YAML::Node document = documents[0];
   if (!document.IsMap()) fail("{}: expected keys and values, got {}", file, describe(document));
   return document;
 }

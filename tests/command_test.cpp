@@ -169,6 +169,8 @@ TEST_F(CommandTest, MistakesOnTheCommandLine) {
   expect_refused({"train", run_file(), "--out", ""}, {"--out", "give a directory"});
   expect_refused({"generate", "x", "--prompt", "x", "--temperature", "-1"},
                  {"--temperature", "-1 is below 0"});
+  expect_refused({"generate", "x", "--prompt", "x", "--seed", "-1"}, {"--seed", "-1"});
+  expect_refused({"train", run_file(), "--shard", "2/2"}, {"--shard"});
   expect_refused({"tokenize", "synthetic:tiny", run_file()}, {"synthetic:tiny", "tokenizer.json"});
   expect_refused({"generate", "synthetic:tiny", "--prompt", "x"}, {"synthetic:tiny", "tokenizer"});
   expect_refused({"train", run_file(), "--device", "gpu"}, {"gpu", "cuda"});
@@ -312,6 +314,17 @@ TEST_F(CommandTest, DryRunWritesNothing) {
   EXPECT_EQ(elsewhere.code, 0);
   EXPECT_THAT(elsewhere.out, HasSubstr("data.eval: there is no file gone.jsonl"));
   EXPECT_TRUE(fs::is_empty(work_));
+}
+
+TEST_F(CommandTest, AShardWithoutTrialsSaysSo) {
+  const std::string file = run_file("train: {steps: 1}\n");
+  for (const Arguments& more : {Arguments{"--dry-run"}, {"--out", folder_ / "out"}}) {
+    Arguments arguments = {"sweep", file, "--device", "cpu", "--shard", "2/2"};
+    arguments.insert(arguments.end(), more.begin(), more.end());
+    const Ended ended = run(arguments);
+    EXPECT_EQ(ended.code, 0) << ended.err;
+    EXPECT_THAT(ended.out + ended.err, HasSubstr("shard 2/2 holds none of the trials"));
+  }
 }
 
 TEST_F(CommandTest, WhatCannotFitIsRefusedBeforeAnythingIsWritten) {

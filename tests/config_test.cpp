@@ -193,11 +193,27 @@ TEST(Config, WrongTypesNameLineAndValue) {
 
 TEST(Config, OutOfRange) {
   EXPECT_EQ(error_of("lora: {r: 0}"),
-            "run.yaml:1: lora.r: expected a whole number at least 1, got \"0\"");
+            "run.yaml:1: lora.r: expected a whole number in [1, 65536], got \"0\"");
+  EXPECT_EQ(set_error({"lora.r=65536"}), "");
+  for (const char* rank : {"65537", "4611686018427387904", "9223372036854775807"})
+    EXPECT_THAT(set_error({fmt::format("lora.r={}", rank)}), HasSubstr("in [1, 65536]"));
   EXPECT_THAT(error_of("lora: {dropout: 1}"), HasSubstr("in [0, 1)"));
   EXPECT_THAT(error_of("optim: {lr: 0}"), HasSubstr("above 0"));
   EXPECT_THAT(error_of("quant: {block_size: 100}"), HasSubstr("one of 32, 64"));
   EXPECT_THAT(error_of("train: {seed: -1}"), HasSubstr("at least 0"));
+}
+
+TEST(Config, NumbersMustBeFloats) {
+  EXPECT_EQ(set_error({"optim.eps=1e-50"}),
+            "--set optim.eps=1e-50: optim.eps: expected a number above 0 also as a 32-bit float "
+            "(1.2e-38 to 3.4e38, 7 digits), got \"1e-50\"");
+  for (const char* set : {"optim.lr=1e-46", "max_grad_norm=1e-320", "optim.lr=1e40",
+                          "lora.alpha=1e300", "lora.alpha=1e-50", "adam_beta2=0.9999999999",
+                          "optim.betas=[0.9, 0.9999999999]", "lora.dropout=0.9999999999"})
+    EXPECT_THAT(set_error({set}), HasSubstr("32-bit float")) << set;
+  for (const char* set : {"optim.lr=1.2e-38", "max_grad_norm=0", "optim.weight_decay=3e38",
+                          "adam_beta2=0.9999999", "optim.betas=[0, 0]"})
+    EXPECT_EQ(set_error({set}), "") << set;
 }
 
 TEST(Config, Contradictions) {
@@ -222,6 +238,20 @@ TEST(Config, OptionsReplaceWhatTheFileSays) {
   EXPECT_FALSE(c.optim.warmup_ratio);
   EXPECT_EQ(c.lora.alpha, 8);
   EXPECT_EQ(c.quant.type, "fp32");
+}
+
+TEST(Config, OptionsAreYaml) {
+  EXPECT_EQ(load_config("", {"quant.type=\"bf16\""}).quant.type, "bf16");
+  EXPECT_EQ(load_config("", {"model.path='models/a: b'"}).model.path, "models/a: b");
+  EXPECT_EQ(load_config("", {"model.path=synthetic:tiny"}).model.path, "synthetic:tiny");
+  EXPECT_EQ(load_config("", {"lora.adapter=7"}).lora.adapter, "7");
+  for (const char* nothing : {"data.eval=null", "data.eval=~", "data.eval=", "data.eval=\"\""}) {
+    Config c = parse_config(YAML::Load("data: {eval: some.jsonl}"), "run.yaml");
+    apply_sets(c, {nothing});
+    EXPECT_EQ(c.data.eval, "") << nothing;
+  }
+  EXPECT_THAT(set_error({"quant.type=null"}), HasSubstr("got nothing"));
+  EXPECT_THAT(set_error({"data.eval=[a]"}), HasSubstr("expected text, got a list"));
 }
 
 TEST(Config, SweepFilesAreRefused) {
@@ -326,6 +356,10 @@ TEST(Config, FilesAndPathsBesideThem) {
   EXPECT_THAT(error(dir.string()), HasSubstr("is a directory"));
   std::ofstream(file) << "lora: {r: 8\ntrain: [";
   EXPECT_THAT(error(file), HasSubstr("not valid YAML"));
+  std::ofstream(file) << "lora: {r: 8}\n---\ntrain: {steps: 3}\n";
+  EXPECT_THAT(error(file), HasSubstr("run.yaml:3: a second document begins"));
+  std::ofstream(file) << "---\nlora: {r: 8}\n...\n";
+  EXPECT_EQ(error(file), "");
   std::ofstream(file) << "just text";
   EXPECT_THAT(error(file), HasSubstr("expected keys and values"));
   std::ofstream(file) << "";

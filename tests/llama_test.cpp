@@ -1,6 +1,7 @@
 #include "nn/llama.h"
 
 #include <algorithm>
+#include <limits>
 
 #include "core/ops/copy.h"
 #include "experiments/evaluate.h"
@@ -260,6 +261,8 @@ TEST_P(LlamaTest, GenerationStops) {
   generate(*llama, nullptr, prompt, {}, options, [&](int32_t) { return ++count < 3; });
   EXPECT_EQ(count, 3);
   options.max_new_tokens = 510;
+  EXPECT_ERROR(generate(*llama, nullptr, prompt, {}, options), "exceed the model's 512 positions");
+  options.max_new_tokens = std::numeric_limits<int64_t>::max();
   EXPECT_ERROR(generate(*llama, nullptr, prompt, {}, options), "exceed the model's 512 positions");
 }
 

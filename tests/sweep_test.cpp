@@ -107,6 +107,14 @@ include:
   EXPECT_EQ(sweep.trials[3].config.lora.alpha, 5);
 }
 
+TEST_F(SweepTest, AlphaOverRIsANumberAndAScaling) {
+  const Sweep sweep = load(
+      "parameters: {lora.r: {values: [4, 8]}}\n"
+      "derived: {lora.alpha: 4*r, lora.scaling: alpha/r, optim.lr: 1e-4*alpha/r}");
+  EXPECT_EQ(sweep.trials[1].config.lora.scaling, "alpha/r");
+  EXPECT_EQ(sweep.trials[1].config.optim.lr, 4e-4);
+}
+
 TEST_F(SweepTest, DuplicatesAreDropped) {
   const Sweep sweep = load(R"(
 parameters:
@@ -177,6 +185,28 @@ parameters:
   EXPECT_THAT(ranks, ElementsAre(1, 2, 3));
 }
 
+TEST_F(SweepTest, DrawsLieBetweenMinAndMax) {
+  const auto values = [&](const std::string& range) {
+    std::set<double> found;
+    for (const Trial& trial :
+         load("method: random\ncount: 40\nparameters: {lora.alpha: " + range + "}").trials)
+      found.insert(*trial.config.lora.alpha);
+    return found;
+  };
+  EXPECT_THAT(values("{distribution: q_uniform, min: 1, max: 10, q: 4}"), ElementsAre(4, 8));
+  EXPECT_THAT(values("{distribution: q_uniform, min: 0.1, max: 0.3, q: 0.1}"),
+              ElementsAre(0.1, 0.2, 0.3));
+  EXPECT_THAT(values("{min: 1.23456781, max: 1.23456789}"),
+              testing::Each(testing::AllOf(testing::Ge(1.23456781), testing::Le(1.23456789))));
+  EXPECT_THAT(error("parameters: {lora.r: {min: 5, max: 7, q: 4, distribution: q_uniform}}"),
+              HasSubstr("no multiple of q lies between min and max"));
+  EXPECT_THAT(error("method: random\ncount: 3\n"
+                    "parameters: {lora.r: {min: 5, max: 7, q: 4, distribution: q_uniform}}"),
+              HasSubstr("no multiple of q lies between min and max"));
+  EXPECT_THAT(error("parameters: {lora.r: {value: 5, values: [7]}}"),
+              HasSubstr("both value and values"));
+}
+
 TEST_F(SweepTest, AFiniteSpaceIsExhausted) {
   const Sweep sweep = load("method: random\ncount: 50\nparameters: {lora.r: {values: [1, 2, 3]}}");
   EXPECT_EQ(sweep.trials.size(), 3u);
@@ -201,6 +231,90 @@ derived: {alpha: 2*r}
   EXPECT_EQ(sweep.trials[0].seed, 5);
   EXPECT_EQ(sweep.trials[0].name, "ranks-s5");
   EXPECT_EQ(load(text, {"data.seq_len=64"}).trials.size(), 12u);
+}
+
+TEST_F(SweepTest, OptionsLeaveTheRestOfAPairAlone) {
+  const Sweep sweep = load(R"(
+paired: [{train.steps: 3, optim.lr: 1e-3, lora.dropout: 0.25, train.grad_accum: 5}]
+)",
+                           {"train.steps=2"});
+  ASSERT_EQ(sweep.trials.size(), 1u);
+  const Config& config = sweep.trials[0].config;
+  EXPECT_EQ(config.train.steps, 2);
+  EXPECT_EQ(config.optim.lr, 1e-3);
+  EXPECT_EQ(config.lora.dropout, 0.25);
+  EXPECT_EQ(config.train.grad_accum, 5);
+}
+
+TEST_F(SweepTest, OptionsFixWhatTheyExclude) {
+  const std::string betas = "parameters: {optim.betas: {values: [[0.9, 0.99], [0.8, 0.99]]}}";
+  const Sweep sweep = load(betas, {"adam_beta1=0.5"});
+  ASSERT_EQ(sweep.trials.size(), 1u);
+  EXPECT_EQ(sweep.trials[0].config.optim.betas, (std::array{0.5, 0.999}));
+  const Sweep both =
+      load("parameters: {adam_beta1: {values: [0.9, 0.8]}, adam_beta2: {values: [0.99, 0.95]}}",
+           {"optim.betas=[0.5, 0.6]"});
+  ASSERT_EQ(both.trials.size(), 1u);
+  EXPECT_EQ(both.trials[0].config.optim.betas, (std::array{0.5, 0.6}));
+}
+
+TEST_F(SweepTest, SettingsOfOnePointMayNotContradictEachOther) {
+  EXPECT_THAT(error("parameters:\n  train.steps: {values: [1, 2]}\n  train.epochs: {values: [1]}"),
+              HasSubstr("ranks.yaml:9: train.epochs excludes train.steps (" +
+                        (dir_ / "ranks.yaml").string() + ":8): keep one"));
+  EXPECT_THAT(error("parameters: {train.steps: {value: 5}, train.epochs: {values: [1, 2]}}"),
+              HasSubstr("excludes train.steps"));
+  EXPECT_THAT(error("parameters: {optim.betas: {values: [[0.9, 0.9]]}, adam_beta1: {values: [0]}}"),
+              HasSubstr("adam_beta1 excludes optim.betas"));
+  EXPECT_THAT(error("paired: [{lora.r: 4, lora_r: 8}]"), HasSubstr("lora_r contradicts lora.r"));
+  EXPECT_THAT(error("parameters: {r: {value: 4}}\npaired: [{lora.r: 8}]"),
+              HasSubstr("lora.r contradicts r"));
+  EXPECT_THAT(error("parameters: {train.steps: {values: [1, 2]}}\nderived: {train.epochs: 2}"),
+              HasSubstr("train.epochs is already given by train.steps"));
+  EXPECT_THAT(error("derived: {optim.warmup_ratio: 0.5, warmup_steps: 2}"),
+              HasSubstr("optim.warmup_steps is already given by optim.warmup_ratio"));
+  const Sweep apart = load("paired: [{train.steps: 5}, {train.epochs: 2}]");
+  EXPECT_EQ(apart.trials[0].config.train.steps, 5);
+  EXPECT_EQ(apart.trials[1].config.train.epochs, 2);
+  const Sweep included = load(
+      "parameters: {lora.r: {values: [4]}}\nderived: {warmup_steps: lora.r}\n"
+      "include: [{lora.r: 8, warmup_ratio: 0.5}]");
+  EXPECT_EQ(included.trials[1].config.optim.warmup_ratio, 0.5);
+}
+
+TEST_F(SweepTest, PointsHaveTheirOwnSeeds) {
+  const auto seeds = [](const Sweep& sweep) {
+    std::vector<int64_t> found;
+    for (const Trial& trial : sweep.trials) {
+      EXPECT_EQ(trial.seed, trial.config.train.seed);
+      EXPECT_EQ(trial.seed, trial.config.train.init_seed);
+      found.push_back(trial.seed);
+    }
+    return found;
+  };
+  const std::string paired = "paired: [{train.seed: 1, lora.r: 8}, {seed: 2, lora.r: 4}]";
+  const Sweep sweep = load(paired);
+  EXPECT_THAT(seeds(sweep), ElementsAre(1, 2));
+  EXPECT_THAT(names(sweep), ElementsAre("r8-s1", "r4-s2"));
+  EXPECT_THAT(sweep.seeds, ElementsAre(1, 2));
+  EXPECT_THAT(sweep.swept_keys, ElementsAre("lora.r"));
+  EXPECT_THAT(seeds(load(paired, {"seed=5"})), ElementsAre(5, 5));
+  const std::string ranks = "parameters: {lora.r: {values: [2, 4]}}\n";
+  EXPECT_THAT(seeds(load(ranks + "include: [{train.seed: 7, lora.r: 4}]")), ElementsAre(0, 0, 7));
+  EXPECT_THAT(seeds(load(ranks + "derived: {train.seed: lora.r}")), ElementsAre(2, 4));
+  for (const std::string& own :
+       {std::string("derived: {train.seed: lora.r}"), std::string("include: [{seed: 7}]"), paired,
+        std::string("parameters: {seed: {value: 3}}")}) {
+    EXPECT_THAT(error("seeds: [0, 1]\n" + own), HasSubstr("both seeds and train.seed")) << own;
+  }
+}
+
+TEST_F(SweepTest, FormulasKnowTheSeed) {
+  const Sweep sweep = load(
+      "seeds: [0, 1, 2]\nparameters: {lora.r: {values: [2, 4]}}\n"
+      "derived: {train.data_seed: 100 + train.seed}\nexclude: [lora.r == 4 && seed > 0]");
+  EXPECT_THAT(names(sweep), ElementsAre("r2-s0", "r2-s1", "r2-s2", "r4-s0"));
+  EXPECT_EQ(sweep.trials[2].config.train.data_seed, 102);
 }
 
 TEST_F(SweepTest, WordsOfWandb) {
@@ -265,11 +379,15 @@ TEST_F(SweepTest, Errors) {
   EXPECT_THAT(error("parameters: {lora.r: {values: [4]}, lora_r: {values: [4]}}"),
               HasSubstr("stands twice"));
   EXPECT_THAT(error("parameters: {lora.r: {values: [4]}}\nderived: {lora.r: 2}"),
-              HasSubstr("already swept"));
+              HasSubstr("ranks.yaml:8: lora.r is already given by lora.r"));
   EXPECT_THAT(error("method: random\nparameters: {lora.r: {values: [4]}}"),
               HasSubstr("needs run_cap"));
   EXPECT_THAT(error("parameters: {lora.r: {values: [4]}}\nexclude: [lora.r == 4]"),
               HasSubstr("the sweep is empty"));
+  for (const char* empty :
+       {"parameters: {}", "paired: []", "include: []", "parameters: {lora: {}}"})
+    EXPECT_THAT(error(empty), HasSubstr("ranks.yaml:7: the sweep is empty")) << empty;
+  EXPECT_EQ(error("parameters: {}\nseeds: [0, 1]"), "");
   EXPECT_THAT(error("derived: {lora.r: lora.q * 2}"), HasSubstr("unknown key \"lora.q\""));
   EXPECT_THAT(error("exclude: [quant.type == bf61]"), HasSubstr("one of nf4, bf16, fp16, fp32"));
   EXPECT_THAT(error("seeds: []"), HasSubstr("empty"));
@@ -347,6 +465,10 @@ TEST(Expression, Arithmetic) {
   EXPECT_EQ(number("max(4, min(lora.r, 6), 5)"), 6);
   EXPECT_EQ(number("sqrt(4) + floor(1.9) + ceil(0.1)"), 4);
   EXPECT_EQ(number("2e-4"), 2e-4);
+  EXPECT_EQ(number("alpha/r"), 2);
+  EXPECT_EQ(number("32/alpha/r"), 0.25);
+  EXPECT_EQ(number("1e-4*alpha/r"), 1e-4 * 16 / 8);
+  EXPECT_EQ(number("alpha/sqrt(r) * sqrt(r)"), 16);
 }
 
 TEST(Expression, Conditions) {
@@ -359,6 +481,14 @@ TEST(Expression, Conditions) {
   EXPECT_FALSE(holds("lora.scaling == alpha/sqrt(r)"));
   EXPECT_TRUE(holds("!(lora.r > 16) && lora.r >= 16 && lora.alpha == 2*lora.r"));
   EXPECT_FALSE(holds("!quant.double_quant"));
+  EXPECT_TRUE(holds("alpha/sqrt(r) != lora.scaling"));
+  EXPECT_TRUE(holds("lora.scaling == 'alpha/r' && alpha/r == 2"));
+  EXPECT_TRUE(holds("quant.type == torch.bfloat16 || optim.type == adamw_torch"));
+  EXPECT_TRUE(holds("optim.betas == '[0.9,0.999]'"));
+  const Config list = load_config("", {"lora.targets=[q_proj, v_proj]", "data.train=a/b.jsonl"});
+  EXPECT_TRUE(evaluate_condition("lora.targets == '[q_proj,v_proj]'", list, "test"));
+  EXPECT_TRUE(evaluate_condition("data.train == 'b.jsonl' && data.train == 'a/b.jsonl'", list, ""));
+  EXPECT_FALSE(evaluate_condition("data.train == 'jsonl'", list, "test"));
 }
 
 TEST(Expression, Errors) {
@@ -376,6 +506,14 @@ TEST(Expression, Errors) {
   EXPECT_THAT(error("quant.type * 2 > 1"), HasSubstr("\"nf4\" is not a number"));
   EXPECT_THAT(error("lora.r == nf4"), HasSubstr("cannot be compared"));
   EXPECT_THAT(error("quant.type == nf5"), HasSubstr("one of nf4, bf16, fp16, fp32"));
+  EXPECT_THAT(error("targets == attention"),
+              HasSubstr("x.yaml:3: in \"targets == attention\": neither \"targets\" nor "
+                        "\"attention\" is a key; did you mean \"lora.targets\"?"));
+  EXPECT_THAT(error("bf16 == type"), HasSubstr("did you mean \"quant.type\"?"));
+  EXPECT_THAT(error("'scaling' != 'alpha/r'"), HasSubstr("did you mean \"lora.scaling\"?"));
+  EXPECT_THAT(error("lora.targets == atention"), HasSubstr("did you mean \"attention\"?"));
+  EXPECT_THAT(error("optim.betas == '[0.9]'"), HasSubstr("expected two numbers"));
+  EXPECT_THAT(error("lora.scaling == alpha*r"), HasSubstr("cannot be compared"));
   EXPECT_THAT(error("train.steps > 5"), HasSubstr("has no value here"));
   EXPECT_THAT(error("(1 > 2"), HasSubstr("\")\" is missing"));
   EXPECT_THAT(error("1 >"), HasSubstr("missing at the end"));
