@@ -483,7 +483,7 @@ TEST(Expression, Conditions) {
   EXPECT_FALSE(holds("!quant.double_quant"));
   EXPECT_TRUE(holds("alpha/sqrt(r) != lora.scaling"));
   EXPECT_TRUE(holds("lora.scaling == 'alpha/r' && alpha/r == 2"));
-  EXPECT_TRUE(holds("quant.type == torch.bfloat16 || optim.type == adamw_torch"));
+  EXPECT_TRUE(holds("quant.type == 'torch.bfloat16' && optim.type == adamw_torch"));
   EXPECT_TRUE(holds("optim.betas == '[0.9,0.999]'"));
   const Config list = load_config("", {"lora.targets=[q_proj, v_proj]", "data.train=a/b.jsonl"});
   EXPECT_TRUE(evaluate_condition("lora.targets == '[q_proj,v_proj]'", list, "test"));
