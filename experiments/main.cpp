@@ -125,7 +125,9 @@ int run(int argc, char** argv) {
       ->check(CLI::Range(0.0, 1.0))
       ->capture_default_str();
   generate_app->add_option("--seed", generate.sampling.seed)
-      ->check(CLI::NonNegativeNumber)
+      ->check([](const std::string& text) {
+        return text.starts_with('-') ? text + " is below 0; give a whole number from 0 up" : "";
+      })
       ->capture_default_str();
   add_common(generate_app, common);
   generate_app->callback([&] { code = qlab::run_generate_command(generate, common); });

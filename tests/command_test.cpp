@@ -169,7 +169,7 @@ TEST_F(CommandTest, MistakesOnTheCommandLine) {
   expect_refused({"train", run_file(), "--out", ""}, {"--out", "give a directory"});
   expect_refused({"generate", "x", "--prompt", "x", "--temperature", "-1"},
                  {"--temperature", "-1 is below 0"});
-  expect_refused({"generate", "x", "--prompt", "x", "--seed", "-1"}, {"--seed", "-1"});
+  expect_refused({"generate", "x", "--prompt", "x", "--seed", "-1"}, {"--seed", "-1 is below 0"});
   expect_refused({"train", run_file(), "--shard", "2/2"}, {"--shard"});
   expect_refused({"tokenize", "synthetic:tiny", run_file()}, {"synthetic:tiny", "tokenizer.json"});
   expect_refused({"generate", "synthetic:tiny", "--prompt", "x"}, {"synthetic:tiny", "tokenizer"});
