@@ -1,4 +1,4 @@
-// Results directory: plan.yaml, trials/<hash8>-<name>/{config.yaml, metrics.jsonl, status.json,
+// Results directory: plan.yaml, trials/<hash>-<name>/{config.yaml, metrics.jsonl, status.json,
 // ...}. Reads whatever is there, half-written trials too, and writes summary.csv, summary.md,
 // report.html.
 #pragma once

@@ -26,7 +26,7 @@ namespace {
 
 struct Planned {
   const Trial* trial;
-  std::string dir;  // trials/<hash8>-<name>
+  std::string dir;  // trials/<hash>-<name>
   bool finished = false;
 };
 
@@ -98,7 +98,7 @@ std::vector<Planned> plan_trials(const Sweep& sweep, const std::string& dir, Dev
     const DType compute = at_key(
         c, "quant.compute_dtype", [&] { return compute_dtype(c, device); }, true);
     const std::string hash = trial_hash(trial, prints, name_of(compute));
-    Planned p{&trial, dir + "/trials/" + trial_directory(dir + "/trials", hash, trial.name)};
+    Planned p{&trial, dir + "/trials/" + trial_directory(dir + "/trials", hash, trial)};
     p.finished = TrialFiles::read_status(p.dir) == "finished";
     planned.push_back(p);
   }
