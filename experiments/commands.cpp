@@ -62,7 +62,7 @@ int run(const Sweep& sweep, const SweepOptions& options, const CommonOptions& co
     terminal.print(again);
     return 130;
   }
-  return result.failed > 0 ? 1 : 0;
+  return result.failed + result.elsewhere > 0 ? 1 : 0;
 }
 
 // The model of eval, generate and inspect is their argument; --set gives the rest.

@@ -33,11 +33,11 @@ double scalar(const Tensor& t) { return t.to_vector<float>()[0]; }
 
 }  // namespace
 
-TrialRun::TrialRun(const Config& config, std::string name, const std::string& dir, Library& library,
+TrialRun::TrialRun(const Config& config, std::string name, TrialFiles files, Library& library,
                    const Llama& model)
     : config_(config),
       name_(std::move(name)),
-      files_(dir),
+      files_(std::move(files)),
       memory_(library.memory()),
       train_(library.train_set(config)),
       order_(static_cast<int64_t>(train_.examples.size()),

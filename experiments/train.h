@@ -21,7 +21,7 @@ namespace qlab {
 class TrialRun {
  public:
   /// Builds adapter and optimizer, and continues from the directory's state when it has one.
-  TrialRun(const Config& config, std::string name, const std::string& dir, Library& library,
+  TrialRun(const Config& config, std::string name, TrialFiles files, Library& library,
            const Llama& model);
 
   enum class State : uint8_t { running, finished, failed, interrupted };

@@ -419,6 +419,18 @@ TEST_F(CommandTest, EvalReadsWhatTrainWrote) {
     EXPECT_TRUE(fs::exists(work_ + "/results/" + file)) << file;
 }
 
+TEST_F(CommandTest, RunsStartedTogetherAreAllInTheSummary) {
+  const std::string file = run_file("train: {steps: 2, batch_size: 3}\n");
+  std::vector<pid_t> started;
+  for (const char* r : {"2", "3", "4", "5"})
+    started.push_back(start({"train", file, "--device", "cpu", "--out", "results", "--set",
+                             std::string("lora.r=") + r}));
+  for (const pid_t pid : started) EXPECT_EQ(wait(pid).code, 0);
+  const std::string summary = read_text_file(work_ + "/results/summary.csv");
+  EXPECT_EQ(std::count(summary.begin(), summary.end(), '\n'), 5) << summary;
+  EXPECT_EQ(summary.find("running"), std::string::npos) << summary;
+}
+
 class KillTest : public CommandTest {
  protected:
   static constexpr const char* schedule =
