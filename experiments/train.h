@@ -2,6 +2,7 @@
 // along tokens, each with its own adapter, optimizer, schedule and data. A single run is a gang of
 // one, and a trial's numbers are the same whatever its company.
 #pragma once
+#include <algorithm>
 #include <functional>
 #include <memory>
 #include <string>
@@ -39,6 +40,8 @@ class TrialRun {
 
   std::vector<Sequence> micro_batch(int64_t step, int64_t micro) const;
   bool evaluation_due() const;
+  /// The last tenth, of which the summary gives the mean loss.
+  int64_t last_steps() const { return std::max<int64_t>(1, total_steps_ / 10); }
   void record_evaluation(const Evaluation& evaluation);
   void update(const Tensor& idle);
   /// Of the step's loss: 1 unless the run computes in fp16.

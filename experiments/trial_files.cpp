@@ -5,6 +5,7 @@
 #include <cstring>
 #include <filesystem>
 #include <fstream>
+#include <limits>
 
 #include "core/ops/copy.h"
 #include "data/json.h"
@@ -134,6 +135,7 @@ void TrialFiles::save_state(const TrialProgress& progress, const Adapter& adapte
                      {"trained_tokens", std::to_string(progress.trained_tokens)},
                      {"tokens", std::to_string(progress.tokens)},
                      {"seconds", fmt::format("{}", progress.seconds)},
+                     {"last_losses", fmt::format("{}", progress.last_losses)},
                      {"metrics_lines", std::to_string(metrics_lines_)},
                      {"loss_scale", fmt::format("{}", progress.loss_scale.factor)},
                      {"finite_steps", std::to_string(progress.loss_scale.finite)},
@@ -185,6 +187,9 @@ TrialProgress TrialFiles::read_state(const std::string& file_path, const Adapter
   // States of older versions lack some.
   if (file.metadata().contains("metrics_lines"))
     check_metrics(progress.step, number("metrics_lines"));
+  progress.last_losses = file.metadata().contains("last_losses")
+                             ? std::stod(text("last_losses"))
+                             : std::numeric_limits<double>::quiet_NaN();
   if (file.metadata().contains("loss_scale"))
     progress.loss_scale = {std::stof(text("loss_scale")), number("finite_steps"),
                            number("skipped_steps")};

@@ -24,6 +24,7 @@ struct TrialProgress {
   int64_t tokens = 0;          // passed through the model in training, prompts included
   double seconds = 0;          // spent in training steps
   LossScale loss_scale;        // of a run in fp16
+  double last_losses = 0;      // summed over the last tenth of the steps, as far as they are done
 };
 
 /// Another process works in the trial's directory.

@@ -220,6 +220,29 @@ TEST_P(TrainTest, DamagedStatesAreRefused) {
   EXPECT_THAT(error_of([&] { train("a", config()); }), HasSubstr("state.safetensors"));
 }
 
+// Whatever is logged, and wherever the run was stopped.
+TEST_P(TrainTest, TrainLossIsTheMeanOfTheLastTenth) {
+  const auto long_run = [&](const std::string& log_every) {
+    return config(
+        {"train.steps=29", "data.eval=''", "train.save_every=0", "train.log_every=" + log_every});
+  };
+  const std::vector<double> losses = train("all", long_run("1")).values("loss");
+  ASSERT_EQ(losses.size(), 29u);
+  const double mean = (losses[27] + losses[28]) / 2;
+  EXPECT_EQ(status("all")["train_loss"], mean);
+  train("some", long_run("10"));
+  EXPECT_EQ(status("some")["train_loss"], mean);
+  for (const int stop : {5, 28}) {
+    const std::string name = fmt::format("stopped{}", stop);
+    int asked = 0;
+    train(name, long_run("10"), [&] { return asked++ == stop; });
+    EXPECT_EQ(status(name)["steps"], stop);
+    EXPECT_FALSE(status(name).contains("train_loss"));
+    train(name, long_run("10"));
+    EXPECT_EQ(status(name)["train_loss"], mean) << stop;
+  }
+}
+
 TEST_P(TrainTest, AStateAheadOfItsMetricsIsRefused) {
   train("a", config());
   const std::string metrics = folder_ / "a/metrics.jsonl", all = read_text_file(metrics);
