@@ -368,7 +368,9 @@ void Gang::evaluate_due() {
     begin("evaluate");
     const auto tell = [&](size_t done) {
       if (callbacks_.evaluating)
-        callbacks_.evaluating({t->name_, t->fresh_, done, t->eval_->examples.size()});
+        callbacks_.evaluating({t->name_, t->fresh_, done, t->eval_->examples.size(),
+                               done == t->eval_->examples.size() &&
+                                   (t->fresh_ || t->progress_.step == t->total_steps_)});
     };
     const auto stop = [&](size_t done) {
       look();

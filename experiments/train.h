@@ -108,6 +108,7 @@ struct EvaluationProgress {
   std::string name;
   bool base;  // without an adapter: shared by all trials
   size_t done, examples;
+  bool last;  // nothing more will be told under this name
 };
 struct TrainCallbacks {
   std::function<void(const TrainProgress&)> progress;
