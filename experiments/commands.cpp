@@ -2,6 +2,7 @@
 
 #include <cmath>
 #include <cstdio>
+#include <filesystem>
 #include <fstream>
 #include <iostream>
 #include <nlohmann/json.hpp>
@@ -208,6 +209,7 @@ int run_tokenize_command(const std::string& model, const std::string& file, bool
   const Tokenizer tokenizer = Tokenizer::load(model);
   std::ifstream opened;
   if (file != "-") {
+    if (std::filesystem::is_directory(file)) fail("{}: is a directory; give a text file", file);
     opened.open(file, std::ios::binary);
     if (!opened) fail("{}: cannot be read", file);
   }
