@@ -23,6 +23,11 @@ class LineReader {
   Example read(const json& line, const std::string& where) {
     if (line.is_object()) {
       if (line.contains("input_ids") && line.contains("labels")) return tokenized(line, where);
+      if (!tokenizer_.has_text())
+        fail(
+            "{}: the model has no tokenizer, so each line must have input_ids and labels; got the "
+            "keys {}",
+            where, key_list(line));
       if (line.contains("messages")) return chat(line["messages"], where);
       if (line.contains("prompt") && line.contains("completion")) return pair(line, where);
       if (line.contains("text")) return plain(line, where);

@@ -1,12 +1,13 @@
 #include "data/file.h"
 
 #include <fcntl.h>
+#include <sys/file.h>
 #include <sys/mman.h>
+#include <sys/random.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
 #include <algorithm>
-#include <atomic>
 #include <bit>
 #include <cerrno>
 #include <cstring>
@@ -20,7 +21,8 @@
 namespace qlab {
 namespace {
 
-std::atomic<int> next_number = 0;  // tells apart the temporary files of one process
+constexpr std::string_view temporary_end = ".tmp";
+constexpr size_t tag_digits = 16;
 
 std::string reason() { return std::strerror(errno); }
 
@@ -69,9 +71,14 @@ std::string read_text_file(const std::string& path) {
   return {reinterpret_cast<const char*>(file.bytes().data()), file.size()};
 }
 
-AtomicFile::AtomicFile(const std::string& path)
-    : path_(path), temporary_(fmt::format("{}.{}-{}.tmp", path, ::getpid(), next_number++)) {
-  descriptor_ = ::open(temporary_.c_str(), O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0644);
+AtomicFile::AtomicFile(const std::string& path) : path_(path) {
+  // Random, since processes in containers have equal ids and may share the folder.
+  do {
+    uint64_t tag = 0;
+    if (::getentropy(&tag, sizeof(tag)) != 0) fail("{}: no random name: {}", path_, reason());
+    temporary_ = fmt::format("{}.{:0{}x}{}", path, tag, tag_digits, temporary_end);
+    descriptor_ = ::open(temporary_.c_str(), O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0644);
+  } while (descriptor_ < 0 && errno == EEXIST);
   const int error = errno;
   if (descriptor_ < 0)
     fail("{}: cannot create {}: {}{}", path_, temporary_, std::strerror(error), disk_remedy(error));
@@ -108,6 +115,45 @@ void AtomicFile::commit() {
       ::open(folder.empty() ? "." : folder.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC)};
   if (directory.value >= 0)
     ::fsync(directory.value);  // some file systems cannot: the rename stands
+}
+
+std::optional<FileLock> FileLock::take(const std::string& path, bool wait) {
+  FileLock lock(::open(path.c_str(), O_CREAT | O_RDWR | O_CLOEXEC, 0644));
+  if (lock.descriptor_ < 0) fail("{}: cannot be written to: {}", path, reason());
+  while (::flock(lock.descriptor_, LOCK_EX | (wait ? 0 : LOCK_NB)) != 0) {
+    if (errno == EWOULDBLOCK) return std::nullopt;
+    if (errno != EINTR) fail("{}: cannot be locked: {}", path, reason());
+  }
+  return lock;
+}
+
+FileLock::FileLock(FileLock&& other) noexcept : descriptor_(std::exchange(other.descriptor_, -1)) {}
+
+FileLock::~FileLock() {
+  if (descriptor_ >= 0) ::close(descriptor_);
+}
+
+void remove_temporary_files(const std::string& folder) {
+  std::error_code ignored;
+  for (const auto& entry : std::filesystem::directory_iterator(folder, ignored)) {
+    const std::string name = entry.path().filename().string();
+    if (!name.ends_with(temporary_end)) continue;
+    const std::string_view rest(name.data(), name.size() - temporary_end.size());
+    const size_t dot = rest.rfind('.');
+    if (dot == rest.npos || dot + 1 == rest.size()) continue;
+    const std::string_view tag = rest.substr(dot + 1);
+    // Earlier versions: <process id>-<number>.
+    const bool ours = tag.size() == tag_digits
+                          ? tag.find_first_not_of("0123456789abcdef") == tag.npos
+                          : tag.find_first_not_of("0123456789-") == tag.npos;
+    if (ours) std::filesystem::remove(entry.path(), ignored);
+  }
+}
+
+void flush_to_disk(const std::string& path) {
+  const Descriptor file{::open(path.c_str(), O_RDONLY | O_CLOEXEC)};
+  if (file.value < 0 || ::fsync(file.value) != 0)
+    fail("{}: cannot be flushed to disk: {}", path, reason());
 }
 
 const char* disk_remedy(int error) {

@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <cstdio>
 #include <memory>
+#include <optional>
 #include <span>
 #include <string>
 #include <string_view>
@@ -46,6 +47,26 @@ class AtomicFile {
   std::string path_, temporary_;
   int descriptor_ = -1;
 };
+
+/// Held by one process at a time, until it goes out of scope or the process ends.
+class FileLock {
+ public:
+  /// nullopt when another holds it and `wait` is false. Makes the file.
+  static std::optional<FileLock> take(const std::string& path, bool wait);
+  FileLock(FileLock&& other) noexcept;
+  FileLock& operator=(FileLock&&) = delete;
+  ~FileLock();
+
+ private:
+  explicit FileLock(int descriptor) : descriptor_(descriptor) {}
+  int descriptor_;
+};
+
+/// What processes that were killed left of their AtomicFiles in a folder where nobody writes now.
+void remove_temporary_files(const std::string& folder);
+
+/// What has been appended to a file survives a power cut.
+void flush_to_disk(const std::string& path);
 
 /// "; free some space ..." where that helps against this errno, or "".
 const char* disk_remedy(int error);

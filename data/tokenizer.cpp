@@ -109,6 +109,7 @@ int32_t Tokenizer::bos_id() const { return parts_->bos; }
 int32_t Tokenizer::eos_id() const { return parts_->eos; }
 const std::vector<int32_t>& Tokenizer::stop_ids() const { return parts_->stop; }
 const std::vector<int32_t>& Tokenizer::prefix_ids() const { return parts_->prefix; }
+bool Tokenizer::has_text() const { return parts_->has_text; }
 int64_t Tokenizer::vocab_size() const { return parts_->vocab_size; }
 const std::string& Tokenizer::path() const { return parts_->path; }
 

@@ -36,6 +36,7 @@ class Tokenizer {
   const std::vector<int32_t>& stop_ids() const;
   /// What the post-processor's template puts before a text, for example BOS.
   const std::vector<int32_t>& prefix_ids() const;
+  bool has_text() const;       // false: without_text()
   int64_t vocab_size() const;  // the highest id plus one
   const std::string& path() const;
 

@@ -2,6 +2,7 @@
 
 #include <cmath>
 #include <cstdio>
+#include <filesystem>
 #include <fstream>
 #include <iostream>
 #include <nlohmann/json.hpp>
@@ -62,7 +63,7 @@ int run(const Sweep& sweep, const SweepOptions& options, const CommonOptions& co
     terminal.print(again);
     return 130;
   }
-  return result.failed > 0 ? 1 : 0;
+  return result.failed + result.elsewhere > 0 ? 1 : 0;
 }
 
 // The model of eval, generate and inspect is their argument; --set gives the rest.
@@ -208,6 +209,7 @@ int run_tokenize_command(const std::string& model, const std::string& file, bool
   const Tokenizer tokenizer = Tokenizer::load(model);
   std::ifstream opened;
   if (file != "-") {
+    if (std::filesystem::is_directory(file)) fail("{}: is a directory; give a text file", file);
     opened.open(file, std::ios::binary);
     if (!opened) fail("{}: cannot be read", file);
   }

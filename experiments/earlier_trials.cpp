@@ -62,7 +62,7 @@ void add_earlier_trials(const std::string& dir, Sweep& sweep,
   std::set<std::string> taken, keys;
   sweep.trials.clear(), directories.clear(), sweep.seeds.clear();
   for (Listed& listed : listed_trials(dir)) {
-    const bool started = fs::exists(dir + "/trials/" + listed.directory + "/status.json");
+    const bool started = fs::exists(dir + "/trials/" + listed.directory);
     if (listed.directory == place || !started) continue;
     taken.insert(listed.trial.name);
     sweep.trials.push_back(std::move(listed.trial));

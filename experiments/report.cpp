@@ -164,6 +164,10 @@ std::string find_chart_js() {
 
 }  // namespace
 
+FileLock lock_results(const std::string& dir) {
+  return std::move(*FileLock::take(dir + "/lock", true));
+}
+
 void write_plan(const std::string& dir, const Sweep& sweep,
                 const std::vector<std::string>& directories,
                 const std::map<std::string, std::string>& environment) {
@@ -198,6 +202,8 @@ void write_plan(const std::string& dir, const Sweep& sweep,
 }
 
 ReportResult write_report(const std::string& dir) {
+  std::optional<FileLock> lock;  // of a results directory, which read_results checks
+  if (fs::exists(dir + "/plan.yaml")) lock.emplace(lock_results(dir));
   const Results results = read_results(dir);
   ReportResult report{.files = {}, .notes = results.notes};
   const auto write = [&](const std::string& name, const std::string& text) {

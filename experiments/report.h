@@ -1,4 +1,4 @@
-// Results directory: plan.yaml, trials/<hash8>-<name>/{config.yaml, metrics.jsonl, status.json,
+// Results directory: plan.yaml, trials/<hash>-<name>/{config.yaml, metrics.jsonl, status.json,
 // ...}. Reads whatever is there, half-written trials too, and writes summary.csv, summary.md,
 // report.html.
 #pragma once
@@ -6,9 +6,13 @@
 #include <string>
 #include <vector>
 
+#include "data/file.h"
 #include "experiments/sweep.h"
 
 namespace qlab {
+
+/// For reading and writing plan, summary and report in one go; waits for other processes.
+FileLock lock_results(const std::string& dir);
 
 /// plan.yaml: the sweep, one entry per trial with its directory name (under trials/), and the
 /// environment: the report shows version, commit, date, device, model and data where given.
@@ -16,8 +20,9 @@ void write_plan(const std::string& dir, const Sweep& sweep,
                 const std::vector<std::string>& directories,
                 const std::map<std::string, std::string>& environment);
 
-/// Puts the trials of DIR's plan that were ever started before the one of a single run, with their
-/// directories. What differs between them is then swept, and the new trial's name is its own.
+/// Puts the trials of DIR's plan that have a directory, so were started, before the one of a single
+/// run, with their directories. What differs between them is then swept, and the new trial's name
+/// is its own.
 void add_earlier_trials(const std::string& dir, Sweep& sweep,
                         std::vector<std::string>& directories);
 

@@ -58,13 +58,15 @@ void read_status(const std::string& file, TrialResult& trial) {
   trial.trainable_params = number_at(json, "trainable_params");
   trial.steps = number_at(json, "steps");
   trial.trained_tokens = number_at(json, "trained_tokens");
+  trial.train_loss = number_at(json, "train_loss");
   trial.tokens_per_s = number_at(json, "tokens_per_s");
   trial.peak_bytes = number_at(json, "peak_bytes");
   trial.gang_size = number_at(json, "gang_size");
   trial.predicted_peak_bytes = number_at(json, "predicted_peak_bytes");
 }
 
-/// Mean of the loss over the last tenth of the steps, at least one.
+/// Mean of the loss over the last tenth of the steps so far, at least one, as far as they are
+/// logged.
 std::optional<double> last_tenth(const std::vector<LossPoint>& train) {
   if (train.empty()) return std::nullopt;
   const double last = train.back().step;
@@ -82,7 +84,7 @@ void read_trial(const std::string& dir, TrialResult& trial) {
   read_status(dir + "/status.json", trial);
   read_metrics(dir + "/metrics.jsonl", trial);
   trial.memory = read_memory_lines(dir + "/memory.jsonl");
-  trial.train_loss = last_tenth(trial.train);
+  if (!trial.train_loss) trial.train_loss = last_tenth(trial.train);
   if (!trial.train.empty() && !trial.steps) trial.steps = trial.train.back().step;
   if (!trial.train.empty() && !trial.trained_tokens) {
     trial.trained_tokens = trial.train.back().tokens;

@@ -1,5 +1,6 @@
 #include "experiments/runner.h"
 
+#include <fmt/ranges.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -26,7 +27,7 @@ namespace {
 
 struct Planned {
   const Trial* trial;
-  std::string dir;  // trials/<hash8>-<name>
+  std::string dir;  // trials/<hash>-<name>
   bool finished = false;
 };
 
@@ -65,6 +66,16 @@ void check_exists(const Config& config, const char* key) {
   at_key(config, key, [&] { fail("there is no file {}", path); });
 }
 
+void check_positions(const Config& c, int64_t positions) {
+  const auto check = [&](const char* key, int64_t seq_len) {
+    if (seq_len <= positions) return;
+    at_key(c, key,
+           [&] { fail("{} exceeds the {} positions of {}", seq_len, positions, c.model.path); });
+  };
+  check("data.seq_len", c.data.seq_len);
+  if (!c.data.eval.empty()) check("data.eval_seq_len", c.data.eval_seq_len);
+}
+
 void check_start(const Config& c, const std::vector<Adapter::Shape>& targets) {
   const std::string& dir = c.lora.adapter;
   if (dir.empty()) return;
@@ -89,6 +100,7 @@ std::vector<Planned> plan_trials(const Sweep& sweep, const std::string& dir, Dev
     for (const char* key : {"data.train", "data.eval"}) check_exists(c, key);
     const ModelSource& model =
         *at_key(c, "model.path", [&] { return &library.model(c.model.path); });
+    check_positions(c, model.config.max_position_embeddings);
     const std::vector<Adapter::Shape> targets = at_key(
         c, "lora.targets", [&] { return adapted_shapes(model.config, lora_spec(c)); }, true);
     check_start(c, targets);
@@ -98,7 +110,7 @@ std::vector<Planned> plan_trials(const Sweep& sweep, const std::string& dir, Dev
     const DType compute = at_key(
         c, "quant.compute_dtype", [&] { return compute_dtype(c, device); }, true);
     const std::string hash = trial_hash(trial, prints, name_of(compute));
-    Planned p{&trial, dir + "/trials/" + trial_directory(dir + "/trials", hash, trial.name)};
+    Planned p{&trial, dir + "/trials/" + trial_directory(dir + "/trials", hash, trial)};
     p.finished = TrialFiles::read_status(p.dir) == "finished";
     planned.push_back(p);
   }
@@ -124,6 +136,16 @@ void report_data(const Sweep& sweep, Library& library,
   }
 }
 
+/// Every value of a key, in the order of the trials.
+std::string values_of(const Sweep& sweep, const char* key) {
+  std::vector<std::string> values;
+  for (const Trial& trial : sweep.trials) {
+    const std::string value = get_key(trial.config, key);
+    if (std::find(values.begin(), values.end(), value) == values.end()) values.push_back(value);
+  }
+  return fmt::format("{}", fmt::join(values, ", "));
+}
+
 std::map<std::string, std::string> environment(const Sweep& sweep, Device device) {
   const auto now = std::chrono::system_clock::to_time_t(std::chrono::system_clock::now());
   char date[32];
@@ -133,8 +155,8 @@ std::map<std::string, std::string> environment(const Sweep& sweep, Device device
           {"date", date},
           {"device", device_description(device)},
           {"cuda", cuda::build_version().empty() ? "none" : cuda::build_version()},
-          {"model", sweep.trials.front().config.model.path},
-          {"data", sweep.trials.front().config.data.train}};
+          {"model", values_of(sweep, "model.path")},
+          {"data", values_of(sweep, "data.train")}};
 }
 
 // Found before anything is read, and without making a folder that a mistake would leave behind.
@@ -198,17 +220,36 @@ class Runner {
         callbacks_(std::move(callbacks)),
         result_(result) {}
 
-  void run(const std::vector<Planned>& gang) {
+  /// Whatever goes wrong is these trials' own.
+  void run(const std::vector<Planned>& planned) {
+    std::vector<TrialFiles> files;
+    const std::vector<Planned> gang = claim(planned, files);
+    if (gang.empty()) return;
     try {
-      train(gang);
+      train(gang, std::move(files));
     } catch (const Interrupted&) {
       result_.interrupted = true;
     } catch (const OutOfMemory& error) {
-      does_not_fit(gang, error.what());
+      give_up(gang, error.what(), "does not fit");
     } catch (const std::bad_alloc&) {
-      does_not_fit(gang,
-                   "out of memory on the host; set a smaller train.batch_size or data.seq_len");
+      give_up(gang, "out of memory on the host; set a smaller train.batch_size or data.seq_len",
+              "does not fit");
+    } catch (const std::exception& error) {
+      library_.drop_base();  // left in the middle of a step
+      loaded_.clear();
+      give_up(gang, error.what(), fmt::format("failed: {}", error.what()));
     }
+  }
+
+  /// What another process was running when its turn came, as it is now.
+  void count_elsewhere() {
+    for (const Planned& p : elsewhere_)
+      ++(TrialFiles::read_status(p.dir) == "finished" ? result_.finished : result_.elsewhere);
+    if (result_.elsewhere > 0)
+      print_(fmt::format(
+          "{} skipped: another process is running {}; the same command continues what it leaves",
+          result_.elsewhere == 1 ? "1 trial was" : fmt::format("{} trials were", result_.elsewhere),
+          result_.elsewhere == 1 ? "it" : "them"));
   }
 
   /// Throws OutOfMemory before anything is loaded where minutes later the allocator would. Returns
@@ -247,7 +288,31 @@ class Runner {
                : "Nothing that can be set makes it fit"));
   }
 
-  void train(const std::vector<Planned>& gang) {
+  /// Those of the trials that are left to do, and their directories; other processes may share the
+  /// sweep.
+  std::vector<Planned> claim(const std::vector<Planned>& planned, std::vector<TrialFiles>& files) {
+    std::vector<Planned> claimed;
+    for (const Planned& p : planned) {
+      try {
+        TrialFiles own(p.dir);
+        if (TrialFiles::read_status(p.dir) == "finished") {
+          ++result_.finished;
+          continue;
+        }
+        files.push_back(std::move(own));
+        claimed.push_back(p);
+      } catch (const Busy& error) {
+        elsewhere_.push_back(p);
+        print_(fmt::format("{}: skipped: {}", p.trial->name, error.what()));
+      } catch (const Error& error) {
+        ++result_.failed;
+        print_(fmt::format("{}: failed: {}", p.trial->name, error.what()));
+      }
+    }
+    return claimed;
+  }
+
+  void train(const std::vector<Planned>& gang, std::vector<TrialFiles> files) {
     Config first = gang.front().trial->config;
     const RunPlan plan = check_fits(gang);
     const PagedLimit limit(first, device_, plan.peak);
@@ -257,10 +322,11 @@ class Runner {
     std::vector<std::unique_ptr<TrialRun>> runs;
     std::vector<TrialRun*> pointers;
     std::vector<std::pair<const Planned*, std::string>> damaged;
-    for (const Planned& p : gang) {
+    for (size_t i = 0; i < gang.size(); ++i) {
+      const Planned& p = gang[i];
       try {
-        runs.push_back(
-            std::make_unique<TrialRun>(p.trial->config, p.trial->name, p.dir, library_, model));
+        runs.push_back(std::make_unique<TrialRun>(p.trial->config, p.trial->name,
+                                                  std::move(files[i]), library_, model));
         pointers.push_back(runs.back().get());
       } catch (const OutOfMemory&) {
         throw;
@@ -285,9 +351,10 @@ class Runner {
     }
   }
 
-  void does_not_fit(const std::vector<Planned>& gang, const std::string& error) {
+  /// The error of a gang may be one trial's, or its size: its halves are tried.
+  void give_up(const std::vector<Planned>& gang, const std::string& error, const std::string& why) {
     if (gang.size() == 1) return fail_trial(gang.front(), error);
-    print_(fmt::format("a gang of {} does not fit; trying halves", gang.size()));
+    print_(fmt::format("a gang of {} {}; trying halves", gang.size(), why));
     const auto middle = gang.begin() + static_cast<std::ptrdiff_t>(gang.size() / 2);
     run({gang.begin(), middle});
     if (!result_.interrupted) run({middle, gang.end()});
@@ -305,10 +372,14 @@ class Runner {
 
   void fail_trial(const Planned& planned, const std::string& error) {
     ++result_.failed;
-    TrialFiles files(planned.dir);
-    files.log(error);
-    files.write_status({{"status", "failed"}, {"error", error}});
     print_(fmt::format("{}: failed: {}", planned.trial->name, error));
+    try {
+      TrialFiles files(planned.dir);
+      files.log(error);
+      files.write_status({{"status", "failed"}, {"error", error}});
+    } catch (const Error& also) {  // a full disk, perhaps
+      print_(fmt::format("{}: {}", planned.trial->name, also.what()));
+    }
   }
 
   Library& library_;
@@ -318,6 +389,7 @@ class Runner {
   TrainCallbacks callbacks_;
   RunnerResult& result_;
   std::string loaded_;
+  std::vector<Planned> elsewhere_;
 };
 
 }  // namespace
@@ -381,11 +453,16 @@ RunnerResult run_sweep(const Sweep& sweep, const RunnerOptions& options,
     fail("{}/trials: cannot be created: {}; give --out a directory that can be written to",
          result.dir, error.message());
   Sweep listed = sweep;
-  if (sweep.single) {
-    add_earlier_trials(result.dir, listed, directories);
-    planned.front().trial = &listed.trials.back();
+  {
+    const auto lock = lock_results(result.dir);
+    if (sweep.single) {
+      add_earlier_trials(result.dir, listed, directories);
+      planned.front().trial = &listed.trials.back();
+      // By its directory the next run knows this one, which may take long to load.
+      std::filesystem::create_directories(planned.front().dir, error);
+    }
+    write_plan(result.dir, listed, directories, environment(listed, options.device));
   }
-  write_plan(result.dir, listed, directories, environment(sweep, options.device));
 
   std::vector<Planned> pending;
   for (size_t i = 0; i < planned.size(); ++i) {
@@ -409,6 +486,7 @@ RunnerResult run_sweep(const Sweep& sweep, const RunnerOptions& options,
     for (const size_t i : indices) gang.push_back(pending[i]);
     runner.run(gang);
   }
+  runner.count_elsewhere();
   for (const std::string& note : write_report(result.dir).notes) print(note);
   return result;
 }

@@ -20,6 +20,7 @@ struct RunnerOptions {
 struct RunnerResult {
   std::string dir;
   int finished = 0, failed = 0;
+  int elsewhere = 0;  // which another process is running
   bool interrupted = false;
 };
 

@@ -42,13 +42,14 @@ struct Fingerprints {
 };
 /// Changes when the program's numbers do, so that older results are not taken for finished ones.
 inline constexpr int numerics_version = 4;
-/// 8 hex digits over everything that changes a trial's numbers. `compute_dtype` is what "auto"
+/// 16 hex digits over everything that changes a trial's numbers. `compute_dtype` is what "auto"
 /// became on the device.
 std::string trial_hash(const Trial& trial, const Fingerprints& fingerprints,
                        const std::string& compute_dtype);
-/// `<hash8>-<name>`, or the directory under `trials_dir` that already begins with the hash.
+/// `<hash>-<name>`, or the directory under `trials_dir` that already begins with the hash, or, made
+/// by an earlier version, with its first 8 digits and has the trial's settings in config.yaml.
 std::string trial_directory(const std::string& trials_dir, const std::string& hash,
-                            const std::string& name);
+                            const Trial& trial);
 /// Indices of the trials of shard "I/N", 1-based: those with index % N == I - 1.
 std::vector<int> shard(const std::string& text, int trials);
 

@@ -18,6 +18,8 @@ namespace {
 namespace fs = std::filesystem;
 
 constexpr size_t kMaxName = 60, kMaxPart = 24;
+/// 64 bits, so that no two of a user's trials ever share them. Earlier versions wrote 32.
+constexpr size_t kHashDigits = 16, kEarlierHashDigits = 8;
 
 /// Words before a value; "" where the value speaks for itself.
 const std::map<std::string, std::string> kLabels{{"lora.r", "r"},
@@ -88,6 +90,27 @@ std::string name_part(const std::string& key, const std::string& value) {
   return file_safe((label == kLabels.end() ? leaf : label->second) + text, kMaxPart);
 }
 
+/// What config.yaml can say of a trial's identity; the contents of its files are not in there.
+std::string settings_of(Config config) {
+  config.quant.compute_dtype.clear();
+  for (const Field& field : config_fields()) {
+    if (!field.is_path) continue;
+    std::string& path = *std::get<std::string*>(field.slot(config));
+    if (!path.empty()) path = "content";
+  }
+  return canonical(config);
+}
+
+/// Eight digits meet by chance. A file that this version does not read says nothing against it.
+bool has_config_of(const Trial& trial, const fs::path& file) {
+  if (!fs::exists(file)) return true;
+  try {
+    return settings_of(load_config(file.string(), {})) == settings_of(trial.config);
+  } catch (const std::exception&) {
+    return true;
+  }
+}
+
 }  // namespace
 
 void name_trials(Sweep& sweep, const std::vector<std::string>& derived) {
@@ -128,18 +151,22 @@ std::string trial_hash(const Trial& trial, const Fingerprints& fingerprints,
   identity.quant.compute_dtype = compute_dtype;
   Fingerprint hash;
   hash.add(static_cast<uint64_t>(numerics_version)).add(canonical(identity)).add(trial.variant);
-  return hash.hex().substr(0, 8);
+  return hash.hex().substr(0, kHashDigits);
 }
 
 std::string trial_directory(const std::string& trials_dir, const std::string& hash,
-                            const std::string& name) {
+                            const Trial& trial) {
+  const std::string earlier = hash.substr(0, kEarlierHashDigits) + "-";
   std::error_code ignored;
   std::vector<std::string> found;
   for (const auto& entry : fs::directory_iterator(trials_dir, ignored)) {
     const std::string existing = entry.path().filename().string();
-    if (entry.is_directory() && existing.starts_with(hash + "-")) found.push_back(existing);
+    if (!entry.is_directory()) continue;
+    if (existing.starts_with(hash + "-") ||
+        (existing.starts_with(earlier) && has_config_of(trial, entry.path() / "config.yaml")))
+      found.push_back(existing);
   }
-  return found.empty() ? hash + "-" + name : *std::min_element(found.begin(), found.end());
+  return found.empty() ? hash + "-" + trial.name : *std::min_element(found.begin(), found.end());
 }
 
 std::vector<int> shard(const std::string& text, int trials) {

@@ -1,5 +1,6 @@
 #include "experiments/terminal.h"
 
+#include <sys/ioctl.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -25,6 +26,29 @@ std::string duration(double seconds) {
   return fmt::format("{}:{:02}", s / 60, s % 60);
 }
 
+struct Window {
+  size_t rows, columns;
+};
+
+/// Of the terminal, at least large enough to show something.
+Window window() {
+  winsize size{};
+  if (ioctl(STDOUT_FILENO, TIOCGWINSZ, &size) != 0 || size.ws_row == 0 || size.ws_col == 0)
+    return {24, 80};
+  return {std::max<size_t>(size.ws_row, 3), std::max<size_t>(size.ws_col, 2)};
+}
+
+/// A long name gives way to the figures: its middle, since names differ at their ends.
+std::string one_row(std::string name, const std::string& text, size_t columns) {
+  constexpr size_t shortest_name = 9, gap = 2;
+  const size_t room = columns > text.size() + gap ? columns - text.size() - gap : 0;
+  if (const size_t keep = std::max(room, shortest_name); name.size() > keep) {
+    const size_t head = (keep - 2) / 2, tail = keep - 2 - head;
+    name = name.substr(0, head) + ".." + name.substr(name.size() - tail);
+  }
+  return (name + "  " + text).substr(0, columns);
+}
+
 }  // namespace
 
 void write_out(const std::string& text) {
@@ -41,25 +65,36 @@ void Terminal::print(const std::string& line) {
   std::fflush(stdout);
 }
 
-void Terminal::show(const std::string& name, const std::string& text, bool last) {
+void Terminal::show(const std::string& name, const std::string& text, Kind kind) {
   const auto now = std::chrono::steady_clock::now();
   auto line =
       std::find_if(lines_.begin(), lines_.end(), [&](const Line& l) { return l.name == name; });
   const bool first = line == lines_.end();
   if (first) line = lines_.insert(lines_.end(), {name, "", {}});
-  line->text = name + "  " + text;
-  if (!live_) {
-    // Without a terminal a line now and then is enough to see that it goes on.
-    constexpr auto quiet = std::chrono::seconds(20);
-    if (!first && !last && now - line->printed < quiet) return;
-    line->printed = now;
-    std::fputs((line->text + "\n").c_str(), stdout);
-  } else {
-    std::string screen = drawn_ > 0 ? fmt::format("\x1b[{}A", drawn_) : "";
-    for (const Line& l : lines_) screen += "\r\x1b[K" + l.text + "\n";
-    drawn_ = lines_.size();
-    std::fputs(screen.c_str(), stdout);
+  line->text = text;
+  if (live_) {
+    const std::string above = kind == Kind::lasting ? name + "  " + text + "\n" : "";
+    if (kind != Kind::live) lines_.erase(line);
+    return draw(above);
   }
+  // Without a terminal a line now and then is enough to see that it goes on.
+  constexpr auto quiet = std::chrono::seconds(20);
+  if (!first && kind != Kind::lasting && now - line->printed < quiet) return;
+  line->printed = now;
+  std::fputs((name + "  " + text + "\n").c_str(), stdout);
+  std::fflush(stdout);
+}
+
+// One row per line, or the cursor would not find back.
+void Terminal::draw(const std::string& above) {
+  const auto [rows, columns] = window();
+  std::string screen = (drawn_ > 0 ? fmt::format("\x1b[{}A", drawn_) : "") + "\r\x1b[J" + above;
+  const size_t fit = lines_.size() < rows ? lines_.size() : rows - 2;
+  for (size_t i = 0; i < fit; ++i)
+    screen += one_row(lines_[i].name, lines_[i].text, columns - 1) + "\n";
+  if (fit < lines_.size()) screen += fmt::format("and {} more\n", lines_.size() - fit);
+  drawn_ = std::min(lines_.size(), fit + 1);
+  std::fputs(screen.c_str(), stdout);
   std::fflush(stdout);
 }
 
@@ -73,12 +108,12 @@ void Terminal::progress(const TrainProgress& p) {
                                      1e3 * p.traffic.stalled_seconds)
                        : "",
                    duration(p.seconds_left)),
-       p.last);
+       p.last ? Kind::lasting : Kind::live);
 }
 
 void Terminal::evaluating(const EvaluationProgress& p) {
   show(p.base ? "base" : p.name, fmt::format("evaluating: {} of {} examples", p.done, p.examples),
-       false);
+       p.last ? Kind::gone : Kind::live);
 }
 
 TrainCallbacks Terminal::callbacks() {

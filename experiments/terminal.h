@@ -20,17 +20,19 @@ class Terminal {
   TrainCallbacks callbacks();
 
  private:
-  /// The run's line is now `text`; without a terminal only now and then, and the `last` one.
-  void show(const std::string& name, const std::string& text, bool last);
+  enum class Kind : uint8_t { live, lasting, gone };
+  /// The run's line is now `text`, the last one where `kind` is not live: it stays on the screen or
+  /// leaves it. Without a terminal a line now and then, and the lasting one.
+  void show(const std::string& name, const std::string& text, Kind kind);
+  void draw(const std::string& above);
 
   struct Line {
     std::string name, text;
     std::chrono::steady_clock::time_point printed;
   };
-  bool live_;  // stdout is a terminal
-  std::vector<Line>
-      lines_;         // of the runs that go on; on a terminal they stand below everything else
-  size_t drawn_ = 0;  // live lines on the screen
+  bool live_;                // stdout is a terminal
+  std::vector<Line> lines_;  // of the runs that go on; on a terminal below everything else
+  size_t drawn_ = 0;         // rows of them on the screen
 };
 
 /// To the standard output; Error when it cannot be written.

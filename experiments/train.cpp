@@ -33,11 +33,11 @@ double scalar(const Tensor& t) { return t.to_vector<float>()[0]; }
 
 }  // namespace
 
-TrialRun::TrialRun(const Config& config, std::string name, const std::string& dir, Library& library,
+TrialRun::TrialRun(const Config& config, std::string name, TrialFiles files, Library& library,
                    const Llama& model)
     : config_(config),
       name_(std::move(name)),
-      files_(dir),
+      files_(std::move(files)),
       memory_(library.memory()),
       train_(library.train_set(config)),
       order_(static_cast<int64_t>(train_.examples.size()),
@@ -138,6 +138,9 @@ void TrialRun::update(const Tensor& idle) {
   ++progress_.step;
   progress_.trained_tokens += window_tokens_;
   fresh_ = false;
+  const int64_t first_of_last = total_steps_ - last_steps() + 1;
+  if (progress_.step == first_of_last) progress_.last_losses = 0;
+  if (progress_.step >= first_of_last) progress_.last_losses += loss_;
   // Where the norm is not finite the optimizer has left the adapter as it was before this step.
   const bool finite = std::isfinite(norm);
   const bool skipped = scales_loss_ && !finite && std::isfinite(loss_) && factor > 1;
@@ -197,6 +200,9 @@ void TrialRun::write_status(const char* status, const std::string& error) {
       {"load_peak_bytes", memory_.load_peak()},
       {"gang_size", gang_size_},
       {"device", device_description(device)}};
+  // Not a number where a state of an older version has no sum of them.
+  if (progress_.step == total_steps_ && std::isfinite(progress_.last_losses))
+    json["train_loss"] = progress_.last_losses / static_cast<double>(last_steps());
   if (scales_loss_) {
     json["loss_scale"] = progress_.loss_scale.factor;
     json["skipped_steps"] = progress_.loss_scale.skipped;
@@ -362,7 +368,9 @@ void Gang::evaluate_due() {
     begin("evaluate");
     const auto tell = [&](size_t done) {
       if (callbacks_.evaluating)
-        callbacks_.evaluating({t->name_, t->fresh_, done, t->eval_->examples.size()});
+        callbacks_.evaluating({t->name_, t->fresh_, done, t->eval_->examples.size(),
+                               done == t->eval_->examples.size() &&
+                                   (t->fresh_ || t->progress_.step == t->total_steps_)});
     };
     const auto stop = [&](size_t done) {
       look();

@@ -2,6 +2,7 @@
 // along tokens, each with its own adapter, optimizer, schedule and data. A single run is a gang of
 // one, and a trial's numbers are the same whatever its company.
 #pragma once
+#include <algorithm>
 #include <functional>
 #include <memory>
 #include <string>
@@ -21,7 +22,7 @@ namespace qlab {
 class TrialRun {
  public:
   /// Builds adapter and optimizer, and continues from the directory's state when it has one.
-  TrialRun(const Config& config, std::string name, const std::string& dir, Library& library,
+  TrialRun(const Config& config, std::string name, TrialFiles files, Library& library,
            const Llama& model);
 
   enum class State : uint8_t { running, finished, failed, interrupted };
@@ -39,6 +40,8 @@ class TrialRun {
 
   std::vector<Sequence> micro_batch(int64_t step, int64_t micro) const;
   bool evaluation_due() const;
+  /// The last tenth, of which the summary gives the mean loss.
+  int64_t last_steps() const { return std::max<int64_t>(1, total_steps_ / 10); }
   void record_evaluation(const Evaluation& evaluation);
   void update(const Tensor& idle);
   /// Of the step's loss: 1 unless the run computes in fp16.
@@ -105,6 +108,7 @@ struct EvaluationProgress {
   std::string name;
   bool base;  // without an adapter: shared by all trials
   size_t done, examples;
+  bool last;  // nothing more will be told under this name
 };
 struct TrainCallbacks {
   std::function<void(const TrainProgress&)> progress;

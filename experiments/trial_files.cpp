@@ -1,17 +1,13 @@
 #include "experiments/trial_files.h"
 
-#include <fcntl.h>
-#include <sys/file.h>
-#include <unistd.h>
-
 #include <cerrno>
 #include <chrono>
 #include <cstring>
 #include <filesystem>
 #include <fstream>
+#include <limits>
 
 #include "core/ops/copy.h"
-#include "data/file.h"
 #include "data/json.h"
 #include "data/safetensors.h"
 
@@ -33,18 +29,17 @@ TrialFiles::TrialFiles(const std::string& dir) : dir_(dir) {
   std::error_code error;
   std::filesystem::create_directories(dir, error);
   if (error) fail("{}: cannot be created: {}", dir, error.message());
-  lock_ = open(path("lock").c_str(), O_CREAT | O_RDWR | O_CLOEXEC, 0644);
-  if (lock_ < 0) fail("{}: cannot be written to", dir);
-  if (flock(lock_, LOCK_EX | LOCK_NB) != 0) {
-    close(lock_);
-    fail(
+  if (auto lock = FileLock::take(path("lock"), false)) {
+    lock_.emplace(std::move(*lock));
+  } else {
+    throw Busy(fmt::format(
         "{}: another qlab process is running this trial; wait for it, or give --out another "
         "directory",
-        dir);
+        dir));
   }
+  for (const std::string& folder : {dir_, path("state"), path("adapter")})
+    remove_temporary_files(folder);
 }
-
-TrialFiles::~TrialFiles() { close(lock_); }
 
 void TrialFiles::write_config(const std::string& yaml) {
   write_file_atomically(path("config.yaml"), yaml);
@@ -65,6 +60,7 @@ void TrialFiles::write_status(const Json& status) {
 
 void TrialFiles::append_metrics(const Json& line) {
   append(path("metrics.jsonl"), line.dump() + "\n");
+  ++metrics_lines_;
 }
 
 std::vector<Json> TrialFiles::read_metrics() const {
@@ -82,9 +78,21 @@ std::vector<Json> TrialFiles::read_metrics() const {
 
 void TrialFiles::cut_metrics_after(int64_t step) {
   std::string kept;
-  for (const Json& line : read_metrics())
-    if (line["step"].get<int64_t>() <= step) kept += line.dump() + "\n";
+  metrics_lines_ = 0;
+  for (const Json& line : read_metrics()) {
+    if (line["step"].get<int64_t>() > step) continue;
+    kept += line.dump() + "\n";
+    ++metrics_lines_;
+  }
   write_file_atomically(path("metrics.jsonl"), kept);
+}
+
+void TrialFiles::check_metrics(int64_t step, int64_t saved_lines) const {
+  int64_t lines = 0;
+  for (const Json& line : read_metrics()) lines += line["step"].get<int64_t>() <= step;
+  if (lines < saved_lines)
+    fail("metrics.jsonl has {} of the {} lines that were written up to step {}", lines, saved_lines,
+         step);
 }
 
 void TrialFiles::append_memory(const MemorySample& sample) {
@@ -112,6 +120,7 @@ void TrialFiles::log(const std::string& text) {
 
 void TrialFiles::save_state(const TrialProgress& progress, const Adapter& adapter,
                             const AdamW& optimizer) {
+  flush_to_disk(path("metrics.jsonl"));  // a power cut must not leave a state ahead of it
   std::filesystem::create_directories(path("state"));
   const auto host = [](const Tensor& t) { return t.to(Device::cpu()); };
   std::vector<std::pair<std::string, Tensor>> tensors = {
@@ -126,6 +135,8 @@ void TrialFiles::save_state(const TrialProgress& progress, const Adapter& adapte
                      {"trained_tokens", std::to_string(progress.trained_tokens)},
                      {"tokens", std::to_string(progress.tokens)},
                      {"seconds", fmt::format("{}", progress.seconds)},
+                     {"last_losses", fmt::format("{}", progress.last_losses)},
+                     {"metrics_lines", std::to_string(metrics_lines_)},
                      {"loss_scale", fmt::format("{}", progress.loss_scale.factor)},
                      {"finite_steps", std::to_string(progress.loss_scale.finite)},
                      {"skipped_steps", std::to_string(progress.loss_scale.skipped)}});
@@ -139,7 +150,7 @@ std::optional<TrialProgress> TrialFiles::load_state(const Adapter& adapter, Adam
   } catch (const OutOfMemory&) {
     throw;
   } catch (const std::exception& error) {  // of numbers that are none, too
-    fail("the saved state does not read: {}; remove {} to start this trial over", error.what(),
+    fail("cannot go on from the saved state: {}; remove {} to start this trial over", error.what(),
          dir_);
   }
 }
@@ -173,7 +184,13 @@ TrialProgress TrialFiles::read_state(const std::string& file_path, const Adapter
   optimizer.restore(saved, number("optimizer_steps"));
   TrialProgress progress{
       number("step"), number("trained_tokens"), number("tokens"), std::stod(text("seconds")), {}};
-  if (file.metadata().contains("loss_scale"))  // states of older versions have none
+  // States of older versions lack some.
+  if (file.metadata().contains("metrics_lines"))
+    check_metrics(progress.step, number("metrics_lines"));
+  progress.last_losses = file.metadata().contains("last_losses")
+                             ? std::stod(text("last_losses"))
+                             : std::numeric_limits<double>::quiet_NaN();
+  if (file.metadata().contains("loss_scale"))
     progress.loss_scale = {std::stof(text("loss_scale")), number("finite_steps"),
                            number("skipped_steps")};
   return progress;

@@ -8,6 +8,8 @@
 #include <string>
 #include <vector>
 
+#include "core/error.h"
+#include "data/file.h"
 #include "experiments/memory_log.h"
 #include "nn/lora.h"
 #include "optim/loss_scale.h"
@@ -22,15 +24,20 @@ struct TrialProgress {
   int64_t tokens = 0;          // passed through the model in training, prompts included
   double seconds = 0;          // spent in training steps
   LossScale loss_scale;        // of a run in fp16
+  double last_losses = 0;      // summed over the last tenth of the steps, as far as they are done
+};
+
+/// Another process works in the trial's directory.
+class Busy : public Error {
+ public:
+  using Error::Error;
 };
 
 class TrialFiles {
  public:
-  /// Takes the directory for this process; Error when another process works in it.
+  /// Takes the directory for this process, or throws Busy; removes what killed ones left
+  /// unfinished.
   explicit TrialFiles(const std::string& dir);
-  ~TrialFiles();
-  TrialFiles(const TrialFiles&) = delete;
-  TrialFiles& operator=(const TrialFiles&) = delete;
 
   const std::string& dir() const { return dir_; }
   void write_config(const std::string& yaml);
@@ -51,14 +58,17 @@ class TrialFiles {
   void log(const std::string& text);
 
   void save_state(const TrialProgress& progress, const Adapter& adapter, const AdamW& optimizer);
-  /// nullopt when there is none; Error with the remedy when it is damaged.
+  /// nullopt when there is none; Error with the remedy when it is damaged, or metrics.jsonl has not
+  /// all that was written before it.
   std::optional<TrialProgress> load_state(const Adapter& adapter, AdamW& optimizer);
 
  private:
   TrialProgress read_state(const std::string& file, const Adapter& adapter, AdamW& optimizer) const;
+  void check_metrics(int64_t step, int64_t saved_lines) const;
   std::string path(const char* name) const { return dir_ + "/" + name; }
   std::string dir_;
-  int lock_ = -1;
+  std::optional<FileLock> lock_;
+  int64_t metrics_lines_ = 0;
 };
 
 }  // namespace qlab

@@ -139,6 +139,10 @@ TEST_F(CommandTest, ErrorsNameThePlace) {
                  {"run.yaml:1: model.path: gone.gguf"});
   expect_refused({"train", replaced("r: 4", "targets: [c_attn]")},
                  {"run.yaml:3: lora.targets: no module matches c_attn"});
+  expect_refused({"train", run_file(), "--set", "data.seq_len=600"},
+                 {"--set data.seq_len=600: data.seq_len: 600 exceeds the 512 positions"});
+  expect_refused({"train", replaced("eval_seq_len: 64", "eval_seq_len: 600")},
+                 {"run.yaml:2: data.eval_seq_len: 600 exceeds the 512 positions"});
   expect_refused_run("load_in_8bit: true\n", {"run.yaml:4: quant.type", "int8", "set nf4"});
   expect_refused({"sweep", folder_.write("sweep.yaml", "base: " + run_file() +
                                                            "\nparameters:\n  quant.type:\n"
@@ -173,6 +177,9 @@ TEST_F(CommandTest, MistakesOnTheCommandLine) {
   expect_refused({"train", run_file(), "--shard", "2/2"}, {"--shard"});
   expect_refused({"tokenize", "synthetic:tiny", run_file()}, {"synthetic:tiny", "tokenizer.json"});
   expect_refused({"generate", "synthetic:tiny", "--prompt", "x"}, {"synthetic:tiny", "tokenizer"});
+  const std::string tokenizer = fs::absolute(golden("tokenizer/llama3.json")).string();
+  expect_refused({"tokenize", tokenizer, "."}, {".: is a directory; give a text file"});
+  expect_refused({"tokenize", tokenizer, "gone.txt"}, {"gone.txt: cannot be read"});
   expect_refused({"train", run_file(), "--device", "gpu"}, {"gpu", "cuda"});
 }
 
@@ -268,7 +275,9 @@ TEST_F(CommandTest, Data) {
   with(good + "{\"input_ids\": [1, 2], \"labels\": [1]}\n", {"bad.jsonl:2", "aligned"});
   with("{\"input_ids\": [1, 2], \"labels\": [1, -100]}\n", {"bad.jsonl", "token to train"});
   with("", {"bad.jsonl"});
-  with("{\"text\": \"a model without a tokenizer\"}\n", {"no tokenizer", "input_ids"});
+  for (const char* line : {R"({"text": "x"})", R"({"prompt": "x", "completion": "y"})",
+                           R"({"messages": [{"role": "user", "content": "x"}]})"})
+    with(good + line, {"bad.jsonl:2: the model has no tokenizer", "input_ids and labels"});
   expect_refused({"train", run_file(), "--set", "data.train=gone.jsonl"}, {"gone.jsonl"});
   expect_refused({"train", run_file(), "--set", "data.eval=gone.jsonl"}, {"gone.jsonl"});
   expect_refused({"eval", "synthetic:tiny", "--data", "gone.jsonl"}, {"gone.jsonl"});
@@ -417,6 +426,18 @@ TEST_F(CommandTest, EvalReadsWhatTrainWrote) {
   EXPECT_EQ(run({"report", work_ + "/results"}).code, 0);
   for (const char* file : {"plan.yaml", "summary.csv", "summary.md", "report.html"})
     EXPECT_TRUE(fs::exists(work_ + "/results/" + file)) << file;
+}
+
+TEST_F(CommandTest, RunsStartedTogetherAreAllInTheSummary) {
+  const std::string file = run_file("train: {steps: 2, batch_size: 3}\n");
+  std::vector<pid_t> started;
+  for (const char* r : {"2", "3", "4", "5"})
+    started.push_back(start({"train", file, "--device", "cpu", "--out", "results", "--set",
+                             std::string("lora.r=") + r}));
+  for (const pid_t pid : started) EXPECT_EQ(wait(pid).code, 0);
+  const std::string summary = read_text_file(work_ + "/results/summary.csv");
+  EXPECT_EQ(std::count(summary.begin(), summary.end(), '\n'), 5) << summary;
+  EXPECT_EQ(summary.find("running"), std::string::npos) << summary;
 }
 
 class KillTest : public CommandTest {

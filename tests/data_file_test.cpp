@@ -1,6 +1,8 @@
 #include "data/file.h"
 
 #include <sys/resource.h>
+#include <sys/wait.h>
+#include <unistd.h>
 
 #include <csignal>
 
@@ -32,6 +34,40 @@ TEST(File, WritesAtomically) {
   EXPECT_EQ(entries(folder.path()), 1);
   write_file_atomically(folder / "x", "new");
   EXPECT_EQ(read_text_file(folder / "x"), "new");
+}
+
+// Containers that share a folder have equal process ids, and equal counts of what was written.
+TEST(File, TemporaryNamesSayMoreThanTheProcess) {
+  const test::TemporaryFolder folder;
+  const auto temporary = [&](const std::string& own) {
+    std::filesystem::create_directory(folder / own);
+    const AtomicFile file(folder / (own + "/x"));
+    std::string name =
+        std::filesystem::directory_iterator(folder / own)->path().filename().string();
+    const std::string id = std::to_string(getpid());
+    if (const size_t at = name.find(id); at != name.npos) name.replace(at, id.size(), "ID");
+    return name;
+  };
+  const pid_t child = fork();
+  if (child == 0) {
+    folder.write("name", temporary("child"));
+    _exit(0);
+  }
+  ASSERT_EQ(waitpid(child, nullptr, 0), child);
+  EXPECT_NE(read_text_file(folder / "name"), temporary("parent"));
+}
+
+TEST(File, OnlyTemporaryFilesAreRemoved) {
+  const test::TemporaryFolder folder;
+  write_file_atomically(folder / "x", "kept");
+  folder.write("notes.tmp", "kept");
+  folder.write("a.b.tmp", "kept");
+  folder.write("x.4711-3.tmp", "of an earlier version");
+  AtomicFile file(folder / "x");
+  EXPECT_EQ(entries(folder.path()), 5);
+  remove_temporary_files(folder.path());
+  EXPECT_EQ(entries(folder.path()), 3);
+  remove_temporary_files(folder / "gone");
 }
 
 TEST(File, ErrorsNamePathAndReason) {

@@ -186,6 +186,17 @@ TEST_F(ReportTest, CsvHasOneRowPerTrialInTheOrderOfThePlan) {
   EXPECT_EQ(rows[4], "r8-s1,8,\"[q_proj, v_proj]\",1,,,,,,,,,,,pending");
 }
 
+// metrics.jsonl may have every tenth step alone.
+TEST_F(ReportTest, TrainLossIsTheRunsOwn) {
+  plan();
+  run(0, 20, 4.0, "finished");
+  nlohmann::json status = nlohmann::json::parse(read(trial_dir(0) / "status.json"));
+  status["train_loss"] = 2.125;
+  std::ofstream(trial_dir(0) / "status.json") << status.dump();
+  write_report(out());
+  EXPECT_THAT(lines(read(fs::path(out()) / "summary.csv"))[1], HasSubstr(",20,2000,2.125,2,4,2,"));
+}
+
 TEST_F(ReportTest, MarkdownIsSortedAndAveragesOverSeeds) {
   plan();
   run(0, 20, 4.0, "finished");

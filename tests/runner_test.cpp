@@ -96,6 +96,67 @@ TEST_P(RunnerTest, ATrialThatDivergesFailsAlone) {
   EXPECT_THAT(read_text_file(folder_ / "out/summary.csv"), HasSubstr(",failed"));
 }
 
+TEST_P(RunnerTest, AnErrorInTheMiddleIsItsTrialsAlone) {
+  TrainCallbacks callbacks;
+  callbacks.progress = [&](const TrainProgress& p) {
+    for (const std::string& dir : directories())
+      if (p.name == "r4-s0" && dir.ends_with(p.name)) {
+        fs::remove_all(dir + "/eval.json");
+        fs::create_directories(dir + "/eval.json/in the way");
+      }
+  };
+  const RunnerResult result = sweep(
+      "parallel: {trials_per_gpu: 2}\nparameters: {lora.r: {values: [2, 4, 8]}}\n", {}, callbacks);
+  EXPECT_EQ(result.finished, 2);
+  EXPECT_EQ(result.failed, 1);
+  ASSERT_EQ(with_status("failed").size(), 1u);
+  EXPECT_THAT(with_status("failed")[0]["error"].get<std::string>(), HasSubstr("eval.json"));
+  EXPECT_THAT(printed_, AllOf(HasSubstr("a gang of 2 failed: "), HasSubstr("r4-s0: failed: ")));
+  EXPECT_THAT(read_text_file(folder_ / "out/summary.csv"), HasSubstr(",failed"));
+}
+
+TEST_P(RunnerTest, ATrialOfAnotherProcessIsSkippedAlone) {
+  sweep("parameters: {lora.r: {values: [4]}}\n");
+  const std::string dir = directories().at(0);
+  const std::string four =
+      "parallel: {trials_per_gpu: 2}\nparameters: {lora.r: {values: [2, 4, 8, 16]}}\n";
+  fs::remove_all(dir);
+  {
+    const TrialFiles other(dir);
+    const RunnerResult result = sweep(four);
+    EXPECT_EQ(result.finished, 3);
+    EXPECT_EQ(result.failed, 0);
+    EXPECT_EQ(result.elsewhere, 1);
+    EXPECT_EQ(result.interrupted, false);
+    EXPECT_THAT(printed_, AllOf(HasSubstr("r4-s0: skipped: "), HasSubstr("another qlab process"),
+                                HasSubstr("1 trial was skipped")));
+    EXPECT_THAT(read_text_file(folder_ / "out/summary.csv"),
+                AllOf(HasSubstr("r16-s0,16,"), HasSubstr("r4-s0,4,0,,,,,,,,,,,pending")));
+  }
+  EXPECT_EQ(sweep(four).finished, 4);
+}
+
+// Two processes with one sweep: what the other has finished by the end counts.
+TEST_P(RunnerTest, ASweepCanBeSharedWithoutShards) {
+  const std::string rest = "parameters: {lora.r: {values: [2, 4, 8]}}\n";
+  bool nested = false;
+  RunnerResult second;
+  std::string second_printed;
+  TrainCallbacks callbacks;
+  callbacks.progress = [&](const TrainProgress&) {
+    if (std::exchange(nested, true)) return;
+    second = sweep(rest);
+    second_printed = std::exchange(printed_, "");
+  };
+  const RunnerResult first = sweep(rest, {}, callbacks);
+  EXPECT_EQ(second.finished, 2);
+  EXPECT_EQ(second.elsewhere, 1);
+  EXPECT_THAT(second_printed, HasSubstr("r2-s0: skipped: "));
+  EXPECT_EQ(first.finished, 3);
+  EXPECT_EQ(printed_.find("r4-s0"), std::string::npos) << "trained again";
+  EXPECT_EQ(with_status("finished").size(), 3u);
+}
+
 TEST_P(RunnerTest, ATrialThatDoesNotFitFailsAlone) {
   sweep("", {"optim.lr=1e-3"});
   const int64_t held = memory_account(device()).total;  // the map that all NF4 tensors share
@@ -252,6 +313,43 @@ TEST_P(RunnerTest, RunsOfOneFileGather) {
     if (dir.ends_with("one-r8-s0")) fs::remove_all(dir);
   train({}, 2);
   EXPECT_EQ(summary().find("one-r8"), std::string::npos);
+}
+
+// A run that is still loading its base is known by its directory.
+TEST_P(RunnerTest, RunsThatBeginTogetherAreAllListed) {
+  const std::string file =
+      folder_.write("one.yaml", "model: {path: \"synthetic:tiny\"}\ndata: {train: " + train_ +
+                                    ", seq_len: 64}\ntrain: {steps: 2, batch_size: 3}\n");
+  const auto train = [&](const std::string& r, const TrainCallbacks& callbacks) {
+    run_sweep(
+        load_sweep(file, {"lora.r=" + r}), {folder_ / "out", device(), "", false},
+        [](const std::string&) {}, callbacks);
+  };
+  bool loading = false;
+  TrainCallbacks callbacks;
+  callbacks.stop = [&] {
+    if (!loading && fs::exists(folder_ / "out/plan.yaml")) {
+      loading = true;
+      EXPECT_FALSE(fs::exists(directories().at(0) + "/status.json"));
+      train("8", {});
+    }
+    return false;
+  };
+  train("2", callbacks);
+  EXPECT_TRUE(loading);
+  EXPECT_THAT(read_text_file(folder_ / "out/summary.csv"),
+              AllOf(HasSubstr("one-r2-s0,2,"), HasSubstr("one-r8-s0,8,")));
+}
+
+TEST_P(RunnerTest, ThePlanNamesEveryModelAndSet) {
+  const std::string other = folder_.write("other.jsonl", examples(20, 7));
+  sweep("parameters: {data.train: {values: [" + train_ + ", " + other +
+        "]}, lora.r: {values: [2, 4]}}\n");
+  const std::string plan = read_text_file(folder_ / "out/plan.yaml");
+  EXPECT_THAT(plan, HasSubstr(train_ + ", " + other));
+  EXPECT_THAT(read_text_file(folder_ / "out/summary.md"),
+              AllOf(HasSubstr("- model: synthetic:tiny\n"),
+                    HasSubstr("- data: " + train_ + ", " + other + "\n")));
 }
 
 TEST_P(RunnerTest, MistakesSurfaceBeforeAnythingIsWritten) {

@@ -117,7 +117,8 @@ TEST_P(Smollm2Test, TrainsAsPeft) {
          setting("optim.max_grad_norm", t["max_grad_norm"]), "optim.schedule=cosine",
          setting("optim.warmup_steps", t["warmup_steps"])});
     model = &library.base(config, DType::f32, device());
-    runs.push_back(std::make_unique<TrialRun>(config, name, folder / name, library, *model));
+    runs.push_back(
+        std::make_unique<TrialRun>(config, name, TrialFiles(folder / name), library, *model));
   }
   std::vector<TrialRun*> gang;
   for (const auto& run : runs) gang.push_back(run.get());

@@ -406,7 +406,7 @@ TEST_F(SweepTest, HashSeesConfigAndContentAlone) {
   const Trial trial = load("method: grid").trials[0];
   const Fingerprints content{.model = "m", .train = "t", .eval = "", .adapter = ""};
   const std::string hash = trial_hash(trial, content, "fp32");
-  EXPECT_EQ(hash.size(), 8u);
+  EXPECT_EQ(hash.size(), 16u);
   EXPECT_EQ(hash.find_first_not_of("0123456789abcdef"), std::string::npos);
   EXPECT_EQ(trial_hash(trial, content, "fp32"), hash);
   EXPECT_NE(trial_hash(trial, content, "bf16"), hash);
@@ -423,9 +423,38 @@ TEST_F(SweepTest, HashSeesConfigAndContentAlone) {
 }
 
 TEST_F(SweepTest, DirectoriesAreFoundByHash) {
-  EXPECT_EQ(trial_directory((dir_ / "none").string(), "0123abcd", "r8-s0"), "0123abcd-r8-s0");
-  fs::create_directories(dir_ / "0123abcd-older-name");
-  EXPECT_EQ(trial_directory(dir_.string(), "0123abcd", "r8-s0"), "0123abcd-older-name");
+  Trial trial = load("method: grid").trials[0];
+  trial.name = "r8-s0";
+  const auto found = [&](const std::string& hash) {
+    return trial_directory((dir_ / "trials").string(), hash, trial);
+  };
+  const std::string hash = "0123abcd01234567";
+  EXPECT_EQ(found(hash), hash + "-r8-s0");
+  fs::create_directories(dir_ / "trials" / (hash + "-older-name"));
+  EXPECT_EQ(found(hash), hash + "-older-name");
+  EXPECT_EQ(found("0123abcd01234568"), "0123abcd01234568-r8-s0");
+}
+
+// They had 8 digits, which two trials can share.
+TEST_F(SweepTest, ShortHashesOfEarlierVersionsCountForTheSameSettingsAlone) {
+  Trial trial = load("method: grid").trials[0];
+  trial.name = "r8-s0";
+  trial.config.data.train = "train.jsonl";
+  const std::string hash = "0123abcd01234567", earlier = "0123abcd-older-name";
+  const auto found = [&] { return trial_directory((dir_ / "trials").string(), hash, trial); };
+  const fs::path directory = dir_ / "trials" / earlier;
+  fs::create_directories(directory);
+  EXPECT_EQ(found(), earlier);
+  Config written = trial.config;
+  written.data.train = "/elsewhere/train.jsonl";
+  written.quant.compute_dtype = "bf16";
+  written.train.log_every = 7;
+  std::ofstream(directory / "config.yaml") << to_yaml(written);
+  EXPECT_EQ(found(), earlier);
+  trial.config.optim.lr = 0.524587;
+  EXPECT_EQ(found(), hash + "-r8-s0");
+  std::ofstream(directory / "config.yaml") << "keys: of another version\n";
+  EXPECT_EQ(found(), earlier);
 }
 
 TEST_F(SweepTest, NamesAreShortAndUnique) {

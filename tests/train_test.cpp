@@ -220,6 +220,54 @@ TEST_P(TrainTest, DamagedStatesAreRefused) {
   EXPECT_THAT(error_of([&] { train("a", config()); }), HasSubstr("state.safetensors"));
 }
 
+// Whatever is logged, and wherever the run was stopped.
+TEST_P(TrainTest, TrainLossIsTheMeanOfTheLastTenth) {
+  const auto long_run = [&](const std::string& log_every) {
+    return config(
+        {"train.steps=29", "data.eval=''", "train.save_every=0", "train.log_every=" + log_every});
+  };
+  const std::vector<double> losses = train("all", long_run("1")).values("loss");
+  ASSERT_EQ(losses.size(), 29u);
+  const double mean = (losses[27] + losses[28]) / 2;
+  EXPECT_EQ(status("all")["train_loss"], mean);
+  train("some", long_run("10"));
+  EXPECT_EQ(status("some")["train_loss"], mean);
+  for (const int stop : {5, 28}) {
+    const std::string name = fmt::format("stopped{}", stop);
+    int asked = 0;
+    train(name, long_run("10"), [&] { return asked++ == stop; });
+    EXPECT_EQ(status(name)["steps"], stop);
+    EXPECT_FALSE(status(name).contains("train_loss"));
+    train(name, long_run("10"));
+    EXPECT_EQ(status(name)["train_loss"], mean) << stop;
+  }
+}
+
+TEST_P(TrainTest, AStateAheadOfItsMetricsIsRefused) {
+  train("a", config());
+  const std::string metrics = folder_ / "a/metrics.jsonl", all = read_text_file(metrics);
+  write_file_atomically(metrics, all.substr(0, all.rfind('\n', all.size() - 2) + 1));
+  EXPECT_THAT(error_of([&] { train("a", config()); }),
+              testing::AllOf(HasSubstr("metrics.jsonl has 9 of the 10 lines"),
+                             HasSubstr("remove " + folder_ / "a")));
+  std::filesystem::remove(metrics);
+  EXPECT_THAT(error_of([&] { train("a", config()); }),
+              HasSubstr("metrics.jsonl has 0 of the 10 lines that were written up to step 6"));
+}
+
+TEST_P(TrainTest, WhatKilledProcessesLeftUnfinishedIsRemoved) {
+  const std::string old = folder_.write("a/state/state.safetensors.4711-3.tmp", "half"),
+                    left = folder_.write("a/state/state.safetensors.0123456789abcdef.tmp", "half");
+  {
+    const TrialFiles files(folder_ / "a");
+    EXPECT_FALSE(std::filesystem::exists(old));
+    EXPECT_FALSE(std::filesystem::exists(left));
+    folder_.write("a/state/state.safetensors.0123456789abcdef.tmp", "of the one that holds it");
+    EXPECT_THROW(TrialFiles(folder_ / "a"), Busy);
+    EXPECT_TRUE(std::filesystem::exists(left));
+  }
+}
+
 TEST_P(TrainTest, ADirectoryBelongsToOneProcess) {
   const TrialFiles files(folder_ / "a");
   EXPECT_THAT(error_of([&] { train("a", config()); }), HasSubstr("another qlab process"));

@@ -79,7 +79,8 @@ class TrainingTest : public testing::TestWithParam<Device> {
     std::vector<std::unique_ptr<TrialRun>> runs;
     std::vector<TrialRun*> pointers;
     for (const auto& [name, c] : trials) {
-      runs.push_back(std::make_unique<TrialRun>(c, name, folder_ / name, library, model));
+      runs.push_back(
+          std::make_unique<TrialRun>(c, name, TrialFiles(folder_ / name), library, model));
       pointers.push_back(runs.back().get());
     }
     TrainCallbacks callbacks;
