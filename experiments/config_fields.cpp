@@ -75,7 +75,7 @@ std::vector<Field> make_fields() {
       {.key = "lora.r",
        .slot = QLAB_SLOT(lora.r),
        .meaning = "rank of the adapters",
-       .range = {.low = 1, .high = 65536}},
+       .range = {.low = 1, .high = 2147483647}},
       {.key = "lora.alpha",
        .slot = QLAB_SLOT(lora.alpha),
        .meaning = "numerator of the adapters' scale",
