@@ -1,8 +1,7 @@
 // Small arithmetic and conditions over configuration keys, for a sweep's derived and exclude:
 //   2 * lora.r      round(0.03 * train.steps)      quant.type == bf16 && quant.double_quant
-// Numbers, true, false, text (quoted, or a bare word, and only beside a key), keys and aliases; ( )
-// ! - * / % + < <= > >=
-// == != && ||; min max sqrt round floor ceil.
+// Numbers, true, false, text (quoted, or a bare word, and only beside a key), keys and aliases;
+// ( ) ! - * / % + < <= > >= == != && ||; min max sqrt round floor ceil.
 #pragma once
 #include <string>
 #include <variant>
