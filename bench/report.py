@@ -235,19 +235,24 @@ def main():
     raw = headline.load(options.results)
     entries = headline.headline(raw)
     (options.results / "headline.json").write_text(json.dumps(entries, indent=1) + "\n")
+    memory_runs, budget_runs = (memory.read_results(options.results / f"{name}.json")
+                                for name in ("memory", "budget"))
+    content = tables(raw, entries, memory_runs, budget_runs)
+
+    def show(name, svg, title):
+        (options.docs / f"performance-{name}.svg").write_text(svg)
+        content[name] = f"![{title}](performance-{name}.svg)\n\n{content[name]}"
+
     times = linear_times(raw)
     if times:
         device = raw["kernels"]["calls"][-1]["gpu"].get("name") or "GPU"
-        plot = crossover.plot(times, f"NF4 linear layer on {device}")
-        (options.docs / "performance-linear.svg").write_text(plot)
-    memory_runs, budget_runs = (memory.read_results(options.results / f"{name}.json")
-                                for name in ("memory", "budget"))
-    plot = memory_report.budget_plot(budget_runs)
-    if plot:
-        (options.docs / "performance-budget.svg").write_text(plot)
+        show("linear", crossover.plot(times, f"NF4 linear layer on {device}"),
+             "Time over dense bf16 against M")
+    budgets = memory_report.budget_plot(budget_runs)
+    if budgets:
+        show("budget", budgets, "Tokens per second against the memory budget")
     page = options.docs / "performance.md"
-    page.write_text(replace_tables(page.read_text(),
-                                   tables(raw, entries, memory_runs, budget_runs)))
+    page.write_text(replace_tables(page.read_text(), content))
     met = sum(entry["met"] for entry in entries)
     print(f"{met} of {len(entries)} targets met; {options.results / 'headline.json'}, {page}")
 

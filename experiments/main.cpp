@@ -78,8 +78,8 @@ int run(int argc, char** argv) {
   inspect_app->callback([&] { code = qlab::run_inspect_command(path, common); });
 
   qlab::MemoryOptions memory;
-  auto* memory_app =
-      app.add_subcommand("memory", "what a run needs, predicted without running or loading it");
+  auto* memory_app = app.add_subcommand(
+      "memory", "what a run needs, predicted; published tables; predictions against runs");
   memory_app->add_option("target", memory.target,
                          "YAML file, or a model: directory, FILE.gguf, hub id or synthetic:NAME");
   memory_app->add_option("--gpu", memory.gpu,
