@@ -29,7 +29,10 @@ LayerStream::LayerStream(Device device) : device_(device), pass_(device) {
 }
 
 LayerStream::~LayerStream() {
-  if (device_.is_cuda() && !layers_.empty()) cuda::synchronize();
+  try {
+    if (device_.is_cuda() && !layers_.empty()) cuda::synchronize();
+  } catch (const Error&) {  // of a kernel before: said when it was met
+  }
 }
 
 Tensor LayerStream::host_block(int64_t bytes) const {

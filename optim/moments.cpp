@@ -64,7 +64,10 @@ Moments::Moments(int64_t blocks, DType dtype, bool paged, Device device)
 Moments::~Moments() {
   if (!paged_) return;
   remove_evictable(device_, this);
-  if (device_.is_cuda() && !moved_.empty()) cuda::synchronize();
+  try {
+    if (device_.is_cuda() && !moved_.empty()) cuda::synchronize();
+  } catch (const Error&) {  // of a kernel before: said when it was met
+  }
 }
 
 /// Undefined where the device refuses a page that may lie elsewhere: what is free can be in pieces.
