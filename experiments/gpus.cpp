@@ -18,10 +18,17 @@ struct Row {
   int64_t mib;                          // total memory in nvidia-smi
   std::optional<int64_t> context = {};  // MiB, where it was measured
 };
-constexpr Row rows[] = {{"h100-80gb", 81559, 1024}, {"h200", 143771},   {"a100-40gb", 40960},
-                        {"a100-80gb", 81920}, {"l40s", 46068},    {"l4", 23034},
-                        {"a10g", 23028},      {"rtx3090", 24576}, {"rtx4090", 24564},
-                        {"rtx5090", 32607},   {"t4", 15360}};
+constexpr Row rows[] = {{"h100-80gb", 81559, 1024},
+                        {"h200", 143771},
+                        {"a100-40gb", 40960},
+                        {"a100-80gb", 81920},
+                        {"l40s", 46068},
+                        {"l4", 23034},
+                        {"a10g", 23028},
+                        {"rtx3090", 24576},
+                        {"rtx4090", 24564},
+                        {"rtx5090", 32607},
+                        {"t4", 15360}};
 constexpr int64_t assumed_context = 600;
 constexpr const char* not_measured = "assumed: not measured on this GPU";
 
