@@ -72,19 +72,9 @@ Tensor reference(const Tensor& x, const Tensor& w, bool forward, int64_t rows) {
 }
 
 Tensor host_values(const Nf4Tensor& weight) {
-  Nf4Tensor host = weight;
-  for (Tensor* part : {&host.codes, &host.absmax_code, &host.absmax2, &host.map})
-    *part = part->to(Device::cpu());
-  synchronize(weight.codes.device());
   const Tensor values = Tensor::empty(weight.shape, DType::f32, Device::cpu());
-  dequantize_nf4(values, host);
+  dequantize_nf4(values, on_host(weight));
   return values;
-}
-
-Nf4Tensor copy_of(const Nf4Tensor& weight) {
-  Nf4Tensor other = weight;
-  for (Tensor* part : {&other.codes, &other.absmax_code, &other.absmax2}) *part = part->clone();
-  return other;
 }
 
 std::shared_ptr<Layer> make_layer(const Shape& shape, Device device) {

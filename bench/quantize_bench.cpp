@@ -2,7 +2,6 @@
 #include "quant/quantize.h"
 
 #include "bench/support.h"
-#include "core/ops/copy.h"
 
 namespace qlab::bench {
 namespace {
@@ -28,23 +27,6 @@ struct Format {
                                               : "f16");
   }
 };
-
-Nf4Tensor on_host(const Nf4Tensor& x) {
-  Nf4Tensor host = x;
-  for (Tensor* part :
-       {&host.codes, &host.absmax, &host.absmax_code, &host.absmax2, &host.offset, &host.map})
-    if (part->defined()) *part = part->to(Device::cpu());
-  synchronize(x.codes.device());
-  return host;
-}
-
-Nf4Tensor copy_of(const Nf4Tensor& x) {
-  Nf4Tensor other = x;
-  for (Tensor* part :
-       {&other.codes, &other.absmax, &other.absmax_code, &other.absmax2, &other.offset})
-    if (part->defined()) *part = part->clone();
-  return other;
-}
 
 Case dequantize(const Format& f, Device device) {
   std::vector<Nf4Tensor> inputs{
@@ -93,18 +75,18 @@ Case quantize(const Format& f, Device device) {
     return wrong;
   };
   quantize_nf4(first, f.block, f.nested);  // makes the device's map, once for all calls
-  return {
-      .device = device,
-      .dry =
-          [=] { quantize_nf4(Tensor::empty(f.shape, f.dtype, device.meta()), f.block, f.nested); },
-      .call =
-          [=](int i) {
-            const Nf4Tensor y = quantize_nf4(inputs[static_cast<size_t>(i)], f.block, f.nested);
-            return std::vector{y.codes, f.nested ? y.absmax_code : y.absmax};
-          },
-      .inputs = static_cast<int>(inputs.size()),
-      .check = check,
-      .bytes = f.dense_bytes() + f.stored_bytes()};
+  const Tensor dry_x = Tensor::empty(f.shape, f.dtype, device.meta());
+  quantize_nf4(dry_x, f.block, f.nested);  // and that of meta
+  return {.device = device,
+          .dry = [=] { quantize_nf4(dry_x, f.block, f.nested); },
+          .call =
+              [=](int i) {
+                const Nf4Tensor y = quantize_nf4(inputs[static_cast<size_t>(i)], f.block, f.nested);
+                return std::vector{y.codes, f.nested ? y.absmax_code : y.absmax};
+              },
+          .inputs = static_cast<int>(inputs.size()),
+          .check = check,
+          .bytes = f.dense_bytes() + f.stored_bytes()};
 }
 
 void register_format(const Format& f, Device device) {

@@ -204,6 +204,29 @@ Tensor on_host(const Tensor& x) {
   return cast(host, DType::f32);
 }
 
+namespace {
+
+template <class Do>
+Nf4Tensor with_each_tensor(const Nf4Tensor& x, const Do& make) {
+  Nf4Tensor y = x;
+  for (Tensor* part : {&y.codes, &y.absmax, &y.absmax_code, &y.absmax2, &y.offset, &y.map})
+    if (part->defined()) *part = make(*part);
+  synchronize(x.codes.device());
+  return y;
+}
+
+}  // namespace
+
+Nf4Tensor on_host(const Nf4Tensor& x) {
+  return with_each_tensor(x, [](const Tensor& part) { return part.to(Device::cpu()); });
+}
+
+Nf4Tensor copy_of(const Nf4Tensor& x) {
+  Nf4Tensor y = with_each_tensor(x, [](const Tensor& part) { return part.clone(); });
+  y.map = x.map;
+  return y;
+}
+
 std::string difference(const std::string& what, const Tensor& got, const Tensor& want,
                        double tolerance, double scale) {
   if (!(got.shape() == want.shape()))

@@ -11,6 +11,7 @@
 
 #include "core/memory.h"
 #include "core/tensor.h"
+#include "quant/quantize.h"
 
 namespace qlab::bench {
 
@@ -31,6 +32,9 @@ int copies(Device device, double bytes);
 
 /// fp32 on the CPU; of a GPU tensor too, contiguous or not.
 Tensor on_host(const Tensor& x);
+/// As it is stored, on the CPU; and another one, of which only the map is shared.
+Nf4Tensor on_host(const Nf4Tensor& x);
+Nf4Tensor copy_of(const Nf4Tensor& x);
 /// "" when every element lies within tolerance (|want| + scale), and their rms difference within a
 /// third of tolerance rms(want); otherwise what differs. Both fp32 on the CPU. The scale is that
 /// rms unless given: some values are small sums of large terms.
