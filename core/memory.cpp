@@ -10,6 +10,7 @@
 #include <tuple>
 #include <utility>
 
+#include "core/arena.h"
 #include "core/error.h"
 #include "core/host_memory.h"
 
@@ -73,9 +74,16 @@ struct ActiveStep {
   size_t next = 0;
 };
 
+struct ActiveArena {
+  Device device;
+  std::shared_ptr<char> block;  // null on meta
+  int64_t bytes = 0, taken = 0;
+};
+
 thread_local Category current_category = Category::activations;
 thread_local std::shared_ptr<Recording> recording;
 thread_local ActiveStep active_step;
+thread_local std::optional<ActiveArena> active_arena;
 
 std::mutex account_mutex;
 struct DeviceLess {
@@ -409,6 +417,33 @@ StepMemory::Scope::Scope(StepMemory& memory, const StepPlan& plan) {
 }
 StepMemory::Scope::~Scope() { active_step = {}; }
 
+Arena::Arena(Device device, int64_t bytes) {
+  QLAB_CHECK(!active_arena, "arenas do not nest");
+  active_arena.emplace(ActiveArena{device, nullptr, bytes, 0});
+  if (device.is_meta()) active_arena->bytes = std::numeric_limits<int64_t>::max();
+  if (device.is_meta() || bytes == 0 || plain_mode()) return;
+  if (void* data = try_to_allocate(device, bytes))
+    active_arena->block = {static_cast<char*>(data),
+                           [=](char* block) { release_on(device, block); }};
+}
+Arena::~Arena() { active_arena.reset(); }
+int64_t Arena::taken() const { return active_arena->taken; }
+
+namespace {
+
+/// Where in the arena the next `bytes` lie, with its block; nothing where they are not of its kind.
+std::shared_ptr<char> place_in_arena(Device device, int64_t bytes) {
+  if (!active_arena || active_arena->device != device) return {};
+  if (current_category != Category::weights && current_category != Category::constants) return {};
+  if (!device.is_meta() && !active_arena->block) return {};
+  if (bytes > active_arena->bytes - active_arena->taken) return {};
+  const int64_t offset = std::exchange(active_arena->taken, active_arena->taken + bytes);
+  if (device.is_meta()) return {};
+  return {active_arena->block, active_arena->block.get() + offset};
+}
+
+}  // namespace
+
 std::shared_ptr<Storage> Storage::allocate(int64_t bytes, Device device) {
   auto storage = std::shared_ptr<Storage>(new Storage);
   storage->source_ = Source::external;  // nothing to release until it is known from where
@@ -426,6 +461,7 @@ std::shared_ptr<Storage> Storage::allocate(int64_t bytes, Device device) {
       if (recording->named) recording->plan.labels.push_back({MemoryName::path(), "", ""});
       charge(recording->account, current_category, bytes);
     } else {
+      place_in_arena(device, bytes);
       evict_on_paper(device, bytes);
       storage->source_ = Source::meta;
       LiveTensor live{MemoryName::path(), "", current_category, bytes};
@@ -444,7 +480,12 @@ std::shared_ptr<Storage> Storage::allocate(int64_t bytes, Device device) {
     storage->source_ = Source::step;
     storage->data_ = active_step.base + active_step.plan->blocks[active_step.next++].offset;
   } else {
-    storage->data_ = allocate_on(device, bytes);
+    if (std::shared_ptr<char> place = place_in_arena(device, bytes)) {
+      storage->data_ = place.get();
+      storage->owner_ = std::move(place);
+    } else {
+      storage->data_ = allocate_on(device, bytes);
+    }
     if (storage->data_ == nullptr) out_of_memory(device, bytes, name_of(current_category));
     storage->source_ = Source::heap;
     charge(device, current_category, bytes);
@@ -496,7 +537,7 @@ Storage::~Storage() {
   switch (source_) {
     case Source::heap:
       charge(device_, category_, -bytes_);
-      release_on(device_, data_);
+      if (!owner_) release_on(device_, data_);
       break;
     case Source::recorded: {
       auto& state = *static_cast<Recording*>(owner_.get());

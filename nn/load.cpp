@@ -6,6 +6,7 @@
 #include <numbers>
 #include <set>
 
+#include "core/arena.h"
 #include "core/parallel.h"
 #include "core/random.h"
 #include "data/checkpoint.h"
@@ -142,6 +143,14 @@ ModelSource open_model(const std::string& path) {
 
 std::unique_ptr<Llama> load_llama(const ModelSource& source, const WeightSpec& spec, DType compute,
                                   Device device, bool host_embeddings, int64_t streamed_layers) {
+  int64_t bytes = 0;
+  if (!device.is_meta() &&
+      streamed_layers == 0) {  // a layer that moves to the host frees its memory
+    const Arena on_paper(device.meta());
+    Llama(source.config, spec, compute, device.meta(), source.on_paper, host_embeddings);
+    bytes = on_paper.taken();
+  }
+  const Arena arena(device, bytes);
   return std::make_unique<Llama>(source.config, spec, compute, device,
                                  device.is_meta() ? source.on_paper : source.read, host_embeddings,
                                  streamed_layers);

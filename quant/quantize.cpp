@@ -53,11 +53,13 @@ Tensor device_map(Device device) {
     if (const std::shared_ptr<Storage> held = own->second.lock())
       return Tensor::from_storage(held, 0, {256}, DType::f32);
   const MemoryName name("dynamic map");
+  const MemoryTag tag(Category::workspace);  // at first: an arena ends with its own tensors
   const std::array<float, 256>& values = dynamic_map();
   const Tensor map =
       device.is_meta()
           ? Tensor::empty({256}, DType::f32, device)
           : Tensor::from_vector(std::vector<float>(values.begin(), values.end()), {256}, device);
+  map.storage()->set_category(Category::constants);
   if (own != maps.end())
     own->second = map.storage();
   else
