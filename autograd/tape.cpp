@@ -26,6 +26,7 @@ Variable Tape::input(Tensor value, bool requires_grad) {
 
 Variable Tape::record(const char* op, Tensor result, const std::vector<Variable>& inputs,
                       std::vector<Slot> slots, Backward backward, bool trains, Sum sum) {
+  Tensor scratch = std::exchange(next_scratch_, Tensor());
   bool wanted = trains;
   for (const Variable& v : inputs) wanted |= v.requires_grad();
   if (!recording_ || !wanted) return {std::move(result), -1};
@@ -41,6 +42,7 @@ Variable Tape::record(const char* op, Tensor result, const std::vector<Variable>
                "recompute took another path: {} instead of {}", op, node.op_);
     for (size_t i = 0; i < slots.size(); ++i)
       if (!node.slots_[i].value.defined()) node.slots_[i].value = std::move(slots[i].value);
+    node.scratch_ = std::move(scratch);
     return {std::move(result), node.output_};
   }
   Node node;
@@ -59,7 +61,7 @@ Variable Tape::record(const char* op, Tensor result, const std::vector<Variable>
 }
 
 Variable Tape::recompute(const std::function<Variable(const Variable&)>& forward,
-                         const Variable& input, HostSlots* host) {
+                         const Variable& input, HostSlots* host, bool scratch) {
   QLAB_CHECK(mode_ == Mode::normal, "recompute regions do not nest");
   if (!recording_) return forward(input);
   const size_t first = nodes_.size();
@@ -69,8 +71,8 @@ Variable Tape::recompute(const std::function<Variable(const Variable&)>& forward
   if (nodes_.size() > first) {
     find_readers(first);
     const Tensor& x = input.value;
-    regions_.push_back({first, nodes_.size(), input, forward, host, regions_.size(), x.shape(),
-                        x.dtype(), x.device()});
+    regions_.push_back({first, nodes_.size(), input, forward, host, scratch, regions_.size(),
+                        x.shape(), x.dtype(), x.device()});
     if (host != nullptr) {
       host->put(regions_.back().slot, x);
       regions_.back().input.value = Tensor();
@@ -94,6 +96,7 @@ void Tape::find_readers(size_t first) {
 void Tape::refill(const Region& region) {
   mode_ = Mode::refill;
   cursor_ = region.first;
+  keeps_scratch_ = region.scratch;
   const MemoryName name("again");
   Variable input = region.input;
   if (region.host != nullptr) {

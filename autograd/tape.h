@@ -42,6 +42,8 @@ class Node {
   /// The same, no longer the node's: its memory is free for what its backward allocates once the
   /// caller drops it.
   Tensor take(std::string_view name);
+  /// What keep_scratch() left for this backward, or nothing.
+  Tensor take_scratch() { return std::exchange(scratch_, Tensor()); }
   /// Whether the gradient of input i is wanted.
   bool needs(size_t i) const { return inputs_[i] >= 0; }
   /// With Sum::own: the gradient of input 0 collected so far, undefined when there is none. The
@@ -59,6 +61,7 @@ class Node {
   std::vector<Slot> slots_;
   Backward backward_;
   Sum sum_ = Sum::tape;
+  Tensor scratch_;
   bool read_again_ = true;  // its result, when its region runs once more
   Tensor collected_;
 };
@@ -85,9 +88,14 @@ class Tape {
 
   /// Runs `forward` and keeps only its input; its slots are filled again, by running it once more,
   /// when backward needs them. Bits do not change: the same operations run on the same values.
-  /// With `host` the input itself waits there, in the block of the region's number.
+  /// With `host` the input itself waits there, in the block of the region's number. With `scratch`
+  /// the second run keeps for backward what operations offer by keep_scratch().
   Variable recompute(const std::function<Variable(const Variable&)>& forward, const Variable& input,
-                     HostSlots* host = nullptr);
+                     HostSlots* host = nullptr, bool scratch = false);
+  /// The next operation that is recorded would make the same scratch again in its backward.
+  void keep_scratch(const Tensor& scratch) {
+    if (mode_ == Mode::refill && keeps_scratch_) next_scratch_ = scratch;
+  }
 
   /// False where a region is run once more and nobody reads the result of the next operation, which
   /// may then stay unwritten: the region's last, and what only operations read that keep nothing
@@ -113,6 +121,7 @@ class Tape {
     Variable input;
     std::function<Variable(const Variable&)> forward;
     HostSlots* host;
+    bool scratch;
     size_t slot;
     Shape shape;  // of the input, where it waits on the host
     DType dtype;
@@ -132,6 +141,8 @@ class Tape {
   int variables_ = 0;
   Mode mode_ = Mode::normal;
   bool next_unwanted_ = false;
+  bool keeps_scratch_ = false;  // of the region that is run once more
+  Tensor next_scratch_;
   size_t cursor_ = 0;  // next node to refill
 };
 

@@ -192,7 +192,7 @@ MemoryPrediction predict_memory(const ModelSource& model, std::span<const PaperT
       participants.push_back({run.adapter.get(), t.train_lengths, t.eval_lengths});
     }
     out.phases.push_back(accounts.phase("prepare"));
-    stepper = std::make_unique<Stepper>(*llama, RecomputePolicy(plan.layers), false);
+    stepper = std::make_unique<Stepper>(*llama, RecomputePolicy(plan.layers, plan.expanded_once), false);
     step = reserve_steps(*llama, *stepper, participants, plan.resident);
     out.held_expanded = llama->resident_bytes();
     out.phases.push_back(accounts.phase("reserve"));

@@ -44,6 +44,7 @@ struct ResidentBytes {
 /// How a run uses memory; no result depends on it.
 struct RunPlan {
   std::vector<Recompute> layers;  // what each of them computes again
+  int64_t expanded_once = 0;      // RecomputePolicy
   int64_t resident = 0;           // bytes for weights held expanded
   bool host_embeddings = false;   // model.embeddings
   int64_t streamed_layers = 0;    // model.streamed_layers

@@ -263,7 +263,7 @@ Gang::Gang(Library& library, Llama& model, std::vector<TrialRun*> trials, TrainC
       callbacks_(std::move(callbacks)),
       model_(model),
       plan_(make_plan()),
-      stepper_(model, RecomputePolicy(plan_.layers),
+      stepper_(model, RecomputePolicy(plan_.layers, plan_.expanded_once),
                trials_.at(0)->config_.train.graphs && !callbacks_.profile),
       peak_flops_(model.device().is_cuda() ? peak_flops(device_description(model.device())) : 0) {
   for (TrialRun* t : trials_) t->gang_size_ = static_cast<int64_t>(trials_.size());

@@ -147,8 +147,9 @@ Tensor folded_backward(const Tensor& incoming, Node& node, const LinearGroup& gr
                        const Batch& batch, const Layout& layout, bool has_adapters, Tensor& g) {
   const int64_t n = group.out_features(), k = group.in_features(), width = layout.width;
   g = with_room(incoming, width);
-  const Tensor block =
-      folded_block(group, layout, node.needs(0), has_adapters, g.dtype(), g.device());
+  Tensor block = node.take_scratch();
+  if (!block.defined())
+    block = folded_block(group, layout, node.needs(0), has_adapters, g.dtype(), g.device());
   Tensor wide = g;
   std::vector<Tensor> apart;  // ds of segments with dropout
   if (width > 0) {
@@ -327,6 +328,7 @@ Variable linear(Tape& tape, const Variable& x, const LinearGroup& group, const B
       gemm(y, wide, Op::none, block.slice_rows(0, n), Op::transpose, 1.0f,
            residual.value.defined() ? 1.0f : 0.0f, residual.value);
     if (width > 0) slots = {{"linear.x", wide}};
+    if (wanted && !group.resident.defined()) tape.keep_scratch(block);
   } else {
     const Tensor s = separate_forward(x.value, y, group, batch, layout, residual.value, wanted);
     if (width > 0) slots = {{"linear.x", x.value}, {"linear.s", s}};

@@ -311,7 +311,8 @@ Variable Llama::hidden(Tape& tape, const Batch& batch, const RecomputePolicy& po
     QLAB_CHECK(recompute != Recompute::offload || host != nullptr, "nowhere to put layers aside");
     x = recompute < Recompute::full
             ? forward(x)
-            : tape.recompute(forward, x, recompute == Recompute::offload ? host : nullptr);
+            : tape.recompute(forward, x, recompute == Recompute::offload ? host : nullptr,
+                             policy.expands_once(static_cast<int64_t>(l)));
   }
   if (cache != nullptr) cache->length += batch.ids.numel();
   return x;

@@ -23,14 +23,19 @@ enum class Recompute : uint8_t { none, selective, full, offload };
 class RecomputePolicy {
  public:
   RecomputePolicy(Recompute all = Recompute::none) : all_(all) {}
-  explicit RecomputePolicy(std::vector<Recompute> layers) : layers_(std::move(layers)) {}
+  /// The first `expanded_once` layers, where computed again in full, keep the weights that their
+  /// second run expands for the backward right behind it.
+  explicit RecomputePolicy(std::vector<Recompute> layers, int64_t expanded_once = 0)
+      : layers_(std::move(layers)), expanded_once_(expanded_once) {}
   Recompute of(int64_t layer) const {
     return layers_.empty() ? all_ : layers_.at(static_cast<size_t>(layer));
   }
+  bool expands_once(int64_t layer) const { return layer < expanded_once_; }
 
  private:
   Recompute all_ = Recompute::none;
   std::vector<Recompute> layers_;
+  int64_t expanded_once_ = 0;
 };
 
 struct DecoderLayer {

@@ -135,6 +135,9 @@ TEST_P(LlamaTest, RecomputeChangesNoBit) {
                                                  RecomputePolicy({full, none}),
                                                  RecomputePolicy({none, full}),
                                                  RecomputePolicy({selective, full}),
+                                                 RecomputePolicy({full, full}, 1),
+                                                 RecomputePolicy({full, full}, 2),
+                                                 RecomputePolicy({selective, full}, 2),
                                                  RecomputePolicy({none, selective})};
   // down_proj alone: what precedes the first adapter of a layer is not on the tape.
   for (const char* targets : {"all-linear", "mlp", ".*o_proj", ".*down_proj", ".*1.mlp.down_proj"})

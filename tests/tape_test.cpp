@@ -215,6 +215,30 @@ TEST_F(TapeTest, ASecondRunIsToldWhatNobodyReads) {
   EXPECT_EQ(wanted, (std::vector<std::string>{"a", "b"}));
 }
 
+TEST_F(TapeTest, ASecondRunKeepsScratchWhereItIsTold) {
+  for (const bool keeps : {false, true}) {
+    Tape tape;
+    std::vector<bool> found;
+    const auto operation = [&](const char* name, const Variable& in, bool offers) {
+      if (offers) tape.keep_scratch(x_);
+      return tape.record(name, x_, {in}, {}, [&](const Tensor& g, Node& node) {
+        found.push_back(node.take_scratch().defined());
+        return std::vector<Tensor>{g};
+      });
+    };
+    // What is offered before an operation that is not recorded is not the next one's.
+    const auto region = [&](const Variable& in) {
+      const Variable a = operation("a", in, true);
+      operation("not recorded", tape.input(x_), true);
+      return operation("b", a, false);
+    };
+    const Variable y = tape.recompute(region, tape.input(x_, true), nullptr, keeps);
+    const Variable z = tape.recompute(region, operation("first run alone", y, true));
+    tape.backward(z, x_);
+    EXPECT_EQ(found, (std::vector<bool>{false, false, false, false, keeps}));
+  }
+}
+
 TEST_F(TapeTest, RecomputeThatTakesAnotherPathIsAnError) {
   Tape tape;
   const Variable x = tape.input(x_, true);
