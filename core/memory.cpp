@@ -286,13 +286,45 @@ int32_t peak_block(const StepPlan& plan) {
 
 }  // namespace
 
+namespace {
+
+/// A block's lifetime by events, and its place.
+struct Span {
+  int64_t bytes, offset;
+  int32_t taken, given;
+};
+
+/// Each in the tightest gap that those before it leave, in this order. Returns the bytes in all.
+int64_t lay_out(std::vector<Span>& spans, const std::vector<size_t>& order) {
+  std::vector<const Span*> placed;  // by offset
+  int64_t total = 0;
+  for (const size_t i : order) {
+    Span& own = spans[i];
+    int64_t at = 0, tightest = std::numeric_limits<int64_t>::max();
+    own.offset = -1;
+    for (const Span* other : placed) {
+      if (other->given < own.taken || own.given < other->taken) continue;
+      if (const int64_t gap = other->offset - at; gap >= own.bytes && gap < tightest)
+        own.offset = at, tightest = gap;
+      at = std::max(at, other->offset + other->bytes);
+    }
+    if (own.offset < 0) own.offset = at;
+    total = std::max(total, own.offset + own.bytes);
+    placed.insert(
+        std::upper_bound(placed.begin(), placed.end(), own.offset,
+                         [](int64_t offset, const Span* s) { return offset < s->offset; }),
+        &own);
+  }
+  return total;
+}
+
+}  // namespace
+
 void StepPlan::pack() {
   if (std::exchange(packed, true)) return;
-  struct Span {
-    int64_t offset, end;
-    int32_t taken, given;
-  };
-  std::vector<Span> spans(blocks.size(), {0, 0, 0, static_cast<int32_t>(events.size())});
+  std::vector<Span> spans;
+  for (const Block& block : blocks)
+    spans.push_back({block.bytes, 0, 0, static_cast<int32_t>(events.size())});
   for (size_t e = 0; e < events.size(); ++e) {
     const int32_t event = events[e];
     if (event >= 0)
@@ -300,32 +332,21 @@ void StepPlan::pack() {
     else
       spans[static_cast<size_t>(~event)].given = static_cast<int32_t>(e);
   }
-  std::vector<size_t> order(blocks.size());
-  std::iota(order.begin(), order.end(), size_t{0});
-  std::stable_sort(order.begin(), order.end(),
-                   [&](size_t a, size_t b) { return blocks[a].bytes > blocks[b].bytes; });
-  std::vector<Span> placed;  // by offset
-  int64_t total = 0;
-  for (const size_t i : order) {
-    Span& own = spans[i];
-    int64_t at = 0, tightest = std::numeric_limits<int64_t>::max();
-    own.offset = -1;
-    for (const Span& other : placed) {
-      if (other.given < own.taken || own.given < other.taken) continue;
-      if (const int64_t gap = other.offset - at; gap >= blocks[i].bytes && gap < tightest)
-        own.offset = at, tightest = gap;
-      at = std::max(at, other.end);
-    }
-    if (own.offset < 0) own.offset = at;
-    own.end = own.offset + blocks[i].bytes;
-    total = std::max(total, own.end);
-    placed.insert(std::upper_bound(placed.begin(), placed.end(), own.offset,
-                                   [](int64_t offset, const Span& s) { return offset < s.offset; }),
-                  own);
-  }
-  if (total >= bytes) return;
-  bytes = total;
-  for (size_t i = 0; i < blocks.size(); ++i) blocks[i].offset = spans[i].offset;
+  const auto life = [&](size_t i) { return spans[i].given - spans[i].taken; };
+  const auto size = [&](size_t i) { return blocks[i].bytes; };
+  const auto try_order = [&](const auto& key) {
+    if (bytes == sum(at_peak)) return;  // no gap is left
+    std::vector<size_t> order(blocks.size());
+    std::iota(order.begin(), order.end(), size_t{0});
+    std::stable_sort(order.begin(), order.end(),
+                     [&](size_t a, size_t b) { return key(a) > key(b); });
+    const int64_t total = lay_out(spans, order);
+    if (total >= bytes) return;
+    bytes = total;
+    for (size_t i = 0; i < blocks.size(); ++i) blocks[i].offset = spans[i].offset;
+  };
+  try_order(life);
+  try_order(size);
 }
 
 std::vector<StepPlan::Moment> StepPlan::course() const {

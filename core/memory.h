@@ -122,8 +122,9 @@ struct StepPlan {
   std::vector<Label> labels;    // of the blocks of a named plan
   std::vector<int32_t> events;  // i where block i is taken, ~i where it is given back
 
-  /// Lays the blocks out anew, the largest first, each in the tightest gap that its lifetime
-  /// leaves; keeps the layout that needs fewer bytes. Not for a plan that has run.
+  /// Lays the blocks out anew, the longest-lived first, or the largest, each in the tightest gap
+  /// that its lifetime leaves; keeps the layout that needs fewest bytes. Not for a plan that has
+  /// run.
   void pack();
   bool packed = false;
 

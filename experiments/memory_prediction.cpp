@@ -123,19 +123,40 @@ RunPlan asked_plan(const ModelSource& model, std::span<const PaperTrial> gang, D
   const std::string& resident = config.quant.resident.text;
   plan.resident =
       resident == "auto" ? std::numeric_limits<int64_t>::max() : parse_bytes(resident).value_or(0);
-  return keep_last_layer(model, gang, target, plan);
+  if (!config.lora.present) return plan;
+  const auto predict = [&](RunPlan p) {
+    p.resident = 0;
+    return predict_memory(model, gang, target, {}, p);
+  };
+  MemoryPrediction own = predict(plan);
+  return use_spare_memory(std::move(plan), own, predict);
 }
 
-RunPlan keep_last_layer(const ModelSource& model, std::span<const PaperTrial> gang, Device target,
-                        const RunPlan& plan) {
-  if (plan.layers.back() == Recompute::none || !gang.front().config.lora.present) return plan;
-  RunPlan kept = plan;
-  kept.layers.back() = Recompute::none;
-  const auto step_bytes = [&](RunPlan p) {
-    p.resident = 0;
-    return predict_memory(model, gang, target, {}, p).step_bytes;
+RunPlan use_spare_memory(RunPlan plan, MemoryPrediction& own,
+                         const std::function<MemoryPrediction(const RunPlan&)>& predict) {
+  const auto better = [&](const RunPlan& other) {
+    MemoryPrediction prediction = predict(other);
+    if (prediction.step_bytes > own.step_bytes) return false;
+    plan = other, own = std::move(prediction);
+    return true;
   };
-  return step_bytes(kept) <= step_bytes(plan) ? kept : plan;
+  if (plan.layers.back() != Recompute::none) {
+    RunPlan kept = plan;
+    kept.layers.back() = Recompute::none;
+    better(kept);
+  }
+  RunPlan once = plan;
+  const auto again = [](Recompute layer) { return layer >= Recompute::full; };
+  once.expanded_once =
+      std::find_if_not(plan.layers.begin(), plan.layers.end(), again) - plan.layers.begin();
+  if (once.expanded_once == 0) return plan;
+  const int64_t more = predict(once).step_bytes - own.step_bytes;
+  // Of which each layer below the topmost finds an input's bytes more.
+  if (more > 0)
+    once.expanded_once -=
+        (more + own.layer_input_bytes - 1) / std::max<int64_t>(own.layer_input_bytes, 1);
+  if (once.expanded_once > 0) better(once);
+  return plan;
 }
 
 PaperTrial paper_trial(const Config& config, Library& library, Device target) {
@@ -192,7 +213,8 @@ MemoryPrediction predict_memory(const ModelSource& model, std::span<const PaperT
       participants.push_back({run.adapter.get(), t.train_lengths, t.eval_lengths});
     }
     out.phases.push_back(accounts.phase("prepare"));
-    stepper = std::make_unique<Stepper>(*llama, RecomputePolicy(plan.layers, plan.expanded_once), false);
+    stepper =
+        std::make_unique<Stepper>(*llama, RecomputePolicy(plan.layers, plan.expanded_once), false);
     step = reserve_steps(*llama, *stepper, participants, plan.resident);
     out.held_expanded = llama->resident_bytes();
     out.phases.push_back(accounts.phase("reserve"));
@@ -213,6 +235,10 @@ MemoryPrediction predict_memory(const ModelSource& model, std::span<const PaperT
       out.host_peak = std::max(out.host_peak, host_accounts.phase("run").peak + out.paged_out);
   }
   out.step_bytes = step.plan.bytes;
+  for (const PaperTrial& t : gang)
+    for (const int64_t length : t.train_lengths)
+      out.layer_input_bytes += length * model.config.hidden_size *
+                               static_cast<int64_t>(size_of(compute_dtype(first, meta)));
   out.step = step.plan.course();
   out.at_peak = live_tensors(meta);
   out.resident = parts_of(out.at_peak);

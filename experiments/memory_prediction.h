@@ -54,18 +54,15 @@ struct RunPlan {
   double step_seconds = 0;        // predicted by experiments/cost_model.h
 };
 /// What train.recompute (not auto), quant.resident and the model's placement of the first trial ask
-/// for, but for the last layer (keep_last_layer).
+/// for, and use_spare_memory().
 RunPlan asked_plan(const ModelSource& model, std::span<const PaperTrial> gang, Device target);
-/// Backward begins by filling again what the last layer has just dropped. The plan in which it
-/// keeps everything, if the largest step needs no more memory for that; otherwise `plan`.
-RunPlan keep_last_layer(const ModelSource& model, std::span<const PaperTrial> gang, Device target,
-                        const RunPlan& plan);
 
 struct MemoryPrediction {
   std::vector<MemoryPhase> phases;
   ResidentBytes resident;
   int64_t trainable_params = 0;
   int64_t step_bytes = 0;              // the reservation of a step
+  int64_t layer_input_bytes = 0;       // in it, of each layer that is computed again
   std::vector<StepPlan::Moment> step;  // what is live inside of the largest step, in order
   std::string moment;                  // of the peak
   std::vector<LiveTensor> at_peak;     // what lives then, the largest first
@@ -82,6 +79,13 @@ struct MemoryPrediction {
   /// left, an evaluation alone.
   int64_t training_peak(bool steps = true) const;
 };
+
+/// What costs time and saves nothing in the largest step is left out of `plan`: the last layer's
+/// second run, which begins as soon as its first has ended; and, in as many of the first layers as
+/// find room in what backward has given back above them, expanding weights for the second run and
+/// for backward. `own`: the prediction of `plan`, afterwards of the result.
+RunPlan use_spare_memory(RunPlan plan, MemoryPrediction& own,
+                         const std::function<MemoryPrediction(const RunPlan&)>& predict);
 
 /// `gang`: trials that train together on one base. Without lora keys in the first the base alone.
 /// `target`: cpu or cuda; `capacity`: what the allocator can have there, which quant.resident: auto

@@ -124,7 +124,10 @@ class Search {
     return plan;
   }
 
-  RunPlan kept(const RunPlan& plan) const { return keep_last_layer(model_, gang_, target_, plan); }
+  RunPlan kept(const RunPlan& plan) const {
+    MemoryPrediction own = predict(plan);
+    return use_spare_memory(plan, own, [&](const RunPlan& p) { return predict(p); });
+  }
 
   RunPlan filled(int64_t i, int64_t budget) const {
     const MemoryBudget& wish = gang_.front().config.quant.resident;
@@ -256,6 +259,8 @@ std::string describe(const RunPlan& plan) {
     text += fmt::format(" {}", name_of_recompute(plan.layers[first]));
     first = last + 1;
   }
+  if (plan.expanded_once > 0)
+    text += fmt::format("; layers 0-{} expand weights once for both", plan.expanded_once - 1);
   if (plan.host_embeddings) text += "; embeddings in host memory";
   if (plan.streamed_layers > 0)
     text += fmt::format("; the weights of {} of {} layers streamed from host memory",
