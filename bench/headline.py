@@ -116,10 +116,9 @@ def source(found):
                       "field": found["field"]}
 
 
-def one_case(raw, target, values):
-    """Both sides come from one call: only such ratios mean anything."""
-    ours = best(raw, "ours", target["ours"], values) if "ours" in target else None
-    call = ours and ours["row"]["call"]
+def sides(raw, target, values, call):
+    """Ours and the peer of one call (None: of any)."""
+    ours = best(raw, "ours", target["ours"], values, call=call)
     peer = strongest(raw, target["peer"], values, call) if "peer" in target else None
     if "within" in target and ours and peer:
         limit = (target["within"], peer["row"][target["within"]])
@@ -128,6 +127,17 @@ def one_case(raw, target, values):
                      peer and peer["value"])
     value = ours and ours["value"] if target.get("compare") == "ours" else ratio
     return {"value": value, "ours": ours, "peer": peer, "ratio": ratio}
+
+
+def one_case(raw, target, values):
+    """Only a ratio of two sides of one call means anything: that of the latest call that has both."""
+    nothing = {"value": None, "ours": None, "peer": None, "ratio": None}
+    if "ours" not in target:
+        return nothing
+    calls = raw.get(target["ours"]["file"], {}).get("calls", [])
+    found = [sides(raw, target, values, call)
+             for call in (reversed(range(len(calls))) if "peer" in target else [None])]
+    return next((case for case in found if case["value"] is not None), nothing)
 
 
 def entry_of(raw, target):

@@ -2,10 +2,15 @@
 
     python bench/measure.py step|kernels|attention [--build build] [--filter REGEX] [--no-peers]
 
-A filter measures some cases alone and leaves the others of the file as they are, as do cases for which
-the seconds do not suffice; each row names the call that it comes from. The peers are found on PYTHONPATH; one that is missing is named in the file
-and in the output. Afterwards bench/report.py renews the headline, the plot and the tables.
-Ends with 1 when something of ours failed.
+Each row names the call that it comes from. An older call's rows of a case (and of the cases that it
+is set beside, see group_of) give way to a call that has measured everything they have, ours and the
+peers'; until then they stay beside the newer ones. So neither a filter, nor a call whose seconds did
+not suffice, nor one side alone loses what was measured. Who reads the file takes a ratio from the
+rows of one call: the latest that has both sides.
+
+A filter chooses whole cases: its expression is looked for in the name without the implementation. The
+peers are found on PYTHONPATH; one that is missing is named in the file and in the output. Afterwards
+bench/report.py renews the headline, the plot and the tables. Ends with 1 when something of ours failed.
 """
 
 import argparse
@@ -69,15 +74,26 @@ def plain_name(name):
                   name).removeprefix("cuda/")
 
 
+def benchmarks(operations, chosen):
+    """The expression for qlab-bench: a filter's match ends before the implementation, so that a case
+    is measured whole."""
+    if not chosen:
+        return f"^cuda/(ceiling|{operations})/"
+    return f"^cuda/(ceiling/|.*({chosen}).*/[^/]+/iterations:)"
+
+
 def our_kernels(build, part, chosen, folder, seconds):
     """Rows of qlab-bench, its context, and the list of cases for the peers."""
     output = folder / "ours.json"
-    pattern = f"^cuda/(ceiling/|.*({chosen}))" if chosen else f"^cuda/(ceiling|{OPERATIONS[part]})/"
-    flags = [f"--benchmark_filter={pattern}"]
+    flags = [f"--benchmark_filter={benchmarks(OPERATIONS[part], chosen)}"]
     listed = subprocess.run([build / "qlab-bench", *flags, "--benchmark_list_tests"],
                             capture_output=True, text=True)
     mine = re.compile(f"(cuda/)?(ceiling|{OPERATIONS[part]})/")
-    (folder / "cases.txt").write_text("\n".join(filter(mine.match, listed.stdout.splitlines())))
+    found = [name for name in listed.stdout.splitlines() if mine.match(name)]
+    if not any("/ceiling/" not in name for name in found):
+        sys.exit(f"no case of {part} that '{chosen}' finds; it is looked for in names like "
+                 "linear/forward/4096x4096/m64, without the implementation")
+    (folder / "cases.txt").write_text("\n".join(found))
     status = run([build / "qlab-bench", *flags, f"--benchmark_out={output}",
                   "--benchmark_out_format=json"], seconds)
     if not output.exists() or not output.read_text().strip():
@@ -120,25 +136,34 @@ def case_of(row):
     return row["name"].rsplit("/", 1)[0]
 
 
+def group_of(row):
+    """The cases that ratios are taken among: all ranks of a LoRA module, a step and its gang."""
+    return re.sub(r"(?<=/m)(\d+)/r\d+[^/]*$|-gang\d+$", r"\1", case_of(row))
+
+
 def merged(old, call, ours, peers):
-    """The file's rows, those of this call in the place of older ones of the same case. A call's
-    ceilings stay with its rows."""
-    fresh = {case_of(row) for row in ours + peers} - {"ceiling"}
-    result = {"part": call["part"], "calls": [], "ours": [], "peers": []}
-    kept = {side: [row for row in old.get(side, []) if case_of(row) not in fresh]
-            for side in ("ours", "peers")}
-    used = sorted({row["call"] for side in kept.values() for row in side
-                   if case_of(row) != "ceiling"})
-    result["calls"] = [old["calls"][i] for i in used] + [call]
-    for side, new in (("ours", ours), ("peers", peers)):
-        result[side] = [row | {"call": used.index(row["call"])} for row in kept[side]
-                        if row["call"] in used]
-        result[side] += [row | {"call": len(used)} for row in new]
+    """The file's rows and those of this call, which takes the place of the older calls that measured
+    nothing of a group that it has not. A call's ceilings stay with its rows."""
+    new = {"ours": ours, "peers": peers}
+    fresh = {(side, row["name"]) for side, rows in new.items() for row in rows}
+    measured = {}  # (group, call): its rows in the file
+    for side in new:
+        for row in old.get(side, []):
+            if case_of(row) != "ceiling":
+                measured.setdefault((group_of(row), row["call"]), set()).add((side, row["name"]))
+    kept = {key for key, rows in measured.items() if not rows <= fresh}
+    used = sorted({index for _, index in kept})
+    result = {"part": call["part"], "calls": [old["calls"][i] for i in used] + [call]}
+    for side, rows in new.items():
+        result[side] = [row | {"call": used.index(row["call"])} for row in old.get(side, [])
+                        if (group_of(row), row["call"]) in kept or
+                        (case_of(row) == "ceiling" and row["call"] in used)]
+        result[side] += [row | {"call": len(used)} for row in rows]
     return result
 
 
 def write(path, result):
-    """JSON with one row a line."""
+    """JSON with one row a line; an older file is replaced as a whole."""
     parts = []
     for key, value in result.items():
         text = json.dumps(value)
@@ -146,7 +171,9 @@ def write(path, result):
             text = "[\n  " + ",\n  ".join(json.dumps(item) for item in value) + "\n ]"
         parts.append(f" {json.dumps(key)}: {text}")
     path.parent.mkdir(exist_ok=True)
-    path.write_text("{\n" + ",\n".join(parts) + "\n}\n")
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("{\n" + ",\n".join(parts) + "\n}\n")
+    os.replace(temporary, path)
 
 
 def record(options, call, ours, peers):

@@ -46,18 +46,20 @@ def shown(value, digits=4):
     return f"{value:.{digits}g}"
 
 
-def all_rows(raw, file):
-    return raw.get(file, {}).get("ours", []) + raw.get(file, {}).get("peers", [])
-
-
-def by_case(rows, prefix):
-    """{case: {implementation: row}} of the rows whose name begins with `prefix`."""
-    cases = {}
-    for row in rows:
-        case, implementation = row["name"].rsplit("/", 1)
-        if case.startswith(prefix):
-            cases.setdefault(case.removeprefix(prefix), {})[implementation] = row
-    return cases
+def by_case(raw, file, prefix=""):
+    """{case: {implementation: row}} of the cases whose name begins with `prefix`: the rows of one
+    call, the latest that has both sides of the case, or else the latest."""
+    calls = {}  # {case: {call: {side: {implementation: row}}}}
+    for side in ("ours", "peers"):
+        for row in raw.get(file, {}).get(side, []):
+            case, implementation = row["name"].rsplit("/", 1)
+            if case.startswith(prefix):
+                of_call = calls.setdefault(case.removeprefix(prefix), {})
+                found = of_call.setdefault(row["call"], {})
+                found.setdefault(side, {})[implementation] = row
+    return {case: {name: row for rows in found[max(found, key=lambda c: (len(found[c]), c))].values()
+                   for name, row in rows.items()}
+            for case, found in calls.items()}
 
 
 def provenance(raw, file):
@@ -95,7 +97,7 @@ def headline_table(entries):
 
 
 def step_table(raw):
-    found = by_case(all_rows(raw, "step"), "")
+    found = by_case(raw, "step")
     rows = []
     for row in json.loads(ROWS.read_text()):
         for name, result in found.get(row["name"], {}).items():
@@ -114,7 +116,7 @@ def step_table(raw):
 def cpu_table(raw):
     """SmolLM2-135M in fp32 on the CPU, both with the same threads (bench/cpu_step.py)."""
     rows = [[case, name, shown(row["tokens_per_s"]), f"{row['step_seconds']:.2f}"]
-            for case, found in by_case(all_rows(raw, "cpu_step"), "").items()
+            for case, found in by_case(raw, "cpu_step").items()
             for name, row in found.items()]
     return table(["row", "who", "tokens/s", "s a step"], rows)
 
@@ -122,7 +124,7 @@ def cpu_table(raw):
 def linear_times(raw):
     """{(pass, shape): {M: {implementation: us}}}"""
     times = {}
-    for case, found in by_case(all_rows(raw, "kernels"), "linear/").items():
+    for case, found in by_case(raw, "kernels", "linear/").items():
         direction, shape, m = case.split("/")
         row = {name: r["us"] for name, r in found.items() if "us" in r}
         times.setdefault((direction, shape), {})[int(m[1:])] = row
@@ -149,7 +151,7 @@ def linear_table(raw):
 def kernel_table(raw, file, prefixes, rate):
     """One row per case: our time, rate and share of the ceiling, and the peers' times."""
     cases = {prefix + case: found for prefix in prefixes
-             for case, found in by_case(all_rows(raw, file), prefix).items()}
+             for case, found in by_case(raw, file, prefix).items()}
     names = sorted({name for found in cases.values() for name in found} - {"qlab"})
     share = {"GB/s": "copy_percent", "TFLOP/s": "product_percent"}[rate]
     rows = []
@@ -165,18 +167,20 @@ def kernel_table(raw, file, prefixes, rate):
 
 
 def lora_table(raw):
-    """One row per shape, tokens and rank: both implementations over the module without adapter."""
-    cases = by_case(all_rows(raw, "kernels"), "lora/")
+    """One row per shape, tokens and rank: both implementations, over the module without adapter of
+    the same call."""
+    bases = {(row["name"], row["call"]): row.get("us")
+             for row in raw.get("kernels", {}).get("ours", []) if row["name"].endswith("/r0/base")}
     rows = {}
-    for case, found in cases.items():
+    for case, found in by_case(raw, "kernels", "lora/").items():
         direction, shape, m, rank = case.split("/")
-        base = cases.get(f"{direction}/{shape}/{m}/r0", {}).get("base", {}).get("us")
-        if base is None or rank == "r0":
+        if rank == "r0":
             continue
         row = rows.setdefault((shape, m[1:], rank[1:]), {})
         for name, result in found.items():
-            text = result.get("error") or f"{shown(result['us'])} ({result['us'] / base:.2f})"
-            row[direction, name] = text
+            base = bases.get((f"lora/{direction}/{shape}/{m}/r0/base", result["call"]))
+            over = f" ({result['us'] / base:.2f})" if base and "us" in result else ""
+            row[direction, name] = result.get("error") or shown(result["us"]) + over
     columns = [(d, n) for d in ("forward", "both") for n in ("folded", "separate")]
     return table(["shape", "tokens", "r"] + [f"{d}, {n}" for d, n in columns],
                  [list(key) + [row.get(column, "-") for column in columns]

@@ -1,0 +1,121 @@
+"""bench/measure.py: how a call's rows join the file, and that a ratio comes from one call."""
+
+import pathlib
+import re
+import sys
+import unittest
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "bench"))
+import headline
+import measure
+import report
+
+CASE = "dequantize/8x8/b64"
+TARGET = {"name": "t", "unit": "us", "target": 1, "bound": "at least", "ratio": "peer/ours",
+          "ours": {"file": "kernels", "name": CASE + "/*", "field": "us"},
+          "peer": {"file": "kernels", "name": CASE + "/bnb", "field": "us"}}
+
+
+def rows(**times):
+    """ours: a=1 is CASE/a; other cases as o__a=1."""
+    return [{"name": f"{name.split('__')[0]}/case/{name.split('__')[1]}" if "__" in name else
+             f"{CASE}/{name}", "us": us} for name, us in times.items()]
+
+
+class MergeTest(unittest.TestCase):
+    def setUp(self):
+        self.file, self.count = {}, 0
+
+    def call(self, ours=(), peers=()):
+        self.count += 1
+        call = {"part": "kernels", "date": str(self.count), "commit": "c", "gpu": {"name": "G"}}
+        ceiling = [{"name": "ceiling/copy", "GB/s": float(self.count)}]
+        self.file = measure.merged(self.file, call, ceiling + list(ours), list(peers))
+
+    def found(self):
+        """{(date of the call, name without its case): us} of all but the ceilings."""
+        return {(self.file["calls"][row["call"]]["date"], row["name"].removeprefix(CASE + "/")):
+                row["us"] for side in ("ours", "peers") for row in self.file[side] if "us" in row}
+
+    def ratio(self):
+        return headline.entry_of({"kernels": self.file}, TARGET)["ratio"]
+
+    def test_a_whole_call_replaces_what_it_measured_again(self):
+        self.call(rows(qlab=1, other__qlab=5), rows(bnb=2))
+        self.call(rows(qlab=3), rows(bnb=4))
+        self.assertEqual(self.found(), {("1", "other/case/qlab"): 5, ("2", "qlab"): 3,
+                                        ("2", "bnb"): 4})
+        self.assertEqual(self.ratio(), 4 / 3)
+
+    def test_one_side_alone_leaves_the_pair(self):
+        self.call(rows(qlab=1), rows(bnb=2))
+        pair = {("1", "qlab"): 1, ("1", "bnb"): 2}
+        self.call(rows(qlab=3))
+        self.assertEqual(self.found(), pair | {("2", "qlab"): 3})
+        self.call(peers=rows(bnb=8))
+        self.assertEqual(self.found(), pair | {("2", "qlab"): 3, ("3", "bnb"): 8})
+        self.assertEqual(self.ratio(), 2)
+        shown = report.by_case({"kernels": self.file}, "kernels", "dequantize/")
+        self.assertEqual({name: row["us"] for name, row in shown["8x8/b64"].items()},
+                         {"qlab": 1, "bnb": 2})
+        self.call(rows(qlab=4))
+        self.assertEqual(self.found(), pair | {("3", "bnb"): 8, ("4", "qlab"): 4})
+        self.call(rows(qlab=6), rows(bnb=9))
+        self.assertEqual(self.found(), {("5", "qlab"): 6, ("5", "bnb"): 9})
+        self.assertEqual(self.ratio(), 1.5)
+
+    def test_a_call_cut_within_a_case_leaves_the_older_one(self):
+        self.call(rows(mma=1, simt=2), rows(bnb=2, torch=3))
+        old = self.found()
+        self.call(rows(mma=4), rows(bnb=6, torch=7))
+        self.assertEqual(self.found(), old | {("2", "mma"): 4, ("2", "bnb"): 6, ("2", "torch"): 7})
+        self.call(rows(mma=4, simt=5), rows(bnb=6))
+        self.assertEqual({key for key in self.found() if key[0] == "1"}, set(old))
+
+    def test_two_sides_of_two_calls_make_no_ratio(self):
+        self.call(rows(qlab=1))
+        self.call(peers=rows(bnb=2))
+        self.assertEqual(len(self.found()), 2)
+        entry = headline.entry_of({"kernels": self.file}, TARGET)
+        self.assertEqual((entry["ours"], entry["ratio"], entry["met"]), (None, None, False))
+
+    def test_ceilings_stay_with_the_rows_of_their_call(self):
+        self.call(rows(qlab=1, other__qlab=5), rows(bnb=2))
+        self.call(rows(qlab=3))
+        self.call(rows(other__qlab=6))
+        rates = [(row["call"], row["GB/s"]) for row in self.file["ours"] if "GB/s" in row]
+        self.assertEqual(rates, [(0, 1), (1, 2), (2, 3)])
+        self.assertEqual([call["date"] for call in self.file["calls"]], ["1", "2", "3"])
+        self.call(rows(qlab=1, other__qlab=5), rows(bnb=2))
+        self.assertEqual([row["GB/s"] for row in self.file["ours"] if "GB/s" in row], [4])
+        self.assertEqual(len(self.file["calls"]), 1)
+
+    def test_cases_that_are_set_beside_each_other_stay_together(self):
+        for base, other in (("lora/both/8x8/m512/r0", "lora/both/8x8/m512/r16-dropout"),
+                            ("8b-1x512-none", "8b-1x512-none-gang8")):
+            self.assertEqual(measure.group_of({"name": base + "/a"}).removesuffix("/r0"),
+                             measure.group_of({"name": other + "/a"}))
+            self.file = {}
+            pair = [{"name": base + "/a", "us": 1}, {"name": other + "/a", "us": 2}]
+            self.call(pair)
+            self.call(pair[:1])
+            self.assertEqual(len([row for row in self.file["ours"] if "us" in row]), 3, base)
+            self.call(pair)
+            self.assertEqual(len([row for row in self.file["ours"] if "us" in row]), 2, base)
+        self.assertNotEqual(measure.group_of({"name": "linear/dx/8x8/m1/a"}),
+                            measure.group_of({"name": "linear/dx/8x8/m16/a"}))
+
+
+class FilterTest(unittest.TestCase):
+    def test_it_ends_before_the_implementation(self):
+        name = "cuda/linear/forward/64x64/m1/{}/iterations:11/manual_time"
+        for chosen, count in (("linear/.*/64x64/m1", 2), ("64x64/m1/mma", 0), ("", 2), ("m16", 0)):
+            pattern = re.compile(measure.benchmarks("linear", chosen))
+            found = [n for n in ("mma", "simt") if pattern.search(name.format(n))]
+            self.assertEqual(len(found), count, chosen)
+            self.assertTrue(pattern.search("cuda/ceiling/copy/iterations:1/manual_time"))
+
+
+if __name__ == "__main__":
+    unittest.main()
