@@ -1,6 +1,6 @@
 """One part of the GPU benchmark: our side and the peers, in one call, into bench/results/PART.json.
 
-    python bench/measure.py step|kernels|attention [--build build] [--filter REGEX] [--no-peers]
+    python bench/measure.py step|kernels|linear|attention [--build build] [--filter REGEX] [--no-peers]
 
 Each row names the call that it comes from. An older call's rows of a case (and of the cases that it
 is set beside, see group_of) give way to a call that has measured everything they have, ours and the
@@ -26,8 +26,8 @@ import time
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 BENCH = ROOT / "bench"
-OPERATIONS = {"kernels": "dequantize|quantize|linear|lora|rms_norm|swiglu|rope|"
-              "cross_entropy|adamw", "attention": "attention"}
+OPERATIONS = {"kernels": "dequantize|quantize|lora|rms_norm|swiglu|rope|cross_entropy|adamw",
+              "linear": "linear", "attention": "attention"}
 STATE = ("clocks.sm", "clocks.mem", "power.draw", "power.limit", "temperature.gpu", "pstate",
          "utilization.gpu")
 OUR_SHARE = 0.6
@@ -51,6 +51,15 @@ def query(*fields):
         except ValueError:
             return text
     return {field: number(value) for field, value in zip(fields, values)}
+
+
+def nested(keys):
+    """Dotted keys as the blocks of a config file."""
+    blocks = {}
+    for key, value in keys.items():
+        block, name = key.split(".")
+        blocks.setdefault(block, {})[name] = value
+    return blocks
 
 
 def commit():
@@ -211,7 +220,7 @@ def measure(options, folder):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("part", choices=["step", "kernels", "attention"])
+    parser.add_argument("part", choices=["step", *OPERATIONS])
     parser.add_argument("--build", default=str(ROOT / "build"))
     parser.add_argument("--filter", default="", help="only cases whose name this finds")
     parser.add_argument("--no-peers", action="store_true")

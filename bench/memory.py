@@ -73,11 +73,7 @@ def sweep_file(name, model, rows):
     """The rows as a sweep (JSON is YAML). The trials of a gang differ in what takes no memory."""
     keys = RUN_KEYS | {"model.path": model,
                        "train.steps": BUDGET_STEPS if name == BUDGET else MEMORY_STEPS}
-    blocks = {}
-    for key, value in keys.items():
-        block, field = key.split(".")
-        blocks.setdefault(block, {})[field] = value
-    blocks["lora"] = {}
+    blocks = measure.nested(keys) | {"lora": {}}
     points = [row | {"optim.lr": 1e-4 * (i + 1)} for row in rows for i in range(trials_of(row))]
     return {"name": name, "base": blocks, "paired": points}
 

@@ -113,6 +113,19 @@ def step_table(raw):
                  rows)
 
 
+def long_table(raw):
+    """What bench/long.py measured."""
+    def gigabytes(entry, key):
+        return f"{1e-9 * entry[key]:.2f}" if key in entry else "-"
+    rows = [[e["name"].removesuffix("/qlab"), e.get("device_memory", "-"), shown(e.get("tokens")),
+             shown(e.get("start_seconds", e["seconds"])), shown(e.get("step_seconds")),
+             shown(e.get("tokens_per_s")), gigabytes(e, "peak_bytes"),
+             gigabytes(e, "step_moved_bytes"), shown(e.get("step_stalled_seconds"))]
+            for e in raw.get("long", {}).get("ours", [])]
+    return table(["run", "limit", "sequence", "s to the first step", "s a step", "tokens/s",
+                  "peak, GB", "moved a step, GB", "s stalled a step"], rows)
+
+
 def cpu_table(raw):
     """SmolLM2-135M in fp32 on the CPU, both with the same threads (bench/cpu_step.py)."""
     rows = [[case, name, shown(row["tokens_per_s"]), f"{row['step_seconds']:.2f}"]
@@ -124,7 +137,7 @@ def cpu_table(raw):
 def linear_times(raw):
     """{(pass, shape): {M: {implementation: us}}}"""
     times = {}
-    for case, found in by_case(raw, "kernels", "linear/").items():
+    for case, found in by_case(raw, "linear", "linear/").items():
         direction, shape, m = case.split("/")
         row = {name: r["us"] for name, r in found.items() if "us" in r}
         times.setdefault((direction, shape), {})[int(m[1:])] = row
@@ -190,7 +203,7 @@ def lora_table(raw):
 def ceiling_table(raw):
     """One column per call that measured them."""
     calls, names = [], {}
-    for file in ("kernels", "attention"):
+    for file in ("kernels", "linear", "attention"):
         for row in raw.get(file, {}).get("ours", []):
             if row["name"].startswith("ceiling/"):
                 call = (file, raw[file]["calls"][row["call"]]["date"])
@@ -207,9 +220,10 @@ def tables(raw, entries, memory_runs, budget_runs):
     return {
         "headline": headline_table(entries),
         "step": step_table(raw) + "\n\n" + provenance(raw, "step"),
+        "long": long_table(raw) + "\n\n" + provenance(raw, "long"),
         "cpu": cpu_table(raw) + "\n\n" + provenance(raw, "cpu_step"),
         "ceilings": ceiling_table(raw) + "\n\n" + provenance(raw, "kernels"),
-        "linear": linear_table(raw),
+        "linear": linear_table(raw) + "\n\n" + provenance(raw, "linear"),
         "nf4": kernel_table(raw, "kernels", ("dequantize/", "quantize/"),
                             "GB/s"),
         "attention": kernel_table(raw, "attention", ("attention/",), "TFLOP/s") + "\n\n" +
@@ -249,7 +263,7 @@ def main():
 
     times = linear_times(raw)
     if times:
-        device = raw["kernels"]["calls"][-1]["gpu"].get("name") or "GPU"
+        device = raw["linear"]["calls"][-1]["gpu"].get("name") or "GPU"
         show("linear", crossover.plot(times, f"NF4 linear layer on {device}"),
              "Time over dense bf16 against M")
     budgets = memory_report.budget_plot(budget_runs)

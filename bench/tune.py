@@ -1,6 +1,6 @@
 """Chooses the kernel for NF4 linear layers by what was measured: quant/nf4_dispatch_table.inc.
 
-    python bench/tune.py [--results bench/results/kernels.json] [--tests build/qlab_tests]
+    python bench/tune.py [--results bench/results/linear.json] [--tests build/qlab_tests]
 
 From the rows linear/PASS/NxK/mM/IMPLEMENTATION of the file, for the GPU it was measured on: the fused
 kernel where it beats decoding the weights first (`scratch`) by more than the noise, and nothing where
@@ -20,7 +20,7 @@ TABLE = ROOT / "quant/nf4_dispatch_table.inc"
 FUSED = ("simt", "mma", "wgmma")
 OPS = {"forward": "Op::transpose", "dx": "Op::none"}
 LINE = re.compile(r'\{"(.*?)", (.*)\},')
-HEAD = """// Written by `make tune` (bench/tune.py) from bench/results/kernels.json. Of a GPU: the product, the
+HEAD = """// Written by `make tune` (bench/tune.py) from bench/results/linear.json. Of a GPU: the product, the
 // largest matrix (elements) and number of rows that a line is for, and the kernel.
 """
 
@@ -72,18 +72,18 @@ def lines_for(times, margin=0.03):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--results", default=str(ROOT / "bench/results/kernels.json"))
+    parser.add_argument("--results", default=str(ROOT / "bench/results/linear.json"))
     parser.add_argument("--tests", help="the program of tests, to check the rows' bits first")
     parser.add_argument("--table", default=str(TABLE))
     options = parser.parse_args()
     try:
         result = json.loads(pathlib.Path(options.results).read_text())
     except FileNotFoundError:
-        sys.exit(f"{options.results} is not there: `make gpu-bench PART=kernels` writes it")
+        sys.exit(f"{options.results} is not there: `make gpu-bench PART=linear` writes it")
     times = measured(result)
     if not times:
         sys.exit(f"{options.results} has no linear layers: measure them with "
-                 "`make gpu-bench PART=kernels FILTER=linear/`")
+                 "`make gpu-bench PART=linear`")
     gpus = {call["gpu"]["name"] for call in result["calls"]}
     if len(gpus) != 1:
         sys.exit(f"{options.results} mixes GPUs: {', '.join(sorted(gpus))}")

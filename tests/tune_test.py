@@ -19,7 +19,7 @@ class TuneTest(unittest.TestCase):
     def setUp(self):
         self.folder = tempfile.TemporaryDirectory()
         self.addCleanup(self.folder.cleanup)
-        self.results = pathlib.Path(self.folder.name) / "kernels.json"
+        self.results = pathlib.Path(self.folder.name) / "linear.json"
         self.table = pathlib.Path(self.folder.name) / "table.inc"
 
     def tune(self, rows, gpus=(GPU,)):
