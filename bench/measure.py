@@ -24,33 +24,14 @@ import sys
 import tempfile
 import time
 
+from gpu_state import STATE, Sampler, query
+
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 BENCH = ROOT / "bench"
 OPERATIONS = {"kernels": "dequantize|quantize|lora|rms_norm|swiglu|rope|cross_entropy|adamw",
               "linear": "linear", "attention": "attention"}
-STATE = ("clocks.sm", "clocks.mem", "power.draw", "power.limit", "temperature.gpu", "pstate",
-         "utilization.gpu")
 OUR_SHARE = 0.6
 COUNTERS = ("us", "noise_percent", "GB/s", "copy_percent", "TFLOP/s", "product_percent")
-
-
-def query(*fields):
-    """What nvidia-smi says of the first GPU; None for what it does not know."""
-    try:
-        result = subprocess.run(["nvidia-smi", "-i", "0", "--query-gpu=" + ",".join(fields),
-                                 "--format=csv,noheader,nounits"], capture_output=True, text=True)
-    except FileNotFoundError:
-        return dict.fromkeys(fields)
-    values = [value.strip() for value in result.stdout.strip().split(",")]
-    if result.returncode != 0 or len(values) != len(fields):
-        return dict.fromkeys(fields)
-
-    def number(text):
-        try:
-            return float(text)
-        except ValueError:
-            return text
-    return {field: number(value) for field, value in zip(fields, values)}
 
 
 def nested(keys):
@@ -204,16 +185,21 @@ def measure(options, folder):
             "state_before": query(*STATE)}
     build, start = pathlib.Path(options.build).resolve(), time.monotonic()
     share = options.seconds * (1 if options.no_peers else OUR_SHARE)
-    if options.part == "step":
-        ours = our_steps(build, options.filter, folder, share)
-    else:
-        ours, call["context"] = our_kernels(build, options.part, options.filter, folder, share)
-    call |= {"state_between": query(*STATE), "peer_versions": {}, "missing_peers": {}}
+    with Sampler() as samples:
+        if options.part == "step":
+            ours = our_steps(build, options.filter, folder, share)
+        else:
+            ours, call["context"] = our_kernels(build, options.part, options.filter, folder, share)
+    call |= {"state_between": query(*STATE), "state_ours": samples.summary, "peer_versions": {},
+             "missing_peers": {}}
     record(options, call, ours, [])  # not lost when the time is up while the peers run
-    peers = ({"rows": [], "versions": {}, "missing": {}} if options.no_peers else
-             their_rows(options.part, options.filter, folder,
-                        options.seconds - (time.monotonic() - start)))
+    peers, left = {"rows": [], "versions": {}, "missing": {}}, options.seconds - (
+        time.monotonic() - start)
+    with Sampler() as samples:
+        if not options.no_peers:
+            peers = their_rows(options.part, options.filter, folder, left)
     call |= {"state_after": query(*STATE), "peer_versions": peers["versions"],
+             "state_peers": None if options.no_peers else samples.summary,
              "missing_peers": peers["missing"]}
     return call, ours, peers["rows"]
 

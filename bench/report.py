@@ -62,6 +62,21 @@ def by_case(raw, file, prefix=""):
             for case, found in calls.items()}
 
 
+def under_load(call):
+    """Least, median and most of clock, power and temperature while each side ran."""
+    parts = []
+    for side in ("ours", "peers"):
+        state = call.get(f"state_{side}") or {}
+        texts = [" to ".join(f"{value:.0f}" for value in state[field][::2]) +
+                 f" {unit} (median {state[field][1]:.0f})"
+                 for field, unit in (("clocks.sm", "MHz"), ("power.draw", "W"),
+                                     ("temperature.gpu", "C")) if field in state]
+        texts += [f"{name} {100 * share:.0f} % of the time"
+                  for name, share in state.get("reasons", {}).items()]
+        parts += [f"while {side} ran: " + ", ".join(texts)] if texts else []
+    return parts
+
+
 def provenance(raw, file):
     """Where the rows of a file come from."""
     lines = []
@@ -74,6 +89,7 @@ def provenance(raw, file):
             if state.get("clocks.sm") is not None:
                 part.append(f"{when}: {state['clocks.sm']:.0f} MHz, {state['power.draw']:.0f} W, "
                             f"{state['temperature.gpu']:.0f} C")
+        part += under_load(call)
         versions = call.get("peer_versions") or {}
         if versions:
             part.append(", ".join(f"{k} {v}" for k, v in versions.items()))

@@ -1,12 +1,17 @@
 """bench/measure.py: how a call's rows join the file, and that a ratio comes from one call."""
 
+import os
 import pathlib
 import re
 import sys
+import tempfile
+import time
 import unittest
+import unittest.mock
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "bench"))
+import gpu_state
 import headline
 import measure
 import report
@@ -105,6 +110,37 @@ class MergeTest(unittest.TestCase):
             self.assertEqual(len([row for row in self.file["ours"] if "us" in row]), 2, base)
         self.assertNotEqual(measure.group_of({"name": "linear/dx/8x8/m1/a"}),
                             measure.group_of({"name": "linear/dx/8x8/m16/a"}))
+
+
+class StateTest(unittest.TestCase):
+    def test_samples_in_short(self):
+        fields = gpu_state.SAMPLED + gpu_state.REASON_FIELDS[:1]
+        lines = ["1980, 127.5, 39, 0x0000000000000001", "1500, 690.0, 60, 0x0000000000000004",
+                 "1700, 650.0, [N/A], 0x0000000000000024", "", "[Unknown Error]"]
+        state = gpu_state.summary(lines, fields)
+        self.assertEqual(state, {"samples": 3, "clocks.sm": [1500, 1700, 1980],
+                                 "power.draw": [127.5, 650, 690], "temperature.gpu": [39, 49.5, 60],
+                                 "reasons": {"software power cap": 0.667,
+                                             "software thermal slowdown": 0.333}})
+        self.assertIsNone(gpu_state.summary([], fields))
+        text = report.under_load({"state_ours": state, "state_peers": None})
+        self.assertEqual(len(text), 1)
+        self.assertIn("1500 to 1980 MHz (median 1700), 128 to 690 W (median 650)", text[0])
+        self.assertIn("software power cap 67 % of the time", text[0])
+
+    def test_a_sampler_beside_a_program(self):
+        with tempfile.TemporaryDirectory() as folder:
+            fake = pathlib.Path(folder) / "nvidia-smi"
+            fake.write_text("#!/bin/sh\ncase \"$*\" in\n*clocks_event*lms*) while :; do echo "
+                            "'1000, 100, 40, 0x4'; sleep 0.05; done ;;\n"
+                            "*=clocks_event_reasons.active*) echo 0x4 ;;\nesac\n")
+            fake.chmod(0o755)
+            with unittest.mock.patch.dict(os.environ, PATH=f"{folder}:{os.environ['PATH']}"):
+                with gpu_state.Sampler() as sampler:
+                    time.sleep(0.5)
+        self.assertGreater(sampler.summary["samples"], 2)
+        self.assertEqual(sampler.summary["reasons"], {"software power cap": 1})
+        self.assertIsNotNone(sampler.process.returncode)
 
 
 class FilterTest(unittest.TestCase):
