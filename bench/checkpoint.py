@@ -30,7 +30,8 @@ def shapes(config):
                   prefix + "mlp.down_proj.weight": (hidden, inner),
                   prefix + "input_layernorm.weight": (hidden,),
                   prefix + "post_attention_layernorm.weight": (hidden,)}
-    return found | {"model.norm.weight": (hidden,), "lm_head.weight": (config["vocab_size"], hidden)}
+    return found | {"model.norm.weight": (hidden,),
+                    "lm_head.weight": (config["vocab_size"], hidden)}
 
 
 def random_bf16(count):

@@ -150,7 +150,7 @@ def sides(raw, target, values, call):
 
 
 def one_case(raw, target, values):
-    """Only a ratio of two sides of one call means anything: that of the latest call that has both."""
+    """Only a ratio of two sides of one call means anything: of the latest call that has both."""
     nothing = {"value": None, "ours": None, "peer": None, "ratio": None}
     if "ours" not in target:
         return nothing
@@ -170,8 +170,8 @@ def how_to_measure(target):
     if file == "memory":
         return "make gpu-bench PART=memory"
     peers = target.get("peer", [])
-    queries = [target["ours"]] + [query["self"] for query in
-                                  (peers if isinstance(peers, list) else [peers]) if "self" in query]
+    peers = peers if isinstance(peers, list) else [peers]
+    queries = [target["ours"]] + [query["self"] for query in peers if "self" in query]
     names = {query["name"].rsplit("/", 1)[0] for query in queries} - {"ceiling"}
     names = sorted(name for name in names
                    if not any(other != name and other in name for other in names))

@@ -10,8 +10,8 @@ Each row is one command within a time limit, the cheapest first:
 A row with `checkpoint` reads 16-bit weights from files that were just written, so that they are in
 the page cache; they are of random values, and have as many positions as the row's sequences need.
 
-A finished row takes the place of the older one of its name; one that fails, or for which the seconds
-do not suffice, leaves it as it is. Ends with 1 when a row failed.
+A finished row takes the place of the older one of its name; one that fails, or for which the
+seconds do not suffice, leaves it as it is. Ends with 1 when a row failed.
 """
 
 import argparse
@@ -131,7 +131,8 @@ def main():
                         help="no row begins whose limit reaches beyond them, but the first")
     parser.add_argument("--device", default="cuda")
     options = parser.parse_args()
-    end, path, failed, begun = time.monotonic() + options.seconds, options.results / "long.json", 0, 0
+    end, path = time.monotonic() + options.seconds, options.results / "long.json"
+    failed, begun = 0, 0
     for row in json.loads(options.rows.read_text()):
         if not re.search(options.filter, row["name"]):
             continue

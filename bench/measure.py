@@ -1,16 +1,17 @@
 """One part of the GPU benchmark: our side and the peers, in one call, into bench/results/PART.json.
 
-    python bench/measure.py step|kernels|linear|attention [--build build] [--filter REGEX] [--no-peers]
+    python bench/measure.py PART [--build build] [--filter REGEX] [--no-peers]
 
-Each row names the call that it comes from. An older call's rows of a case (and of the cases that it
-is set beside, see group_of) give way to a call that has measured everything they have, ours and the
-peers'; until then they stay beside the newer ones. So neither a filter, nor a call whose seconds did
-not suffice, nor one side alone loses what was measured. Who reads the file takes a ratio from the
-rows of one call: the latest that has both sides.
+Each row names the call that it comes from. An older call's rows of a case (and of the cases that
+it is set beside, see group_of) give way to a call that has measured everything they have, ours and
+the peers'; until then they stay beside the newer ones. So neither a filter, nor a call whose
+seconds did not suffice, nor one side alone loses what was measured. Who reads the file takes a
+ratio from the rows of one call: the latest that has both sides.
 
-A filter chooses whole cases: its expression is looked for in the name without the implementation. The
-peers are found on PYTHONPATH; one that is missing is named in the file and in the output. Afterwards
-bench/report.py renews the headline, the plot and the tables. Ends with 1 when something of ours failed.
+A filter chooses whole cases: its expression is looked for in the name without the implementation.
+The peers are found on PYTHONPATH; one that is missing is named in the file and in the output.
+Afterwards bench/report.py renews the headline, the plot and the tables. Ends with 1 when something
+of ours failed.
 """
 
 import argparse
@@ -65,8 +66,8 @@ def plain_name(name):
 
 
 def benchmarks(operations, chosen):
-    """The expression for qlab-bench: a filter's match ends before the implementation, so that a case
-    is measured whole."""
+    """The expression for qlab-bench: a filter's match ends before the implementation, so that a
+    case is measured whole."""
     if not chosen:
         return f"^cuda/(ceiling|{operations})/"
     return f"^cuda/(ceiling/|.*({chosen}).*/[^/]+/iterations:)"
@@ -132,8 +133,8 @@ def group_of(row):
 
 
 def merged(old, call, ours, peers):
-    """The file's rows and those of this call, which takes the place of the older calls that measured
-    nothing of a group that it has not. A call's ceilings stay with its rows."""
+    """The file's rows and those of this call, which takes the place of the older calls that
+    measured nothing of a group that it has not. A call's ceilings stay with its rows."""
     new = {"ours": ours, "peers": peers}
     fresh = {(side, row["name"]) for side, rows in new.items() for row in rows}
     measured = {}  # (group, call): its rows in the file

@@ -57,9 +57,9 @@ def by_case(raw, file, prefix=""):
                 of_call = calls.setdefault(case.removeprefix(prefix), {})
                 found = of_call.setdefault(row["call"], {})
                 found.setdefault(side, {})[implementation] = row
-    return {case: {name: row for rows in found[max(found, key=lambda c: (len(found[c]), c))].values()
-                   for name, row in rows.items()}
-            for case, found in calls.items()}
+    chosen = {case: found[max(found, key=lambda call: (len(found[call]), call))]
+              for case, found in calls.items()}
+    return {case: found.get("ours", {}) | found.get("peers", {}) for case, found in chosen.items()}
 
 
 def under_load(call):

@@ -3,11 +3,11 @@
     python bench/tune.py [--results bench/results/linear.json] [--tests build/qlab_tests] [--gpu NAME]
 
 From the rows linear/PASS/NxK/mM/IMPLEMENTATION of the file, for each matrix, product and number of
-rows by itself: the fused kernel where it beats decoding the weights first (`scratch`) by more than the
-noise of both and by 3 % at least, and nothing where it does not. The times of a case come from one
-call. A file with rows of several GPUs needs --gpu, the one to write lines for; those of others stay.
---tests runs the test of bits first: a kernel whose rows depend on how many there are is not admitted,
-nor is anything else then.
+rows by itself: the fused kernel where it beats decoding the weights first (`scratch`) by more than
+the noise of both and by 3 % at least, and nothing where it does not. The times of a case come from
+one call. A file with rows of several GPUs needs --gpu, the one to write lines for; those of others
+stay. --tests runs the test of bits first: a kernel whose rows depend on how many there are is not
+admitted, nor is anything else then.
 """
 
 import argparse
@@ -102,8 +102,9 @@ def main():
         sys.exit(f"{options.results} is not there: `make gpu-bench PART=linear` writes it")
     gpu = gpu_of(result, options.gpu)
     if gpu is None:
-        sys.exit(f"{options.results} has no linear layers{' of ' + options.gpu if options.gpu else ''}: "
-                 "measure them with `make gpu-bench PART=linear`")
+        of = f" of {options.gpu}" if options.gpu else ""
+        sys.exit(f"{options.results} has no linear layers{of}: measure them with "
+                 "`make gpu-bench PART=linear`")
     times = measured(result, gpu)
     if options.tests:
         test = subprocess.run([options.tests, "--gtest_brief=1",

@@ -1,4 +1,5 @@
-"""qlab-bench on a few small cases of every operation: each is checked against its reference, then timed.
+"""qlab-bench on a few small cases of every operation: each is checked against its reference, then
+timed.
 
     python tests/bench_test.py build/qlab-bench cpu|cuda
 

@@ -116,8 +116,8 @@ class Kernels:
         for peer, backend in (("cudnn", SDPBackend.CUDNN_ATTENTION),
                               ("flash2", SDPBackend.FLASH_ATTENTION)):
             size = 4 * batch * length * (heads + kv_heads) * dim
-            inputs = [[normal(batch, h, length, dim, grad=True) for h in (heads, kv_heads, kv_heads)]
-                      for _ in range(copies(size))]
+            inputs = [[normal(batch, h, length, dim, grad=True)
+                       for h in (heads, kv_heads, kv_heads)] for _ in range(copies(size))]
 
             def call(i):
                 return F.scaled_dot_product_attention(*inputs[i], is_causal=True, enable_gqa=True)
