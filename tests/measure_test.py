@@ -1,8 +1,10 @@
 """bench/measure.py: how a call's rows join the file, and that a ratio comes from one call."""
 
+import json
 import os
 import pathlib
 import re
+import subprocess
 import sys
 import tempfile
 import time
@@ -151,6 +153,64 @@ class FilterTest(unittest.TestCase):
             found = [n for n in ("mma", "simt") if pattern.search(name.format(n))]
             self.assertEqual(len(found), count, chosen)
             self.assertTrue(pattern.search("cuda/ceiling/copy/iterations:1/manual_time"))
+
+
+FAKE = """#!/usr/bin/env python3
+import json, re, sys
+names = ["cuda/ceiling/copy/iterations:1/manual_time"] + [
+    f"cuda/linear/dx/{n}x8/m1/{kernel}/iterations:11/manual_time"
+    for n in (8, 16) for kernel in ("mma", "scratch")]
+options = dict(a.lstrip("-").split("=", 1) for a in sys.argv[1:] if "=" in a)
+names = [name for name in names if re.search(options["benchmark_filter"], name)]
+if "--benchmark_list_tests" in sys.argv:
+    print(*names, sep="\\n")
+else:
+    rows = [{"name": name, "us": 2.0, "noise_percent": 0.5} for name in names]
+    rows[-1] |= {"error_occurred": True, "error_message": "left out: the time is up"}
+    with open(options["benchmark_out"], "w") as file:
+        json.dump({"context": {}, "benchmarks": rows}, file)
+"""
+
+
+class WholeTest(unittest.TestCase):
+    """The program, with a stand-in for qlab-bench."""
+
+    def setUp(self):
+        folder = tempfile.TemporaryDirectory()
+        self.addCleanup(folder.cleanup)
+        self.folder = pathlib.Path(folder.name)
+        (self.folder / "qlab-bench").write_text(FAKE)
+        (self.folder / "qlab-bench").chmod(0o755)
+
+    def measure(self, *options):
+        return subprocess.run([sys.executable, ROOT / "bench/measure.py", "linear", "--build",
+                               self.folder, "--results", self.folder, *options],
+                              capture_output=True, text=True,
+                              env=os.environ | {"PYTHONPATH": str(self.folder)})
+
+    def test_a_call_without_peers(self):
+        result = self.measure("--no-peers", "--filter", "dx/16x8")
+        self.assertEqual(result.returncode, 0, result.stderr)
+        self.assertIn("linear/dx/16x8/m1/scratch left out", result.stdout)
+        file = json.loads((self.folder / "linear.json").read_text())
+        self.assertEqual([row["name"] for row in file["ours"]],
+                         ["ceiling/copy", "linear/dx/16x8/m1/mma"])
+        self.assertEqual(len(file["calls"]), 1)
+        self.assertIn("state_ours", file["calls"][0])
+
+    def test_a_filter_that_finds_nothing(self):
+        result = self.measure("--no-peers", "--filter", "m1/mma")
+        self.assertEqual(result.returncode, 1)
+        self.assertIn("no case of linear that 'm1/mma' finds", result.stderr)
+        self.assertFalse((self.folder / "linear.json").exists())
+
+    def test_peers_that_are_missing_are_named(self):
+        (self.folder / "torch.py").write_text("raise ImportError('not here')\n")
+        result = self.measure()
+        self.assertIn("MISSING PEER all: exit status 1", result.stderr)
+        file = json.loads((self.folder / "linear.json").read_text())
+        self.assertEqual(len(file["ours"]), 4)
+        self.assertTrue(file["calls"][0]["missing_peers"])
 
 
 if __name__ == "__main__":
