@@ -93,8 +93,8 @@ def ask_memory(options, row, model, folder):
             "predicted_bytes": json.loads(result.stdout)["peak_bytes"]}
 
 
-def measured(options, row):
-    """The row's entry in the results."""
+def measured(options, row, end):
+    """The row's entry in the results; the command ends at `end` at the latest."""
     name = row["name"]
     with tempfile.TemporaryDirectory(dir=memory.scratch_parent()) as folder:
         folder = pathlib.Path(folder)
@@ -102,6 +102,7 @@ def measured(options, row):
         if "checkpoint" in row:
             model = str(folder / "model")
             checkpoint.write(folder / "model", row["checkpoint"], row["set"]["data.seq_len"])
+        row["limit"] = min(row["limit"], max(1, int(end - time.monotonic())))
         run = {"train": train, "memory": ask_memory}[row["command"]]
         entry = {"name": name, "commit": measure.commit(),
                  "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")}
@@ -141,9 +142,8 @@ def main():
             print(f"{row['name']} left out: it may take {row['limit']} s; FILTER={row['name']}")
             continue
         begun += 1
-        row["limit"] = min(row["limit"], max(1, int(left)))
         try:
-            entry = measured(options, row)
+            entry = measured(options, row, end)
         except Failed as error:
             failed += 1
             print(f"FAILED {row['name']}: {error}", file=sys.stderr)

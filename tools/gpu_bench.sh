@@ -1,7 +1,7 @@
 #!/bin/bash
 # Builds, then measures one part of the GPU benchmark beside its peers (memory: beside what was
-# predicted; long: by itself) and renews the headline, the plots and the tables. Arguments: build folder, jobs, part,
-# filter ("" for all cases).
+# predicted; long: by itself) and renews the headline, the plots and the tables. Arguments: build
+# folder, jobs, part, filter ("" for all cases).
 # PYTHONPATH names the peers that are not installed; .peers is added where it exists.
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit 1
@@ -45,7 +45,7 @@ else
   timeout "$rest" python3 bench/measure.py "$part" --build "$build" --filter "$filter" \
     --seconds $((rest - 40)) || status=$?
 fi
-((status != 124)) || echo "Stopped after $limit s: nothing was recorded; measure less with FILTER."
+((status != 124)) || echo "Stopped after $limit s: at most our side was recorded; measure less with FILTER."
 python3 bench/report.py || status=$?
 printf '==> %d s in all\n' $((SECONDS - start))
 exit "$status"
