@@ -4,9 +4,10 @@
 #   make demo       the same, then fetch the demo model, prepare its data and run a small sweep
 #   make gpu-check  on a machine with an NVIDIA GPU: tests, compute-sanitizer, a short 8B training;
 #                   PTX=75 or PTX=80: its tests from that generic code alone, as an older GPU has it
-#   make gpu-bench PART=step|kernels|attention [FILTER=regex]   measure beside the peers
+#   make gpu-bench PART=step|kernels|linear|attention [FILTER=regex]   measure beside the peers
 #   make gpu-bench PART=memory [FILTER=regex]   peaks beside the predicted ones, speed by memory budget
-#   make tune       choose kernels for this GPU by what gpu-bench PART=kernels measured
+#   make gpu-bench PART=long FILTER=regex       longest sequences, 65B paged, a checkpoint's loading
+#   make tune       choose kernels for this GPU by what gpu-bench PART=linear measured
 #   make clean      remove the build folder (models/, datasets/ and runs/ stay)
 # JOBS=N limits parallel compilation; CMAKE_ARGS="-DQLAB_CUDA=OFF" and the like reach CMake.
 

@@ -34,7 +34,9 @@ struct State {
 };
 
 Case update(int64_t n, Device device) {
-  const State state(n, device);
+  std::vector<State> states;
+  for (int i = 0; i < copies(device, 16.0 * static_cast<double>(n)); ++i)
+    states.emplace_back(n, device);
   const auto check = [=](const std::vector<Tensor>& results) {
     const State want(n, Device::cpu());
     want.update();
@@ -48,10 +50,12 @@ Case update(int64_t n, Device device) {
   };
   return {.device = device,
           .call =
-              [=](int) {
+              [=](int i) {
+                const State& state = states[static_cast<size_t>(i)];
                 state.update();
                 return std::vector{state.norm, state.param, state.m, state.v};
               },
+          .inputs = static_cast<int>(states.size()),
           .check = check,
           .bytes = 4.0 * 8 * static_cast<double>(n)};
 }

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <numeric>
 
 #include "bench/support.h"
 #include "core/ops/copy.h"
@@ -12,15 +13,27 @@ namespace qlab::bench {
 namespace {
 
 struct Sizes {
-  int64_t sequences, length, heads, kv_heads, dim;
+  std::vector<int64_t> lengths;  // of the sequences, packed one after the other
+  int64_t heads, kv_heads, dim;
 
-  int64_t tokens() const { return sequences * length; }
-  AttentionShape shape() const { return {heads, kv_heads, dim, length, length}; }
+  int64_t count() const { return static_cast<int64_t>(lengths.size()); }
+  int64_t begin(int64_t sequence) const {
+    return std::accumulate(lengths.begin(), lengths.begin() + sequence, int64_t{0});
+  }
+  int64_t tokens() const { return begin(count()); }
+  int64_t longest() const { return std::ranges::max(lengths); }
+  bool ragged() const { return std::ranges::min(lengths) != longest(); }
+  AttentionShape shape() const { return {heads, kv_heads, dim, longest(), longest()}; }
   double forward_flops() const {
-    return 2.0 * static_cast<double>(tokens()) * static_cast<double>(length * heads * dim);
+    double sum = 0;
+    for (const int64_t length : lengths)
+      sum += 2.0 * static_cast<double>(length * length) * static_cast<double>(heads * dim);
+    return sum;
   }
   std::string str() const {
-    return fmt::format("{}x{}/h{}k{}d{}", sequences, length, heads, kv_heads, dim);
+    const std::string rows =
+        ragged() ? fmt::format("packed{}", tokens()) : fmt::format("{}x{}", count(), longest());
+    return fmt::format("{}/h{}k{}d{}", rows, heads, kv_heads, dim);
   }
 };
 
@@ -31,7 +44,7 @@ struct Inputs {
 
 Inputs inputs_of(const Sizes& s, DType dtype, Device device) {
   std::vector<int32_t> ends;
-  for (int64_t i = 0; i <= s.sequences; ++i) ends.push_back(static_cast<int32_t>(i * s.length));
+  for (int64_t i = 0; i <= s.count(); ++i) ends.push_back(static_cast<int32_t>(s.begin(i)));
   const int64_t rows = s.tokens();
   const auto matrix = [&](int64_t heads) {
     return device.is_meta() ? Tensor::empty({rows, heads * s.dim}, dtype, device)
@@ -39,9 +52,18 @@ Inputs inputs_of(const Sizes& s, DType dtype, Device device) {
   };
   const AttentionColumns columns = attention_columns(matrix(s.heads + 2 * s.kv_heads), s.shape());
   Inputs in{columns.q, columns.k, columns.v, matrix(s.heads), {}};
-  in.cu = Tensor::from_vector(ends, {s.sequences + 1}, device);
+  in.cu = Tensor::from_vector(ends, {s.count() + 1}, device);
   if (!device.is_meta()) synchronize(device);
   return in;
+}
+
+/// As many as exceed the caches.
+std::vector<Inputs> all_inputs(const Sizes& s, DType dtype, Device device) {
+  const double bytes = static_cast<double>(s.tokens() * 2 * (s.heads + s.kv_heads) * s.dim) *
+                       static_cast<double>(size_of(dtype));
+  std::vector<Inputs> inputs;
+  for (int i = 0; i < copies(device, bytes); ++i) inputs.push_back(inputs_of(s, dtype, device));
+  return inputs;
 }
 
 Tensor part(const Tensor& x, int64_t row, int64_t rows, int64_t col, int64_t cols) {
@@ -60,17 +82,21 @@ struct Group {
   Sizes s;
   int64_t sequence, kv_head;
 
+  int64_t length() const { return s.lengths[static_cast<size_t>(sequence)]; }
   Tensor of(const Tensor& x, bool queries) const {
     const int64_t heads = queries ? s.heads / s.kv_heads : 1, cols = heads * s.dim;
-    return part(x, sequence * s.length, s.length, kv_head * cols, cols);
+    return part(x, s.begin(sequence), length(), kv_head * cols, cols);
   }
-  Sizes sizes() const { return {1, s.length, s.heads / s.kv_heads, 1, s.dim}; }
+  Sizes sizes() const { return {{length()}, s.heads / s.kv_heads, 1, s.dim}; }
 };
 
-/// The last group of the last sequence, and the first of the first where the CPU is soon done.
+/// The last group of the last sequence, and of the first, or of each where their lengths differ,
+/// one where the CPU is soon done.
 std::vector<Group> checked(const Sizes& s) {
-  std::vector<Group> groups{{s, s.sequences - 1, s.kv_heads - 1}};
-  if (s.length <= 4096) groups.push_back({s, 0, 0});
+  std::vector<Group> groups{{s, s.count() - 1, s.kv_heads - 1}};
+  const int64_t others = s.ragged() ? s.count() - 1 : 1;
+  for (int64_t i = 0; i < others; ++i)
+    if (s.lengths[static_cast<size_t>(i)] <= 4096) groups.push_back({s, i, i % s.kv_heads});
   return groups;
 }
 
@@ -97,8 +123,9 @@ Case forward(const Sizes& s, Device device) {
   const auto run = [shape = s.shape()](const Inputs& in) {
     return std::vector{attention(in.q, in.k, in.v, in.cu, in.cu, shape).o};
   };
-  const Inputs in = inputs_of(s, dtype, device), dry = inputs_of(s, dtype, device.meta());
-  const auto check = [=](const std::vector<Tensor>& results) {
+  const std::vector<Inputs> inputs = all_inputs(s, dtype, device);
+  const Inputs dry = inputs_of(s, dtype, device.meta());
+  const auto check = [=, in = inputs[0]](const std::vector<Tensor>& results) {
     for (const Group& group : checked(s)) {
       const Tensor cu = inputs_of(group.sizes(), DType::f32, Device::cpu()).cu;
       const std::string wrong =
@@ -109,7 +136,9 @@ Case forward(const Sizes& s, Device device) {
   };
   return {.device = device,
           .dry = [=] { run(dry); },
-          .call = [=](int) { return run(in); },
+          .call = [=](int i) { return run(inputs[static_cast<size_t>(i)]); },
+          .inputs = static_cast<int>(inputs.size()),
+          .rotate_results = true,
           .check = check,
           .flops = s.forward_flops()};
 }
@@ -145,25 +174,45 @@ Case backward(const Sizes& s, Device device) {
     return std::vector{
         attention_backward(in.g, in.q, in.k, in.v, out.o, out.lse, in.cu, in.cu, shape)};
   };
-  const Inputs in = inputs_of(s, dtype, device), dry = inputs_of(s, dtype, device.meta());
-  const Attention out = attention(in.q, in.k, in.v, in.cu, in.cu, s.shape());
-  const Attention dry_out = attention(dry.q, dry.k, dry.v, dry.cu, dry.cu, s.shape());
-  return {
-      .device = device,
-      .dry = [=] { run(dry, dry_out); },
-      .call = [=](int) { return run(in, out); },
-      .check =
-          [=](const std::vector<Tensor>& results) { return check_gradients(s, in, results[0]); },
-      .flops = 2.5 * s.forward_flops()};
+  const std::vector<Inputs> inputs = all_inputs(s, dtype, device);
+  const Inputs dry = inputs_of(s, dtype, device.meta());
+  const auto output = [&](const Inputs& in) {
+    return attention(in.q, in.k, in.v, in.cu, in.cu, s.shape());
+  };
+  std::vector<Attention> outputs;
+  for (const Inputs& in : inputs) outputs.push_back(output(in));
+  return {.device = device,
+          .dry = [=, out = output(dry)] { run(dry, out); },
+          .call =
+              [=](int i) {
+                return run(inputs[static_cast<size_t>(i)], outputs[static_cast<size_t>(i)]);
+              },
+          .inputs = static_cast<int>(inputs.size()),
+          .rotate_results = true,
+          .check =
+              [=, in = inputs[0]](const std::vector<Tensor>& results) {
+                return check_gradients(s, in, results[0]);
+              },
+          .flops = 2.5 * s.forward_flops()};
 }
 
 const Register registered(30, [] {
   for (const Device device : devices()) {
-    const std::vector<Sizes> sizes =
-        device.is_cuda()
-            ? std::vector<Sizes>{{4, 2048, 32, 8, 128}, {1, 8192, 32, 8, 128}, {1, 512, 32, 8, 128},
-                                 {4, 2048, 9, 3, 64},   {1, 8192, 9, 3, 64},   {4, 512, 9, 3, 64}}
-            : std::vector<Sizes>{{1, 512, 9, 3, 64}};
+    const auto equal = [](int64_t sequences, int64_t length, int64_t heads, int64_t kv_heads,
+                          int64_t dim) {
+      return Sizes{std::vector(static_cast<size_t>(sequences), length), heads, kv_heads, dim};
+    };
+    std::vector<Sizes> sizes{equal(1, 512, 9, 3, 64)};
+    if (device.is_cuda())
+      sizes = {equal(4, 2048, 32, 8, 128),
+               equal(1, 8192, 32, 8, 128),
+               equal(1, 512, 32, 8, 128),
+               equal(4, 2048, 9, 3, 64),
+               equal(1, 8192, 9, 3, 64),
+               equal(4, 512, 9, 3, 64),
+               equal(4, 2048, 32, 32, 80),
+               equal(4, 2048, 32, 32, 96),
+               {{1, 17, 130, 511, 1000, 2048, 385, 4100}, 32, 8, 128}};
     for (const Sizes& s : sizes) {
       add(device, "attention/forward/" + s.str() + "/qlab", [=] { return forward(s, device); });
       add(device, "attention/backward/" + s.str() + "/qlab", [=] { return backward(s, device); });

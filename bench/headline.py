@@ -21,7 +21,7 @@ import memory
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench/results"
-TIMES = ("us", "step_seconds", "peak_bytes")  # less is better
+TIMES = ("us", "step_seconds", "peak_bytes", "seconds", "start_seconds")  # less is better
 SCALES = {"peak_bytes": 1e-9}
 
 
@@ -39,7 +39,8 @@ def cpu_rows(raw):
 
 def memory_rows(entries):
     """bench/memory.py's file in the form of the others: how far the GPU's own figure and the
-    prediction with its context are apart, the larger over the smaller."""
+    prediction with its context are apart, the larger over the smaller, and the share of all rows
+    whose peaks are the predicted ones to the byte."""
     calls, rows = [], []
     for i, entry in enumerate(entries):
         context = memory.context_of(entries, entry["device"], memory.reference_row())
@@ -50,13 +51,32 @@ def memory_rows(entries):
         calls += [call] if call not in calls else []
         rows.append({"name": f"memory/{i}", "device_ratio": max(ratio, 1 / ratio),
                      "call": calls.index(call)})
+    if entries:
+        equal = sum(map(memory.byte_equal, entries)) / len(entries)
+        last = entries[-1]
+        calls.append({"commit": last["commit"], "date": last["date"],
+                      "gpu": {"name": last["device"]}})
+        rows.append({"name": "memory/all", "equal_share": equal, "call": len(calls) - 1})
     return {"calls": calls, "ours": rows}
+
+
+def long_rows(entries):
+    """bench/long.py's file in the form of the others; what one commit gave on one device is a call,
+    since two such runs do not fit into the minutes of one."""
+    calls, rows = {}, []
+    for entry in sorted(entries, key=lambda entry: entry["date"]):
+        calls[entry["commit"], entry["device"]] = {
+            "commit": entry["commit"], "date": entry["date"], "gpu": {"name": entry["device"]}}
+        rows.append((entry, list(calls).index((entry["commit"], entry["device"]))))
+    return {"calls": list(calls.values()),
+            "ours": [entry | {"name": entry["name"] + "/qlab", "call": call}
+                     for entry, call in rows]}
 
 
 def load(results=RESULTS):
     """The raw files by name; those that do not exist are left out."""
     raw = {}
-    for name in ("step", "kernels", "attention", "cpu_step", "memory"):
+    for name in ("step", "kernels", "linear", "attention", "cpu_step", "memory", "long"):
         path = pathlib.Path(results) / f"{name}.json"
         if path.exists():
             raw[name] = in_one_form(name, json.loads(path.read_text()))
@@ -64,7 +84,7 @@ def load(results=RESULTS):
 
 
 def in_one_form(name, raw):
-    form = {"cpu_step": cpu_rows, "memory": memory_rows}.get(name)
+    form = {"cpu_step": cpu_rows, "memory": memory_rows, "long": long_rows}.get(name)
     return form(raw) if form else raw
 
 
@@ -116,10 +136,9 @@ def source(found):
                       "field": found["field"]}
 
 
-def one_case(raw, target, values):
-    """Both sides come from one call: only such ratios mean anything."""
-    ours = best(raw, "ours", target["ours"], values) if "ours" in target else None
-    call = ours and ours["row"]["call"]
+def sides(raw, target, values, call):
+    """Ours and the peer of one call (None: of any)."""
+    ours = best(raw, "ours", target["ours"], values, call=call)
     peer = strongest(raw, target["peer"], values, call) if "peer" in target else None
     if "within" in target and ours and peer:
         limit = (target["within"], peer["row"][target["within"]])
@@ -128,6 +147,39 @@ def one_case(raw, target, values):
                      peer and peer["value"])
     value = ours and ours["value"] if target.get("compare") == "ours" else ratio
     return {"value": value, "ours": ours, "peer": peer, "ratio": ratio}
+
+
+def one_case(raw, target, values):
+    """Only a ratio of two sides of one call means anything: of the latest call that has both."""
+    nothing = {"value": None, "ours": None, "peer": None, "ratio": None}
+    if "ours" not in target:
+        return nothing
+    calls = raw.get(target["ours"]["file"], {}).get("calls", [])
+    found = [sides(raw, target, values, call)
+             for call in (reversed(range(len(calls))) if "peer" in target else [None])]
+    return next((case for case in found if case["value"] is not None), nothing)
+
+
+def how_to_measure(target):
+    """The command that measures a target's cases and those of ours that they are set beside."""
+    if "ours" not in target:
+        return ""
+    file = target["ours"]["file"]
+    if file == "cpu_step":
+        return "python bench/cpu_step.py"
+    if file == "memory":
+        return "make gpu-bench PART=memory"
+    peers = target.get("peer", [])
+    peers = peers if isinstance(peers, list) else [peers]
+    queries = [target["ours"]] + [query["self"] for query in peers if "self" in query]
+    names = {query["name"].rsplit("/", 1)[0] for query in queries} - {"ceiling"}
+    names = sorted(name for name in names
+                   if not any(other != name and other in name for other in names))
+    for key, values in target.get("cases", {}).items():
+        values = list(map(str, values))
+        text = values[0] if len(values) == 1 else "(" + "|".join(values) + ")"
+        names = [name.replace(f"{{{key}}}", text) for name in names]
+    return f"make gpu-bench PART={file} FILTER='{'|'.join(names)}'"
 
 
 def entry_of(raw, target):
@@ -143,14 +195,15 @@ def entry_of(raw, target):
            within_bound(target["bound"], worst["value"], target["target"]))
     ours, peer = worst["ours"], worst["peer"]
     call = raw[ours["file"]]["calls"][ours["row"]["call"]] if ours else {}
-    reason = "" if met else target.get("reason", "")
+    reason, ideas = ("", "") if met else (target.get("reason", ""), target.get("next", ""))
     if len(measured) < len(cases):
         count = f"{len(measured)} of {len(cases)} cases" if measured else "not"
         reason = f"{count} measured yet. {reason}".strip()
+        ideas = ". ".join(text for text in (how_to_measure(target), ideas) if text)
     return {"name": target["name"], "ours": ours and ours["value"],
             "peer": peer and peer["value"], "ratio": worst["ratio"], "target": target["target"],
             "bound": target["bound"], "compare": target.get("compare", "ratio"), "met": met,
-            "reason": reason, "next": "" if met else target.get("next", ""),
+            "reason": reason, "next": ideas,
             "unit": target["unit"], "commit": call.get("commit"), "date": call.get("date"),
             "device": call.get("gpu", {}).get("name"),
             "formula": target.get("ratio", "ours/peer"),

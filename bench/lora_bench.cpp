@@ -5,6 +5,7 @@
 #include <array>
 #include <map>
 #include <memory>
+#include <numeric>
 
 #include "bench/support.h"
 #include "core/ops/copy.h"
@@ -60,23 +61,33 @@ struct Layer {
   }
 };
 
+std::vector<int32_t> positions_to(int64_t tokens) {
+  std::vector<int32_t> positions(static_cast<size_t>(tokens));
+  std::iota(positions.begin(), positions.end(), 0);
+  return positions;
+}
+
 /// What meets the layer, with room for the adapter where it is folded.
 struct Inputs {
   Batch batch;
   Tensor x, g;
 
-  Inputs(const Sizes& s, const Layer& layer, DType dtype, Device device) {
+  Inputs(const Sizes& s, const Layer& layer, DType dtype, Device device)
+      : Inputs(s, layer, dtype, device, positions_to(s.tokens)) {}
+
+  /// Tokens of one sequence at these positions.
+  Inputs(const Sizes& s, const Layer& layer, DType dtype, Device device,
+         const std::vector<int32_t>& positions) {
+    const int64_t tokens = static_cast<int64_t>(positions.size());
     Segment segment;
-    segment.end = s.tokens, segment.adapter = layer.adapter.get(), segment.dropout = s.dropout > 0;
+    segment.end = tokens, segment.adapter = layer.adapter.get(), segment.dropout = s.dropout > 0;
     batch.segments = {segment};
-    std::vector<int32_t> positions(static_cast<size_t>(s.tokens));
-    for (size_t i = 0; i < positions.size(); ++i) positions[i] = static_cast<int32_t>(i);
-    batch.positions = Tensor::from_vector(positions, {s.tokens}, device);
+    batch.positions = Tensor::from_vector(positions, {tokens}, device);
     batch.examples =
-        Tensor::from_vector(std::vector<int64_t>(positions.size(), 7), {s.tokens}, device);
+        Tensor::from_vector(std::vector<int64_t>(positions.size(), 7), {tokens}, device);
     const auto matrix = [&](int64_t cols, float scale) {
-      const Tensor y = Tensor::with_tail(s.tokens, cols, layer.group.tail(batch), dtype, device);
-      if (!device.is_meta()) copy(y, random({s.tokens, cols}, dtype, device, scale));
+      const Tensor y = Tensor::with_tail(tokens, cols, layer.group.tail(batch), dtype, device);
+      if (!device.is_meta()) copy(y, random({tokens, cols}, dtype, device, scale));
       return y;
     };
     x = matrix(s.weight[1], 1);
@@ -107,43 +118,118 @@ std::vector<Tensor> run(const Layer& layer, const Inputs& in, bool backward) {
   return results;
 }
 
-/// All results on 64 tokens, against the CPU in fp32 on equal values.
-std::string check_small(Sizes s, Device device) {
+constexpr std::array result_names{"y", "dx", "dA", "dB"};
+
+/// The weights of a shape in fp32 on the CPU; another shape takes their place.
+const Tensor& host_weight(const Shape& shape, DType dtype, Device device) {
+  static Tensor weight;
+  if (!weight.defined() || !(weight.shape() == shape))
+    weight = on_host(random(shape, dtype, device, 0.02f));
+  return weight;
+}
+
+/// y, dx, dA and dB of the CPU in fp32, of tokens at these positions with rows `x` and `g`.
+std::vector<Tensor> reference(Sizes s, const Layer& layer, const std::vector<int32_t>& positions,
+                              const Tensor& x, const Tensor& g) {
+  s.folded = false;
+  const Inputs in(s, layer, DType::f32, Device::cpu(), positions);
+  copy(in.x, x);
+  copy(in.g, g);
+  return run(layer, in, true);
+}
+
+/// A layer like `s` on the CPU, in fp32.
+Layer host_layer(Sizes s, DType dtype, Device device) {
+  s.folded = false;
+  return Layer(s, host_weight(s.weight, dtype, device));
+}
+
+/// All results on 64 tokens: the gradients of A and B are sums over them.
+std::string check_small(Sizes s, Device device, const Layer& want) {
   s.tokens = 64;
   const DType dtype = compute_dtype(device);
-  const Tensor weight = random(s.weight, dtype, device, 0.02f);
-  Layer got(s, weight);
+  Layer got(s, random(s.weight, dtype, device, 0.02f));
   const Inputs in(s, got, dtype, device);
   if (s.folded) hold_resident(got, in.batch, dtype, device);
-  Sizes plain = s;
-  plain.folded = false;
-  const Layer want(plain, on_host(weight));
-  const Inputs want_in(plain, want, DType::f32, Device::cpu());
-  copy(want_in.x, on_host(in.x));
-  copy(want_in.g, on_host(in.g));
-  const std::vector<Tensor> results = run(got, in, true), expected = run(want, want_in, true);
-  constexpr std::array names{"y", "dx", "dA", "dB"};
+  const std::vector<Tensor> results = run(got, in, true);
+  const std::vector<Tensor> expected =
+      reference(s, want, positions_to(s.tokens), on_host(in.x), on_host(in.g));
   for (size_t i = 0; i < results.size(); ++i) {
-    const std::string wrong =
-        difference(names[i], on_host(results[i]), on_host(expected[i]), 2 * tolerance(dtype));
+    const std::string wrong = difference(result_names[i], on_host(results[i]), on_host(expected[i]),
+                                         2 * tolerance(dtype));
     if (!wrong.empty()) return wrong;
   }
   return "";
 }
 
+Tensor rows_of(const Tensor& x, const std::vector<int32_t>& rows) {
+  const Tensor y =
+      Tensor::empty({static_cast<int64_t>(rows.size()), x.dim(1)}, DType::f32, Device::cpu());
+  for (size_t i = 0; i < rows.size(); ++i)
+    copy(y.slice_rows(static_cast<int64_t>(i), static_cast<int64_t>(i) + 1),
+         on_host(x.slice_rows(rows[i], rows[i] + 1)));
+  return y;
+}
+
+/// Rows of y and dx as they were timed: a row depends on no other.
+std::string check_rows(const Sizes& s, const Layer& want, const Inputs& in,
+                       const std::vector<Tensor>& results) {
+  const int32_t last = static_cast<int32_t>(s.tokens) - 1;
+  const std::vector<int32_t> rows{0, 63, last / 2 + 1, last};
+  const std::vector<Tensor> expected =
+      reference(s, want, rows, rows_of(in.x, rows), rows_of(in.g, rows));
+  for (size_t i = 0; i < std::min<size_t>(results.size(), 2); ++i) {
+    const std::string wrong =
+        difference(fmt::format("{} of the rows checked", result_names[i]),
+                   rows_of(results[i], rows), on_host(expected[i]), 2 * tolerance(in.x.dtype()));
+    if (!wrong.empty()) return wrong;
+  }
+  return "";
+}
+
+/// As many layers and inputs as exceed the caches.
+struct Copies {
+  std::vector<std::unique_ptr<Layer>> layers;
+  std::vector<Inputs> inputs;
+};
+
+std::shared_ptr<Copies> copies_of(const Sizes& s, DType dtype, Device device) {
+  const auto all = std::make_shared<Copies>();
+  const double size = static_cast<double>(size_of(dtype)),
+               weights = size * static_cast<double>(s.weight.numel()),
+               values = size * static_cast<double>(s.tokens * (s.weight[0] + s.weight[1]));
+  for (int i = 0; i < copies(device, weights); ++i)
+    all->layers.push_back(std::make_unique<Layer>(s, random(s.weight, dtype, device, 0.02f)));
+  const size_t inputs = std::max(all->layers.size(), static_cast<size_t>(copies(device, values)));
+  for (size_t i = 0; i < inputs; ++i)
+    all->inputs.emplace_back(s, *all->layers[i % all->layers.size()], dtype, device);
+  if (s.folded)
+    for (const auto& layer : all->layers)
+      hold_resident(*layer, all->inputs[0].batch, dtype, device);
+  return all;
+}
+
 Case layer_case(const Sizes& s, bool backward, Device device) {
-  static std::map<std::string, std::string> checked;
-  const std::string key = fmt::format("{}/{}/{}/{}", s.weight, s.r, s.dropout, s.folded);
-  if (!checked.contains(key)) checked[key] = check_small(s, device);
+  static std::map<std::string, std::string> checked;  // on few tokens
   const DType dtype = compute_dtype(device);
-  const auto layer = std::make_shared<Layer>(s, random(s.weight, dtype, device, 0.02f));
-  const auto in = std::make_shared<Inputs>(s, *layer, dtype, device);
-  const auto dry = std::make_shared<Inputs>(s, *layer, dtype, device.meta());
-  if (s.folded) hold_resident(*layer, in->batch, dtype, device);
+  const auto want = std::make_shared<Layer>(host_layer(s, dtype, device));
+  const std::string key = fmt::format("{}/{}/{}/{}", s.weight, s.r, s.dropout, s.folded);
+  if (!checked.contains(key)) checked[key] = check_small(s, device, *want);
+  const auto all = copies_of(s, dtype, device);
+  const auto dry = std::make_shared<Inputs>(s, *all->layers[0], dtype, device.meta());
   return {.device = device,
-          .dry = [=] { run(*layer, *dry, backward); },
-          .call = [=](int) { return run(*layer, *in, backward); },
-          .check = [text = checked[key]](const std::vector<Tensor>&) { return text; },
+          .dry = [=] { run(*all->layers[0], *dry, backward); },
+          .call =
+              [=](int i) {
+                const size_t n = static_cast<size_t>(i);
+                return run(*all->layers[n % all->layers.size()], all->inputs[n], backward);
+              },
+          .inputs = static_cast<int>(all->inputs.size()),
+          .rotate_results = true,
+          .check =
+              [=, few = checked[key]](const std::vector<Tensor>& results) {
+                return few.empty() ? check_rows(s, *want, all->inputs[0], results) : few;
+              },
           .flops = s.flops(backward)};
 }
 
@@ -166,7 +252,8 @@ const Register registered(35, [] {
       register_layer({576, 576}, 256, device);
       continue;
     }
-    for (const Shape& weight : {Shape{4096, 4096}, Shape{14336, 4096}})
+    for (const Shape& weight :
+         {Shape{4096, 4096}, Shape{14336, 4096}, Shape{1024, 4096}, Shape{4096, 14336}})
       for (const int64_t tokens : {512, 8192}) register_layer(weight, tokens, device);
   }
 });

@@ -1,11 +1,17 @@
 """One part of the GPU benchmark: our side and the peers, in one call, into bench/results/PART.json.
 
-    python bench/measure.py step|kernels|attention [--build build] [--filter REGEX] [--no-peers]
+    python bench/measure.py PART [--build build] [--filter REGEX] [--no-peers]
 
-A filter measures some cases alone and leaves the others of the file as they are, as do cases for which
-the seconds do not suffice; each row names the call that it comes from. The peers are found on PYTHONPATH; one that is missing is named in the file
-and in the output. Afterwards bench/report.py renews the headline, the plot and the tables.
-Ends with 1 when something of ours failed.
+Each row names the call that it comes from. An older call's rows of a case (and of the cases that
+it is set beside, see group_of) give way to a call that has measured everything they have, ours and
+the peers'; until then they stay beside the newer ones. So neither a filter, nor a call whose
+seconds did not suffice, nor one side alone loses what was measured. Who reads the file takes a
+ratio from the rows of one call: the latest that has both sides.
+
+A filter chooses whole cases: its expression is looked for in the name without the implementation.
+The peers are found on PYTHONPATH; one that is missing is named in the file and in the output.
+Afterwards bench/report.py renews the headline, the plot and the tables. Ends with 1 when something
+of ours failed.
 """
 
 import argparse
@@ -19,33 +25,23 @@ import sys
 import tempfile
 import time
 
+from gpu_state import STATE, Sampler, query
+
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 BENCH = ROOT / "bench"
-OPERATIONS = {"kernels": "dequantize|quantize|linear|lora|rms_norm|swiglu|rope|"
-              "cross_entropy|adamw", "attention": "attention"}
-STATE = ("clocks.sm", "clocks.mem", "power.draw", "power.limit", "temperature.gpu", "pstate",
-         "utilization.gpu")
+OPERATIONS = {"kernels": "dequantize|quantize|lora|rms_norm|swiglu|rope|cross_entropy|adamw",
+              "linear": "linear", "attention": "attention"}
 OUR_SHARE = 0.6
 COUNTERS = ("us", "noise_percent", "GB/s", "copy_percent", "TFLOP/s", "product_percent")
 
 
-def query(*fields):
-    """What nvidia-smi says of the first GPU; None for what it does not know."""
-    try:
-        result = subprocess.run(["nvidia-smi", "-i", "0", "--query-gpu=" + ",".join(fields),
-                                 "--format=csv,noheader,nounits"], capture_output=True, text=True)
-    except FileNotFoundError:
-        return dict.fromkeys(fields)
-    values = [value.strip() for value in result.stdout.strip().split(",")]
-    if result.returncode != 0 or len(values) != len(fields):
-        return dict.fromkeys(fields)
-
-    def number(text):
-        try:
-            return float(text)
-        except ValueError:
-            return text
-    return {field: number(value) for field, value in zip(fields, values)}
+def nested(keys):
+    """Dotted keys as the blocks of a config file."""
+    blocks = {}
+    for key, value in keys.items():
+        block, name = key.split(".")
+        blocks.setdefault(block, {})[name] = value
+    return blocks
 
 
 def commit():
@@ -69,15 +65,26 @@ def plain_name(name):
                   name).removeprefix("cuda/")
 
 
+def benchmarks(operations, chosen):
+    """The expression for qlab-bench: a filter's match ends before the implementation, so that a
+    case is measured whole."""
+    if not chosen:
+        return f"^cuda/(ceiling|{operations})/"
+    return f"^cuda/(ceiling/|.*({chosen}).*/[^/]+/iterations:)"
+
+
 def our_kernels(build, part, chosen, folder, seconds):
     """Rows of qlab-bench, its context, and the list of cases for the peers."""
     output = folder / "ours.json"
-    pattern = f"^cuda/(ceiling/|.*({chosen}))" if chosen else f"^cuda/(ceiling|{OPERATIONS[part]})/"
-    flags = [f"--benchmark_filter={pattern}"]
+    flags = [f"--benchmark_filter={benchmarks(OPERATIONS[part], chosen)}"]
     listed = subprocess.run([build / "qlab-bench", *flags, "--benchmark_list_tests"],
                             capture_output=True, text=True)
     mine = re.compile(f"(cuda/)?(ceiling|{OPERATIONS[part]})/")
-    (folder / "cases.txt").write_text("\n".join(filter(mine.match, listed.stdout.splitlines())))
+    found = [name for name in listed.stdout.splitlines() if mine.match(name)]
+    if not any("/ceiling/" not in name for name in found):
+        sys.exit(f"no case of {part} that '{chosen}' finds; it is looked for in names like "
+                 "linear/forward/4096x4096/m64, without the implementation")
+    (folder / "cases.txt").write_text("\n".join(found))
     status = run([build / "qlab-bench", *flags, f"--benchmark_out={output}",
                   "--benchmark_out_format=json"], seconds)
     if not output.exists() or not output.read_text().strip():
@@ -120,25 +127,34 @@ def case_of(row):
     return row["name"].rsplit("/", 1)[0]
 
 
+def group_of(row):
+    """The cases that ratios are taken among: all ranks of a LoRA module, a step and its gang."""
+    return re.sub(r"(?<=/m)(\d+)/r\d+[^/]*$|-gang\d+$", r"\1", case_of(row))
+
+
 def merged(old, call, ours, peers):
-    """The file's rows, those of this call in the place of older ones of the same case. A call's
-    ceilings stay with its rows."""
-    fresh = {case_of(row) for row in ours + peers} - {"ceiling"}
-    result = {"part": call["part"], "calls": [], "ours": [], "peers": []}
-    kept = {side: [row for row in old.get(side, []) if case_of(row) not in fresh]
-            for side in ("ours", "peers")}
-    used = sorted({row["call"] for side in kept.values() for row in side
-                   if case_of(row) != "ceiling"})
-    result["calls"] = [old["calls"][i] for i in used] + [call]
-    for side, new in (("ours", ours), ("peers", peers)):
-        result[side] = [row | {"call": used.index(row["call"])} for row in kept[side]
-                        if row["call"] in used]
-        result[side] += [row | {"call": len(used)} for row in new]
+    """The file's rows and those of this call, which takes the place of the older calls that
+    measured nothing of a group that it has not. A call's ceilings stay with its rows."""
+    new = {"ours": ours, "peers": peers}
+    fresh = {(side, row["name"]) for side, rows in new.items() for row in rows}
+    measured = {}  # (group, call): its rows in the file
+    for side in new:
+        for row in old.get(side, []):
+            if case_of(row) != "ceiling":
+                measured.setdefault((group_of(row), row["call"]), set()).add((side, row["name"]))
+    kept = {key for key, rows in measured.items() if not rows <= fresh}
+    used = sorted({index for _, index in kept})
+    result = {"part": call["part"], "calls": [old["calls"][i] for i in used] + [call]}
+    for side, rows in new.items():
+        result[side] = [row | {"call": used.index(row["call"])} for row in old.get(side, [])
+                        if (group_of(row), row["call"]) in kept or
+                        (case_of(row) == "ceiling" and row["call"] in used)]
+        result[side] += [row | {"call": len(used)} for row in rows]
     return result
 
 
 def write(path, result):
-    """JSON with one row a line."""
+    """JSON with one row a line; an older file is replaced as a whole."""
     parts = []
     for key, value in result.items():
         text = json.dumps(value)
@@ -146,7 +162,9 @@ def write(path, result):
             text = "[\n  " + ",\n  ".join(json.dumps(item) for item in value) + "\n ]"
         parts.append(f" {json.dumps(key)}: {text}")
     path.parent.mkdir(exist_ok=True)
-    path.write_text("{\n" + ",\n".join(parts) + "\n}\n")
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("{\n" + ",\n".join(parts) + "\n}\n")
+    os.replace(temporary, path)
 
 
 def record(options, call, ours, peers):
@@ -168,23 +186,28 @@ def measure(options, folder):
             "state_before": query(*STATE)}
     build, start = pathlib.Path(options.build).resolve(), time.monotonic()
     share = options.seconds * (1 if options.no_peers else OUR_SHARE)
-    if options.part == "step":
-        ours = our_steps(build, options.filter, folder, share)
-    else:
-        ours, call["context"] = our_kernels(build, options.part, options.filter, folder, share)
-    call |= {"state_between": query(*STATE), "peer_versions": {}, "missing_peers": {}}
+    with Sampler() as samples:
+        if options.part == "step":
+            ours = our_steps(build, options.filter, folder, share)
+        else:
+            ours, call["context"] = our_kernels(build, options.part, options.filter, folder, share)
+    call |= {"state_between": query(*STATE), "state_ours": samples.summary, "peer_versions": {},
+             "missing_peers": {}}
     record(options, call, ours, [])  # not lost when the time is up while the peers run
-    peers = ({"rows": [], "versions": {}, "missing": {}} if options.no_peers else
-             their_rows(options.part, options.filter, folder,
-                        options.seconds - (time.monotonic() - start)))
+    peers, left = {"rows": [], "versions": {}, "missing": {}}, options.seconds - (
+        time.monotonic() - start)
+    with Sampler() as samples:
+        if not options.no_peers:
+            peers = their_rows(options.part, options.filter, folder, left)
     call |= {"state_after": query(*STATE), "peer_versions": peers["versions"],
+             "state_peers": None if options.no_peers else samples.summary,
              "missing_peers": peers["missing"]}
     return call, ours, peers["rows"]
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("part", choices=["step", "kernels", "attention"])
+    parser.add_argument("part", choices=["step", *OPERATIONS])
     parser.add_argument("--build", default=str(ROOT / "build"))
     parser.add_argument("--filter", default="", help="only cases whose name this finds")
     parser.add_argument("--no-peers", action="store_true")

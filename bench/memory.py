@@ -28,6 +28,7 @@ import sys
 import tempfile
 import time
 
+import gpu_state
 import measure
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -73,18 +74,14 @@ def sweep_file(name, model, rows):
     """The rows as a sweep (JSON is YAML). The trials of a gang differ in what takes no memory."""
     keys = RUN_KEYS | {"model.path": model,
                        "train.steps": BUDGET_STEPS if name == BUDGET else MEMORY_STEPS}
-    blocks = {}
-    for key, value in keys.items():
-        block, field = key.split(".")
-        blocks.setdefault(block, {})[field] = value
-    blocks["lora"] = {}
+    blocks = measure.nested(keys) | {"lora": {}}
     points = [row | {"optim.lr": 1e-4 * (i + 1)} for row in rows for i in range(trials_of(row))]
     return {"name": name, "base": blocks, "paired": points}
 
 
 def used_by_others():
     """Bytes in use on the GPU before anything of ours runs."""
-    used = measure.query("memory.used")["memory.used"]
+    used = gpu_state.query("memory.used")["memory.used"]
     return int(used * MIB) if isinstance(used, float) else 0
 
 
@@ -292,7 +289,7 @@ def device_facts(qlab):
     """Of the GPU: all its memory as nvidia-smi has it, and what of it the runtime calls its own."""
     asked = subprocess.run([qlab, "memory", "synthetic:tiny", "--device", "cuda", "--json"],
                            capture_output=True, text=True)
-    total = measure.query("memory.total")["memory.total"]
+    total = gpu_state.query("memory.total")["memory.total"]
     if asked.returncode != 0 or not isinstance(total, float):
         return {}
     return {"memory_mib": int(total), "runtime_bytes": json.loads(asked.stdout)["memory_bytes"]}

@@ -56,10 +56,20 @@ Case dequantize(const Format& f, Device device) {
           .bytes = f.stored_bytes() + f.dense_bytes()};
 }
 
-std::string check_codes(const Tensor& codes, const Tensor& want) {
+/// All that is stored: the codes and their scales.
+std::vector<Tensor> parts_of(const Nf4Tensor& x) {
+  std::vector<Tensor> parts{x.codes};
+  for (const Tensor& part : {x.absmax, x.absmax_code, x.absmax2, x.offset})
+    if (part.defined()) parts.push_back(part);
+  return parts;
+}
+
+std::string check_codes(const std::string& what, const Tensor& codes, const Tensor& want) {
   const std::vector<uint8_t> a = codes.to_vector<uint8_t>(), b = want.to_vector<uint8_t>();
+  if (a.size() != b.size())
+    return fmt::format("{} has {} bytes instead of {}", what, a.size(), b.size());
   for (size_t i = 0; i < b.size(); ++i)
-    if (a[i] != b[i]) return fmt::format("byte {} of the codes is {} instead of {}", i, a[i], b[i]);
+    if (a[i] != b[i]) return fmt::format("byte {} of {} is {} instead of {}", i, what, a[i], b[i]);
   return "";
 }
 
@@ -69,10 +79,16 @@ Case quantize(const Format& f, Device device) {
   while (static_cast<int>(inputs.size()) < copies(device, f.dense_bytes()))
     inputs.push_back(first.clone());
   const auto check = [=](const std::vector<Tensor>& results) {
-    const Nf4Tensor want = quantize_nf4(first.to(Device::cpu()), f.block, f.nested);
-    std::string wrong = check_codes(results[0], want.codes);
-    if (wrong.empty() && f.nested) wrong = check_codes(results[1], want.absmax_code);
-    return wrong;
+    const std::vector<Tensor> want =
+        parts_of(quantize_nf4(first.to(Device::cpu()), f.block, f.nested));
+    for (size_t i = 0; i < want.size(); ++i) {
+      const std::string name = fmt::format("part {}", i);
+      const std::string wrong = want[i].dtype() == DType::u8
+                                    ? check_codes(name, results[i], want[i])
+                                    : difference(name, bench::on_host(results[i]), want[i], 0);
+      if (!wrong.empty()) return wrong;
+    }
+    return std::string();
   };
   quantize_nf4(first, f.block, f.nested);  // makes the device's map, once for all calls
   const Tensor dry_x = Tensor::empty(f.shape, f.dtype, device.meta());
@@ -81,10 +97,10 @@ Case quantize(const Format& f, Device device) {
           .dry = [=] { quantize_nf4(dry_x, f.block, f.nested); },
           .call =
               [=](int i) {
-                const Nf4Tensor y = quantize_nf4(inputs[static_cast<size_t>(i)], f.block, f.nested);
-                return std::vector{y.codes, f.nested ? y.absmax_code : y.absmax};
+                return parts_of(quantize_nf4(inputs[static_cast<size_t>(i)], f.block, f.nested));
               },
           .inputs = static_cast<int>(inputs.size()),
+          .rotate_results = true,
           .check = check,
           .bytes = f.dense_bytes() + f.stored_bytes()};
 }
@@ -101,14 +117,16 @@ const Register registered(10, [] {
     const bool gpu = device.is_cuda();
     const Shape usual = gpu ? Shape{14336, 4096} : Shape{1536, 576};
     const std::vector<Shape> shapes =
-        gpu ? std::vector<Shape>{{1024, 4096}, {4096, 4096}, {6144, 4096}, usual, {28672, 4096}}
+        gpu ? std::vector<Shape>{{1024, 4096}, {4096, 4096},  {6144, 4096},
+                                 usual,        {4096, 14336}, {28672, 4096}}
             : std::vector<Shape>{{576, 576}, usual, {4096, 4096}};
     for (const Shape& shape : shapes)
       for (const DType dtype : {DType::bf16, DType::f16, DType::f32})
         register_format({shape, 64, true, dtype}, device);
     for (int64_t block = 32; block <= 4096; block *= 2)
       for (const bool nested : {true, false})
-        if (block != 64 || !nested) register_format({usual, block, nested, DType::bf16}, device);
+        for (const DType dtype : {DType::bf16, DType::f16})
+          if (block != 64 || !nested) register_format({usual, block, nested, dtype}, device);
     for (const Shape& shape : shapes) register_format({shape, 64, true, DType::bf16, true}, device);
   }
 });

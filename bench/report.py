@@ -35,7 +35,8 @@ def model_flops(row):
 def table(header, rows):
     lines = ["| " + " | ".join(header) + " |",
              "| --- |" + " ---: |" * (len(header) - 1)]
-    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
+    cells = [[cell.replace("|", "\\|") for cell in row] for row in rows]
+    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in cells])
 
 
 def shown(value, digits=4):
@@ -46,18 +47,35 @@ def shown(value, digits=4):
     return f"{value:.{digits}g}"
 
 
-def all_rows(raw, file):
-    return raw.get(file, {}).get("ours", []) + raw.get(file, {}).get("peers", [])
+def by_case(raw, file, prefix=""):
+    """{case: {implementation: row}} of the cases whose name begins with `prefix`: the rows of one
+    call, the latest that has both sides of the case, or else the latest."""
+    calls = {}  # {case: {call: {side: {implementation: row}}}}
+    for side in ("ours", "peers"):
+        for row in raw.get(file, {}).get(side, []):
+            case, implementation = row["name"].rsplit("/", 1)
+            if case.startswith(prefix):
+                of_call = calls.setdefault(case.removeprefix(prefix), {})
+                found = of_call.setdefault(row["call"], {})
+                found.setdefault(side, {})[implementation] = row
+    chosen = {case: found[max(found, key=lambda call: (len(found[call]), call))]
+              for case, found in calls.items()}
+    return {case: found.get("ours", {}) | found.get("peers", {}) for case, found in chosen.items()}
 
 
-def by_case(rows, prefix):
-    """{case: {implementation: row}} of the rows whose name begins with `prefix`."""
-    cases = {}
-    for row in rows:
-        case, implementation = row["name"].rsplit("/", 1)
-        if case.startswith(prefix):
-            cases.setdefault(case.removeprefix(prefix), {})[implementation] = row
-    return cases
+def under_load(call):
+    """Least, median and most of clock, power and temperature while each side ran."""
+    parts = []
+    for side in ("ours", "peers"):
+        state = call.get(f"state_{side}") or {}
+        texts = [" to ".join(f"{value:.0f}" for value in state[field][::2]) +
+                 f" {unit} (median {state[field][1]:.0f})"
+                 for field, unit in (("clocks.sm", "MHz"), ("power.draw", "W"),
+                                     ("temperature.gpu", "C")) if field in state]
+        texts += [f"{name} {100 * share:.0f} % of the time"
+                  for name, share in state.get("reasons", {}).items()]
+        parts += [f"while {side} ran: " + ", ".join(texts)] if texts else []
+    return parts
 
 
 def provenance(raw, file):
@@ -72,6 +90,7 @@ def provenance(raw, file):
             if state.get("clocks.sm") is not None:
                 part.append(f"{when}: {state['clocks.sm']:.0f} MHz, {state['power.draw']:.0f} W, "
                             f"{state['temperature.gpu']:.0f} C")
+        part += under_load(call)
         versions = call.get("peer_versions") or {}
         if versions:
             part.append(", ".join(f"{k} {v}" for k, v in versions.items()))
@@ -95,7 +114,7 @@ def headline_table(entries):
 
 
 def step_table(raw):
-    found = by_case(all_rows(raw, "step"), "")
+    found = by_case(raw, "step")
     rows = []
     for row in json.loads(ROWS.read_text()):
         for name, result in found.get(row["name"], {}).items():
@@ -111,10 +130,23 @@ def step_table(raw):
                  rows)
 
 
+def long_table(raw):
+    """What bench/long.py measured."""
+    def gigabytes(entry, key):
+        return f"{1e-9 * entry[key]:.2f}" if key in entry else "-"
+    rows = [[e["name"].removesuffix("/qlab"), e.get("device_memory", "-"), shown(e.get("tokens")),
+             shown(e.get("start_seconds", e["seconds"])), shown(e.get("step_seconds")),
+             shown(e.get("tokens_per_s")), gigabytes(e, "peak_bytes"),
+             gigabytes(e, "step_moved_bytes"), shown(e.get("step_stalled_seconds"))]
+            for e in raw.get("long", {}).get("ours", [])]
+    return table(["run", "limit", "sequence", "s to the first step", "s a step", "tokens/s",
+                  "peak, GB", "moved a step, GB", "s stalled a step"], rows)
+
+
 def cpu_table(raw):
     """SmolLM2-135M in fp32 on the CPU, both with the same threads (bench/cpu_step.py)."""
     rows = [[case, name, shown(row["tokens_per_s"]), f"{row['step_seconds']:.2f}"]
-            for case, found in by_case(all_rows(raw, "cpu_step"), "").items()
+            for case, found in by_case(raw, "cpu_step").items()
             for name, row in found.items()]
     return table(["row", "who", "tokens/s", "s a step"], rows)
 
@@ -122,7 +154,7 @@ def cpu_table(raw):
 def linear_times(raw):
     """{(pass, shape): {M: {implementation: us}}}"""
     times = {}
-    for case, found in by_case(all_rows(raw, "kernels"), "linear/").items():
+    for case, found in by_case(raw, "linear", "linear/").items():
         direction, shape, m = case.split("/")
         row = {name: r["us"] for name, r in found.items() if "us" in r}
         times.setdefault((direction, shape), {})[int(m[1:])] = row
@@ -149,7 +181,7 @@ def linear_table(raw):
 def kernel_table(raw, file, prefixes, rate):
     """One row per case: our time, rate and share of the ceiling, and the peers' times."""
     cases = {prefix + case: found for prefix in prefixes
-             for case, found in by_case(all_rows(raw, file), prefix).items()}
+             for case, found in by_case(raw, file, prefix).items()}
     names = sorted({name for found in cases.values() for name in found} - {"qlab"})
     share = {"GB/s": "copy_percent", "TFLOP/s": "product_percent"}[rate]
     rows = []
@@ -165,18 +197,20 @@ def kernel_table(raw, file, prefixes, rate):
 
 
 def lora_table(raw):
-    """One row per shape, tokens and rank: both implementations over the module without adapter."""
-    cases = by_case(all_rows(raw, "kernels"), "lora/")
+    """One row per shape, tokens and rank: both implementations, over the module without adapter of
+    the same call."""
+    bases = {(row["name"], row["call"]): row.get("us")
+             for row in raw.get("kernels", {}).get("ours", []) if row["name"].endswith("/r0/base")}
     rows = {}
-    for case, found in cases.items():
+    for case, found in by_case(raw, "kernels", "lora/").items():
         direction, shape, m, rank = case.split("/")
-        base = cases.get(f"{direction}/{shape}/{m}/r0", {}).get("base", {}).get("us")
-        if base is None or rank == "r0":
+        if rank == "r0":
             continue
         row = rows.setdefault((shape, m[1:], rank[1:]), {})
         for name, result in found.items():
-            text = result.get("error") or f"{shown(result['us'])} ({result['us'] / base:.2f})"
-            row[direction, name] = text
+            base = bases.get((f"lora/{direction}/{shape}/{m}/r0/base", result["call"]))
+            over = f" ({result['us'] / base:.2f})" if base and "us" in result else ""
+            row[direction, name] = result.get("error") or shown(result["us"]) + over
     columns = [(d, n) for d in ("forward", "both") for n in ("folded", "separate")]
     return table(["shape", "tokens", "r"] + [f"{d}, {n}" for d, n in columns],
                  [list(key) + [row.get(column, "-") for column in columns]
@@ -186,7 +220,7 @@ def lora_table(raw):
 def ceiling_table(raw):
     """One column per call that measured them."""
     calls, names = [], {}
-    for file in ("kernels", "attention"):
+    for file in ("kernels", "linear", "attention"):
         for row in raw.get(file, {}).get("ours", []):
             if row["name"].startswith("ceiling/"):
                 call = (file, raw[file]["calls"][row["call"]]["date"])
@@ -203,9 +237,10 @@ def tables(raw, entries, memory_runs, budget_runs):
     return {
         "headline": headline_table(entries),
         "step": step_table(raw) + "\n\n" + provenance(raw, "step"),
+        "long": long_table(raw) + "\n\n" + provenance(raw, "long"),
         "cpu": cpu_table(raw) + "\n\n" + provenance(raw, "cpu_step"),
         "ceilings": ceiling_table(raw) + "\n\n" + provenance(raw, "kernels"),
-        "linear": linear_table(raw),
+        "linear": linear_table(raw) + "\n\n" + provenance(raw, "linear"),
         "nf4": kernel_table(raw, "kernels", ("dequantize/", "quantize/"),
                             "GB/s"),
         "attention": kernel_table(raw, "attention", ("attention/",), "TFLOP/s") + "\n\n" +
@@ -245,7 +280,7 @@ def main():
 
     times = linear_times(raw)
     if times:
-        device = raw["kernels"]["calls"][-1]["gpu"].get("name") or "GPU"
+        device = raw["linear"]["calls"][-1]["gpu"].get("name") or "GPU"
         show("linear", crossover.plot(times, f"NF4 linear layer on {device}"),
              "Time over dense bf16 against M")
     budgets = memory_report.budget_plot(budget_runs)

@@ -34,6 +34,7 @@ Case norm(bool forward, int64_t rows, int64_t cols, Device device) {
       .call =
           [=](int i) { return run(x[static_cast<size_t>(i)], g[static_cast<size_t>(i)], w, r); },
       .inputs = static_cast<int>(x.size()),
+      .rotate_results = true,
       .check = check,
       .bytes = (forward ? 2 : 3) * bytes + 4.0 * static_cast<double>(rows + cols)};
 }

@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 
+import measure
 from peers import support
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -32,11 +33,7 @@ def configuration(row, extra, steps):
             "lora.targets": row["targets"], "data.train": "synthetic",
             "data.seq_len": row["length"], "train.steps": steps,
             "train.batch_size": row["batch"], "train.save_every": 0, "optim.lr": 2e-4}
-    keys.update(extra)
-    blocks = {}
-    for key, value in keys.items():
-        block, name = key.split(".")
-        blocks.setdefault(block, {})[name] = value
+    blocks = measure.nested(keys | extra)
     if "gang" not in row:
         return blocks
     blocks["parallel"] = {"trials_per_gpu": row["gang"]}

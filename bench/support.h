@@ -27,7 +27,7 @@ Tensor random(const Shape& shape, DType dtype, Device device, float scale = 1.0f
 Tensor random_integers(int64_t n, int32_t below, Device device);
 /// Every byte 0xff: NaN, for outputs that a kernel might leave unwritten.
 void poison(const Tensor& x);
-/// Copies of an input of this size that together exceed the caches, 512 at most.
+/// Copies of an input of this size that together exceed the caches, 4096 at most.
 int copies(Device device, double bytes);
 
 /// fp32 on the CPU; of a GPU tensor too, contiguous or not.
@@ -54,6 +54,8 @@ struct Case {
   /// Call with copy i of the inputs, 0 <= i < inputs.
   std::function<std::vector<Tensor>(int i)> call = {};
   int inputs = 1;
+  /// Whether calls also walk over copies of the planned memory, that is of their results.
+  bool rotate_results = false;
   /// Given the results of call(0): "" or what is wrong with them.
   std::function<std::string(const std::vector<Tensor>& results)> check = {};
   double bytes = 0, flops = 0;  // of one call, read and written; 0: no rate is reported

@@ -35,6 +35,7 @@ Case activation(bool forward, int64_t rows, int64_t cols, Device device) {
               },
           .call = [=](int i) { return run(inputs[static_cast<size_t>(i)]); },
           .inputs = static_cast<int>(inputs.size()),
+          .rotate_results = true,
           .check = check,
           .bytes = (forward ? 3 : 5) * bytes};
 }

@@ -1,11 +1,13 @@
 """Chooses the kernel for NF4 linear layers by what was measured: quant/nf4_dispatch_table.inc.
 
-    python bench/tune.py [--results bench/results/kernels.json] [--tests build/qlab_tests]
+    python bench/tune.py [--results bench/results/linear.json] [--tests build/qlab_tests] [--gpu NAME]
 
-From the rows linear/PASS/NxK/mM/IMPLEMENTATION of the file, for the GPU it was measured on: the fused
-kernel where it beats decoding the weights first (`scratch`) by more than the noise, and nothing where
-it does not. The lines of other GPUs stay. --tests runs the test of bits first: a kernel whose rows
-depend on how many there are is not admitted, nor is anything else then.
+From the rows linear/PASS/NxK/mM/IMPLEMENTATION of the file, for each matrix, product and number of
+rows by itself: the fused kernel where it beats decoding the weights first (`scratch`) by more than
+the noise of both and by 3 % at least, and nothing where it does not. The times of a case come from
+one call. A file with rows of several GPUs needs --gpu, the one to write lines for; those of others
+stay. --tests runs the test of bits first: a kernel whose rows depend on how many there are is not
+admitted, nor is anything else then.
 """
 
 import argparse
@@ -15,79 +17,95 @@ import re
 import subprocess
 import sys
 
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent))
+import report
+
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 TABLE = ROOT / "quant/nf4_dispatch_table.inc"
 FUSED = ("simt", "mma", "wgmma")
+MARGIN = 0.03  # at least
 OPS = {"forward": "Op::transpose", "dx": "Op::none"}
 LINE = re.compile(r'\{"(.*?)", (.*)\},')
-HEAD = """// Written by `make tune` (bench/tune.py) from bench/results/kernels.json. Of a GPU: the product, the
-// largest matrix (elements) and number of rows that a line is for, and the kernel.
+HEAD = """// Written by `make tune` (bench/tune.py) from bench/results/linear.json. Of a GPU: the product, the
+// matrix [N, K], the largest number of rows that a line is for, and the kernel.
 """
 
 
-def measured(result):
-    """{(pass, elements): {M: {implementation: us}}} of one GPU; a shape's slower orientation counts
-    where two shapes have as many elements."""
+def measured(result, gpu):
+    """{(pass, n, k): {M: {implementation: row}}} of one GPU."""
+    own = {index for index, call in enumerate(result["calls"]) if call["gpu"]["name"] == gpu}
+    rows = {side: [row for row in result.get(side, []) if row["call"] in own]
+            for side in ("ours", "peers")}
     times = {}
-    for row in result["ours"]:
-        match = re.fullmatch(r"linear/(forward|dx)/(\d+)x(\d+)/m(\d+)/(\w+)", row["name"])
-        if not match or "us" not in row:
-            continue
-        direction, n, k, m, name = match.groups()
-        shape = times.setdefault((direction, int(n) * int(k)), {}).setdefault(int(m), {})
-        shape.setdefault(f"{n}x{k}", {})[name] = row["us"]
+    for case, found in report.by_case({"linear": rows}, "linear", "linear/").items():
+        direction, shape, m = case.split("/")
+        n, k = map(int, shape.split("x"))
+        times.setdefault((direction, n, k), {})[int(m[1:])] = {
+            name: row for name, row in found.items() if "us" in row}
     return times
 
 
-def fastest(shapes, margin):
-    """The fused kernel that beats `scratch` on every shape, the best in sum; None otherwise."""
-    best, least = None, float("inf")
-    for name in FUSED:
-        if not all(name in row and "scratch" in row and row[name] * (1 + margin) < row["scratch"]
-                   for row in shapes.values()):
-            continue
-        total = sum(row[name] for row in shapes.values())
-        if total < least:
-            best, least = name, total
-    return best
+def beats(row, other):
+    """By more than the noise of both, and by the least margin."""
+    noise = (row.get("noise_percent", 0) + other.get("noise_percent", 0)) / 100
+    return row["us"] * (1 + max(MARGIN, noise)) < other["us"]
 
 
-def lines_for(times, margin=0.03):
-    """(op, elements, rows, kernel): neighbouring numbers of rows with one answer are one line."""
+def fastest(rows):
+    """The fused kernel that beats `scratch`, the fastest of them; None otherwise."""
+    if "scratch" not in rows:
+        return None
+    better = [name for name in FUSED if name in rows and beats(rows[name], rows["scratch"])]
+    return min(better, key=lambda name: rows[name]["us"], default=None)
+
+
+def lines_for(times):
+    """(op, n, k, rows, kernel): neighbouring numbers of rows with one answer are one line."""
     lines = []
     for direction in OPS:
-        for (passed, elements), by_rows in sorted(times.items()):
-            if passed != direction:
-                continue
+        matrices = [key for key in times if key[0] == direction]
+        for _, n, k in sorted(matrices, key=lambda key: (key[1] * key[2], key[1])):
             runs = []
-            for m, shapes in sorted(by_rows.items()):
-                kernel = fastest(shapes, margin)
+            for m, rows in sorted(times[direction, n, k].items()):
+                kernel = fastest(rows)
                 if runs and runs[-1][1] == kernel:
                     runs[-1][0] = m
                 else:
                     runs.append([m, kernel])
-            lines += [(OPS[direction], elements, m, kernel) for m, kernel in runs]
+            lines += [(OPS[direction], n, k, m, kernel) for m, kernel in runs]
     return lines
+
+
+def gpu_of(result, wanted):
+    """The GPU to choose for: the file's, or the wanted one of several."""
+    used = {row["call"] for row in result["ours"] if row["name"].startswith("linear/")}
+    gpus = sorted({result["calls"][call]["gpu"]["name"] for call in used})
+    if wanted:
+        gpus = [name for name in gpus if name == wanted]
+    if not gpus:
+        return None
+    if len(gpus) > 1:
+        sys.exit(f"the results mix GPUs: {', '.join(gpus)}; choose one with --gpu '{gpus[0]}'")
+    return gpus[0]
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--results", default=str(ROOT / "bench/results/kernels.json"))
+    parser.add_argument("--results", default=str(ROOT / "bench/results/linear.json"))
     parser.add_argument("--tests", help="the program of tests, to check the rows' bits first")
+    parser.add_argument("--gpu", help="where the file has rows of several")
     parser.add_argument("--table", default=str(TABLE))
     options = parser.parse_args()
     try:
         result = json.loads(pathlib.Path(options.results).read_text())
     except FileNotFoundError:
-        sys.exit(f"{options.results} is not there: `make gpu-bench PART=kernels` writes it")
-    times = measured(result)
-    if not times:
-        sys.exit(f"{options.results} has no linear layers: measure them with "
-                 "`make gpu-bench PART=kernels FILTER=linear/`")
-    gpus = {call["gpu"]["name"] for call in result["calls"]}
-    if len(gpus) != 1:
-        sys.exit(f"{options.results} mixes GPUs: {', '.join(sorted(gpus))}")
-    gpu = gpus.pop()
+        sys.exit(f"{options.results} is not there: `make gpu-bench PART=linear` writes it")
+    gpu = gpu_of(result, options.gpu)
+    if gpu is None:
+        of = f" of {options.gpu}" if options.gpu else ""
+        sys.exit(f"{options.results} has no linear layers{of}: measure them with "
+                 "`make gpu-bench PART=linear`")
+    times = measured(result, gpu)
     if options.tests:
         test = subprocess.run([options.tests, "--gtest_brief=1",
                                "--gtest_filter=*Nf4Linear*RowsAreIndependentOfTheirNumber*cuda*"],
@@ -102,9 +120,9 @@ def main():
             match = LINE.fullmatch(line.strip())
             if match and match.group(1) != gpu:
                 others.append(line)
-    own = [f'{{"{gpu}", {op}, {elements}, {rows}, '
+    own = [f'{{"{gpu}", {op}, {n}, {k}, {rows}, '
            + (f"Nf4Kernel::{kernel}" if kernel else "std::nullopt") + "},"
-           for op, elements, rows, kernel in lines_for(times)]
+           for op, n, k, rows, kernel in lines_for(times)]
     temporary = table.with_suffix(".tmp")
     temporary.write_text(HEAD + "\n".join(others + own) + "\n")
     temporary.replace(table)

@@ -38,11 +38,13 @@ int run(const Sweep& sweep, const SweepOptions& options, const CommonOptions& co
   catch_interrupts();
   const Device device = open_device(common);
   TrainCallbacks callbacks = terminal.callbacks();
+  bool profiled = false;
   if (options.profile) {
     if (!device.is_cuda())
       fail("--profile times the kernels of a GPU, and this run is on {}", device.str());
     const Ceilings ceilings = measure_ceilings(device);  // now, while there is room for it
-    callbacks.profile = [&terminal, ceilings](const Profile& profile) {
+    callbacks.profile = [&terminal, &profiled, ceilings](const Profile& profile) {
+      profiled = true;
       terminal.print(profile_table(profile, ceilings));
     };
   }
@@ -57,6 +59,9 @@ int run(const Sweep& sweep, const SweepOptions& options, const CommonOptions& co
     return 130;
   }
   if (options.dry_run) return 0;
+  if (options.profile && !profiled)
+    terminal.print(
+        "--profile: no step was profiled: the run had none left to take, or ended early");
   terminal.print(summary_table(result.dir));
   terminal.print("report " + result.dir + "/report.html");
   if (result.interrupted) {

@@ -54,9 +54,10 @@ int run(int argc, char** argv) {
   sweep_app->callback([&] { code = qlab::run_sweep_command(sweep, common); });
   auto* train_app = app.add_subcommand("train", "run one configuration");
   add_run(train_app, sweep, common);
-  train_app->add_flag(
-      "--profile", sweep.profile,
-      "print where the time of the fourth step goes on a GPU, operation by operation");
+  train_app->add_flag("--profile", sweep.profile,
+                      "print where the time of the fourth step (or of a shorter run's last) goes "
+                      "on a GPU, operation "
+                      "by operation");
   train_app->callback([&] { code = qlab::run_train_command(sweep, common); });
 
   std::string path;

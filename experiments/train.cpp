@@ -487,7 +487,10 @@ void Gang::run() {
     if (running().empty()) return;
     begin("train");
     constexpr int64_t profiled = 3;  // after planning and the choice of algorithms
-    if (callbacks_.profile && model_.device().is_cuda() && steps_taken_ == profiled)
+    const bool last = std::ranges::all_of(
+        running(), [](const TrialRun* t) { return t->progress_.step + 1 >= t->total_steps_; });
+    if (callbacks_.profile && model_.device().is_cuda() &&
+        (steps_taken_ == profiled || (steps_taken_ < profiled && last)))
       profile_step();
     else
       train_step();

@@ -1,28 +1,21 @@
 #include "quant/nf4_dispatch.h"
 
-#include <algorithm>
 #include <limits>
 #include <map>
 #include <mutex>
 #include <string_view>
 
+#include "quant/nf4_dispatch_table.h"
+
 namespace qlab {
 namespace {
 
-/// For one GPU's products with matrices of at most so many elements and so many rows.
-struct Line {
-  std::string_view gpu;  // "": any that has no lines
-  Op op;
-  int64_t elements, rows;
-  std::optional<Nf4Kernel> kernel;
-};
 constexpr int64_t any = std::numeric_limits<int64_t>::max();
-// A GPU's lines stand together, smaller matrices and fewer rows first.
-constexpr Line lines[] = {
-    {"", Op::transpose, 1 << 25, 1, Nf4Kernel::simt},
-    {"", Op::transpose, 1 << 25, 64, Nf4Kernel::mma},
-    {"", Op::transpose, any, 64, Nf4Kernel::mma},
-    {"", Op::none, any, 64, Nf4Kernel::mma},
+constexpr Nf4Line lines[] = {
+    {"", Op::transpose, 1 << 13, 1 << 12, 1, Nf4Kernel::simt},
+    {"", Op::transpose, 1 << 13, 1 << 12, 64, Nf4Kernel::mma},
+    {"", Op::transpose, any, 1, 64, Nf4Kernel::mma},
+    {"", Op::none, any, 1, 64, Nf4Kernel::mma},
 #include "quant/nf4_dispatch_table.inc"
 };
 
@@ -34,7 +27,7 @@ std::string_view known_gpu(int index) {
   const auto [entry, created] = known.try_emplace(index, "");
   if (created && index < cuda::device_count()) {
     const std::string name = cuda::device_name(index);
-    for (const Line& line : lines)
+    for (const Nf4Line& line : lines)
       if (line.gpu == name) entry->second = line.gpu;
   }
   return entry->second;
@@ -42,22 +35,34 @@ std::string_view known_gpu(int index) {
 
 }  // namespace
 
+std::optional<Nf4Kernel> kernel_of(std::span<const Nf4Line> lines, std::string_view gpu, Op op,
+                                   int64_t n, int64_t k, int64_t rows) {
+  const auto own = [&](const Nf4Line& line) { return line.gpu == gpu && line.op == op; };
+  const auto itself = [&](const Nf4Line& line) { return line.n == n && line.k == k; };
+  const int64_t wanted = n * k;
+  const Nf4Line* like = nullptr;
+  for (const Nf4Line& line : lines) {
+    if (!own(line) || (like && itself(*like))) continue;
+    const int64_t elements = line.n * line.k, best = like ? like->n * like->k : 0;
+    const bool closer = best < wanted ? elements > best : elements >= wanted && elements < best;
+    if (itself(line) || closer) like = &line;
+  }
+  if (!like) return std::nullopt;
+  for (const Nf4Line& line : lines)
+    if (own(line) && line.n == like->n && line.k == like->k && rows <= line.rows)
+      return line.kernel;
+  return std::nullopt;
+}
+
 std::optional<Nf4Kernel> fastest_nf4_kernel(const Nf4Tensor& w, Op op, int64_t rows, DType dtype,
                                             Device device) {
   if (device.target == DeviceType::cpu) return std::nullopt;
-  const std::string_view gpu = known_gpu(device.index);
-  const auto own = [&](const Line& line) { return line.gpu == gpu && line.op == op; };
-  int64_t elements = 0;  // of the smallest matrix measured that is no smaller, or of the largest
-  for (const Line& line : lines)
-    if (own(line) && elements < w.shape.numel()) elements = line.elements;
-  for (const Line& line : lines) {
-    if (!own(line) || line.elements != elements || rows > line.rows) continue;
-    if (!line.kernel) return std::nullopt;
-    // The other kernel needs no tensor cores.
-    for (const Nf4Kernel kernel : {*line.kernel, Nf4Kernel::simt})
-      if (nf4_matmul_supported(kernel, w, op, rows, dtype, device)) return kernel;
-    return std::nullopt;
-  }
+  const std::optional<Nf4Kernel> chosen =
+      kernel_of(lines, known_gpu(device.index), op, w.shape[0], w.shape[1], rows);
+  if (!chosen) return std::nullopt;
+  // The other kernel needs no tensor cores.
+  for (const Nf4Kernel kernel : {*chosen, Nf4Kernel::simt})
+    if (nf4_matmul_supported(kernel, w, op, rows, dtype, device)) return kernel;
   return std::nullopt;
 }
 

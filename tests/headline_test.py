@@ -56,6 +56,8 @@ def check(entry, results):
         raise ValueError(f"{value} does not meet {entry['bound']} {entry['target']}")
     if not entry["met"] and not entry["reason"]:
         raise ValueError("is missed without a reason (bench/targets.json)")
+    if not entry["met"] and not entry["next"]:
+        raise ValueError("is missed without a next step (bench/targets.json)")
 
 
 def main():

@@ -122,7 +122,10 @@ class VerdictTest(unittest.TestCase):
                    run_of(TINY, device_used_bytes=1350 * MIB),
                    run_of(TINY | {"lora.r": 8}, device_used_bytes=0)]
         rows = headline.memory_rows(entries)
-        self.assertEqual([row["device_ratio"] for row in rows["ours"]], [1, 1500 / 1350])
+        self.assertEqual([row["device_ratio"] for row in rows["ours"][:-1]], [1, 1500 / 1350])
+        self.assertEqual(rows["ours"][-1]["equal_share"], 1)
+        off = run_of(TINY, predicted_training_bytes=999 * MIB)
+        self.assertEqual(headline.memory_rows(entries + [off])["ours"][-1]["equal_share"], 3 / 4)
 
 
 class MergeTest(unittest.TestCase):

@@ -1,4 +1,5 @@
 #include "quant/nf4_dispatch.h"
+#include "quant/nf4_dispatch_table.h"
 
 #include "tests/support/op_test.h"
 
@@ -181,6 +182,34 @@ TEST(Nf4Linear, ManyRowsAndTheCpuDecodeFirst) {
     EXPECT_FALSE(fastest_nf4_kernel(w, op, 1, DType::f32, gpu).has_value());
     EXPECT_FALSE(fastest_nf4_kernel(w, op, 1, DType::f32, Device::cpu()).has_value());
   }
+}
+
+// The matrix itself, else the smallest that is no smaller, else the largest; then the number of
+// rows.
+TEST(Nf4Linear, LinesOfTheTable) {
+  using enum Nf4Kernel;
+  const Op op = Op::transpose;
+  const std::vector<Nf4Line> lines{{"", op, 100, 1, 8, simt},
+                                   {"G", op, 2, 8, 1, simt},
+                                   {"G", op, 2, 8, 16, mma},
+                                   {"G", op, 8, 2, 16, std::nullopt},
+                                   {"G", op, 4, 8, 4, mma},
+                                   {"G", op, 64, 8, 4, wgmma},
+                                   {"G", Op::none, 4, 8, 1, std::nullopt}};
+  const auto kernel = [&](std::string_view gpu, int64_t n, int64_t k, int64_t rows) {
+    return kernel_of(lines, gpu, op, n, k, rows);
+  };
+  EXPECT_EQ(kernel("G", 2, 8, 1), simt);
+  EXPECT_EQ(kernel("G", 2, 8, 2), mma);
+  EXPECT_EQ(kernel("G", 2, 8, 17), std::nullopt);
+  EXPECT_EQ(kernel("G", 8, 2, 1), std::nullopt);  // as many elements, another matrix
+  EXPECT_EQ(kernel("G", 4, 4, 1), simt);          // the first of equal ones
+  EXPECT_EQ(kernel("G", 3, 6, 4), mma);
+  EXPECT_EQ(kernel("G", 5, 8, 1), wgmma);
+  EXPECT_EQ(kernel("G", 500, 8, 1), wgmma);
+  EXPECT_EQ(kernel("", 2, 8, 8), simt);
+  EXPECT_EQ(kernel("Another", 2, 8, 1), std::nullopt);
+  EXPECT_EQ(kernel_of(lines, "G", Op::none, 2, 8, 1), std::nullopt);
 }
 
 // A part of the contraction follows from the matrix alone, and none is empty.

@@ -11,22 +11,23 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 GPU = "Some GPU 80GB"
 
 
-def row(direction, shape, m, name, us):
-    return {"name": f"linear/{direction}/{shape}/m{m}/{name}", "us": us, "call": 0}
+def row(direction, shape, m, name, us, noise=0.1, call=0):
+    return {"name": f"linear/{direction}/{shape}/m{m}/{name}", "us": us, "noise_percent": noise,
+            "call": call}
 
 
 class TuneTest(unittest.TestCase):
     def setUp(self):
         self.folder = tempfile.TemporaryDirectory()
         self.addCleanup(self.folder.cleanup)
-        self.results = pathlib.Path(self.folder.name) / "kernels.json"
+        self.results = pathlib.Path(self.folder.name) / "linear.json"
         self.table = pathlib.Path(self.folder.name) / "table.inc"
 
-    def tune(self, rows, gpus=(GPU,)):
+    def tune(self, rows, gpus=(GPU,), options=()):
         calls = [{"gpu": {"name": name}} for name in gpus]
         self.results.write_text(json.dumps({"calls": calls, "ours": rows}))
         result = subprocess.run([sys.executable, ROOT / "bench/tune.py", "--results", self.results,
-                                 "--table", self.table], capture_output=True, text=True)
+                                 "--table", self.table, *options], capture_output=True, text=True)
         lines = self.table.read_text().splitlines() if self.table.exists() else []
         return result, [line for line in lines if line.startswith("{")]
 
@@ -37,29 +38,54 @@ class TuneTest(unittest.TestCase):
             for name, us in times.items()]
         result, lines = self.tune(rows)
         self.assertEqual(result.returncode, 0, result.stderr)
-        self.assertEqual(lines, [f'{{"{GPU}", Op::transpose, 2048, {m}, {kernel}}},' for m, kernel in
-                                 ((4, "Nf4Kernel::simt"), (16, "Nf4Kernel::mma"),
-                                  (64, "std::nullopt"))])
+        self.assertEqual(lines, [f'{{"{GPU}", Op::transpose, 64, 32, {m}, {kernel}}},'
+                                 for m, kernel in ((4, "Nf4Kernel::simt"), (16, "Nf4Kernel::mma"),
+                                                   (64, "std::nullopt"))])
 
-    def test_both_orientations_must_win(self):
+    def test_each_matrix_by_itself(self):
         times = {"64x32": {"simt": 3, "mma": 4}, "32x64": {"simt": 11, "mma": 6}}
         rows = [row("dx", shape, 1, name, us) for shape, kernels in times.items()
                 for name, us in (kernels | {"scratch": 9}).items()]
         _, lines = self.tune(rows)
-        self.assertEqual(lines, [f'{{"{GPU}", Op::none, 2048, 1, Nf4Kernel::mma}},'])
+        self.assertEqual(lines, [f'{{"{GPU}", Op::none, 32, 64, 1, Nf4Kernel::mma}},',
+                                 f'{{"{GPU}", Op::none, 64, 32, 1, Nf4Kernel::simt}},'])
+
+    def test_a_gain_within_the_noise_is_none(self):
+        for us, noise, kernel in ((9.7, 0.1, "Nf4Kernel::mma"), (9.8, 0.1, "std::nullopt"),
+                                  (9.0, 4, "Nf4Kernel::mma"), (9.0, 6, "std::nullopt")):
+            _, lines = self.tune([row("dx", "8x8", 1, "mma", us, noise),
+                                  row("dx", "8x8", 1, "scratch", 10, noise)])
+            self.assertEqual(lines, [f'{{"{GPU}", Op::none, 8, 8, 1, {kernel}}},'], us)
+
+    def test_times_of_two_calls_are_not_compared(self):
+        _, lines = self.tune([row("dx", "8x8", 1, "mma", 5, call=0),
+                              row("dx", "8x8", 1, "scratch", 6, call=0),
+                              row("dx", "8x8", 1, "mma", 2, call=1)], (GPU, GPU))
+        self.assertEqual(lines, [f'{{"{GPU}", Op::none, 8, 8, 1, std::nullopt}},'])
 
     def test_other_gpus_keep_their_lines(self):
-        other = '{"Another", Op::none, 5, 1, Nf4Kernel::simt},'
-        self.table.write_text(other + "\n" + f'{{"{GPU}", Op::none, 5, 1, Nf4Kernel::mma}},\n')
+        other = '{"Another", Op::none, 5, 1, 1, Nf4Kernel::simt},'
+        self.table.write_text(other + "\n" + f'{{"{GPU}", Op::none, 5, 1, 1, Nf4Kernel::mma}},\n')
         _, lines = self.tune([row("dx", "64x32", 1, "scratch", 9)])
-        self.assertEqual(lines, [other, f'{{"{GPU}", Op::none, 2048, 1, std::nullopt}},'])
+        self.assertEqual(lines, [other, f'{{"{GPU}", Op::none, 64, 32, 1, std::nullopt}},'])
 
-    def test_what_it_cannot_use_is_said(self):
-        for rows, gpus, said in (([], (GPU,), "no linear layers"),
-                                 ([row("dx", "8x8", 1, "mma", 1)], (GPU, "Another"), "mixes GPUs")):
-            result, lines = self.tune(rows, gpus)
+    def test_a_file_of_several_gpus(self):
+        rows = [row("dx", "8x8", 1, "mma", 1, call=call) for call in (0, 1)]
+        rows += [row("dx", "8x8", 1, "scratch", us, call=call) for call, us in ((0, 2), (1, 1))]
+        result, lines = self.tune(rows, (GPU, "Another"))
+        self.assertNotEqual(result.returncode, 0)
+        self.assertIn(f"mix GPUs: Another, {GPU}; choose one with --gpu 'Another'", result.stderr)
+        self.assertEqual(lines, [])
+        for gpu, kernel in ((GPU, "Nf4Kernel::mma"), ("Another", "std::nullopt")):
+            self.table.unlink(missing_ok=True)
+            result, lines = self.tune(rows, (GPU, "Another"), ["--gpu", gpu])
+            self.assertEqual(lines, [f'{{"{gpu}", Op::none, 8, 8, 1, {kernel}}},'], result.stderr)
+
+    def test_what_is_not_there_is_said(self):
+        for rows, options in (([], ()), ([row("dx", "8x8", 1, "mma", 1)], ("--gpu", "Another"))):
+            result, lines = self.tune(rows, options=options)
             self.assertNotEqual(result.returncode, 0)
-            self.assertIn(said, result.stderr)
+            self.assertIn("has no linear layers", result.stderr)
             self.assertEqual(lines, [])
 
 

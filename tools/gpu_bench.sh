@@ -1,6 +1,7 @@
 #!/bin/bash
 # Builds, then measures one part of the GPU benchmark beside its peers (memory: beside what was
-# predicted) and renews the headline, the plots and the tables. Arguments: build folder, jobs, part, filter ("" for all cases).
+# predicted; long: by itself) and renews the headline, the plots and the tables. Arguments: build
+# folder, jobs, part, filter ("" for all cases).
 # PYTHONPATH names the peers that are not installed; .peers is added where it exists.
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit 1
@@ -11,10 +12,10 @@ filter=$4
 limit=460 # seconds: a part stays under 8 minutes, its build included
 
 case $part in
-  step | kernels | attention) programs="qlab qlab-bench" ;;
-  memory) programs=qlab ;;
+  step | kernels | linear | attention) programs="qlab qlab-bench" ;;
+  memory | long) programs=qlab ;;
   *)
-    echo "make gpu-bench PART=step|kernels|attention|memory: which part? got '$part'"
+    echo "make gpu-bench PART=step|kernels|linear|attention|memory|long: which part? got '$part'"
     exit 1
     ;;
 esac
@@ -38,13 +39,13 @@ printf '==> Built in %d s; measuring %s\n' $((SECONDS - start)) "$part"
 status=0
 # What does not fit keeps its older figures; FILTER=REGEX measures it alone.
 rest=$((limit - (SECONDS - start)))
-if [[ $part == memory ]]; then
-  python3 bench/memory.py --qlab "$build/qlab" --filter "$filter" --seconds $((rest - 20)) || status=$?
+if [[ $part == memory || $part == long ]]; then
+  python3 "bench/$part.py" --qlab "$build/qlab" --filter "$filter" --seconds $((rest - 20)) || status=$?
 else
   timeout "$rest" python3 bench/measure.py "$part" --build "$build" --filter "$filter" \
     --seconds $((rest - 40)) || status=$?
 fi
-((status != 124)) || echo "Stopped after $limit s: nothing was recorded; measure less with FILTER."
+((status != 124)) || echo "Stopped after $limit s: at most our side was recorded; measure less with FILTER."
 python3 bench/report.py || status=$?
 printf '==> %d s in all\n' $((SECONDS - start))
 exit "$status"

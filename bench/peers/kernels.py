@@ -23,7 +23,11 @@ DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32}
 
 def copies(size):
     """As many as qlab-bench uses."""
-    return max(1, min(512, 128_000_000 // max(size, 1)))
+    return max(1, min(4096, -(-128_000_000 // max(size, 1))))
+
+
+def size_of(tensor):
+    return tensor.numel() * tensor.element_size()
 
 
 def normal(*shape, dtype=torch.bfloat16, scale=1.0, grad=False):
@@ -56,7 +60,9 @@ class Kernels:
         options = dict(blocksize=block, quant_type="nf4", compress_statistics=parts[3] == "nested")
         dense = normal(n, k, dtype=DTYPES[parts[4]], scale=0.02)
         if op == "quantize":
-            self.measure(case, "bitsandbytes", lambda i: functional.quantize_4bit(dense, **options),
+            inputs = [dense] + [dense.clone() for _ in range(copies(size_of(dense)) - 1)]
+            self.measure(case, "bitsandbytes",
+                         lambda i: functional.quantize_4bit(inputs[i], **options), len(inputs),
                          graph=False)
             return
         try:
@@ -83,46 +89,53 @@ class Kernels:
         bnb = self.report.find("bitsandbytes")
         forward, (n, k), m = parts[1] == "forward", numbers(parts[2]), int(parts[3][1:])
         dense, stored = self.linear_weights(n, k, bnb)
-        x = normal(m, k if forward else n)
-        self.measure(case, "torch", lambda i: F.linear(x, dense[i]) if forward else x @ dense[i],
-                     len(dense))
+        cols = k if forward else n
+        xs = [normal(m, cols) for _ in range(copies(2 * m * cols))]
+
+        def plain(i):
+            x, weight = xs[i % len(xs)], dense[i % len(dense)]
+            return F.linear(x, weight) if forward else x @ weight
+        self.measure(case, "torch", plain, max(len(dense), len(xs)))
         if bnb is None:
             return
 
         def quantized(i):
-            codes, state = stored[i]
+            x, (codes, state) = xs[i % len(xs)], stored[i % len(stored)]
             if forward:
                 return bnb.matmul_4bit(x, codes.t(), quant_state=state)
             return x @ bnb.functional.dequantize_4bit(codes, state)
-        self.measure(case, "bitsandbytes", quantized, len(stored))
+        self.measure(case, "bitsandbytes", quantized, max(len(stored), len(xs)))
 
     def attention(self, case, parts):
         """attention/forward|backward/BxS/hHkKdD; cuDNN and FlashAttention-2 through SDPA"""
         from torch.nn.attention import SDPBackend, sdpa_kernel
+        if not re.fullmatch(r"\d+x\d+", parts[2]):
+            return  # packed: SDPA takes none
         batch, length = numbers(parts[2])
         heads, kv_heads, dim = map(int, re.fullmatch(r"h(\d+)k(\d+)d(\d+)", parts[3]).groups())
         for peer, backend in (("cudnn", SDPBackend.CUDNN_ATTENTION),
                               ("flash2", SDPBackend.FLASH_ATTENTION)):
-            q = normal(batch, heads, length, dim, grad=True)
-            k, v = (normal(batch, kv_heads, length, dim, grad=True) for _ in range(2))
+            size = 4 * batch * length * (heads + kv_heads) * dim
+            inputs = [[normal(batch, h, length, dim, grad=True)
+                       for h in (heads, kv_heads, kv_heads)] for _ in range(copies(size))]
 
             def call(i):
-                return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+                return F.scaled_dot_product_attention(*inputs[i], is_causal=True, enable_gqa=True)
             with sdpa_kernel(backend):
                 if parts[1] == "forward":
                     with torch.no_grad():
-                        self.measure(case, peer, call)
+                        self.measure(case, peer, call, len(inputs))
                     continue
                 try:
-                    self.backward(case, peer, call(0), (q, k, v))
+                    self.backward(case, peer, [call(i) for i in range(len(inputs))], inputs)
                 except Exception as error:
                     self.report.add(f"{case}/{peer}", error=f"{type(error).__name__}: {error}"[:300])
 
-    def backward(self, case, peer, output, inputs):
-        """The gradients of `inputs`, from an output that is kept."""
-        gradient = torch.randn_like(output)
-        self.measure(case, peer, lambda i: torch.autograd.grad(output, inputs, gradient,
-                                                               retain_graph=True))
+    def backward(self, case, peer, outputs, inputs):
+        """The gradients of inputs[i] from outputs[i], which are kept."""
+        gradients = [torch.randn_like(output) for output in outputs]
+        self.measure(case, peer, lambda i: torch.autograd.grad(outputs[i], inputs[i], gradients[i],
+                                                               retain_graph=True), len(outputs))
 
     def liger(self, case, parts):
         """rms_norm, swiglu: OP/forward|backward/TxC; cross_entropy/TxV; rope/forward/TxHxD"""
@@ -135,7 +148,7 @@ class Kernels:
             self.report.add(f"{case}/liger", error=f"{type(error).__name__}: {error}"[:300])
             return
         if parts[1] == "backward":
-            self.backward(case, "liger", output, inputs)
+            self.backward(case, "liger", [output], [inputs])
         else:
             # Its cross entropy reads the number of labels back, so it fits into no graph.
             loss = op == "cross_entropy"

@@ -112,7 +112,7 @@ def microseconds(call, inputs=1, graph=True, samples=11, target_s=2e-3):
         return {"us": median * 1e6, "noise_percent": noise}
     estimate = statistics.median(event_times(lambda: call(0), 3))
     walk = min(inputs, 10e-3 / estimate)
-    calls = max(1, min(512, int(max(target_s / estimate, walk))))
+    calls = max(1, min(4096, int(max(target_s / estimate, walk))))
     recording = torch.cuda.CUDAGraph()
     with torch.cuda.graph(recording, stream=stream()):
         for i in range(calls):
