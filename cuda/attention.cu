@@ -246,11 +246,9 @@ dim3 grid_for(const char* op, const Tensor& cu, const Layout& layout, int64_t he
   return {grid_of(op, (cu.numel() - 1) * layout.tiles), static_cast<unsigned>(heads)};
 }
 
-/// Calls f.template operator()<T, groups>() with 64 * groups >= head_dim.
+/// Calls f.template operator()<T, groups>() with 64 * groups >= head_dim, which is at most 256.
 template <class F>
 void dispatch_head(const char* op, DType dtype, int64_t head_dim, F&& f) {
-  QLAB_CHECK(head_dim % vector_width == 0 && head_dim <= 256,
-             "[{}] a GPU takes a head_dim that is a multiple of 8 up to 256, got {}", op, head_dim);
   dispatch(CudaFloats{}, dtype, op, [&]<class T>() {
     if (head_dim <= 64)
       f.template operator()<T, 1>();
@@ -259,11 +257,6 @@ void dispatch_head(const char* op, DType dtype, int64_t head_dim, F&& f) {
     else
       f.template operator()<T, 4>();
   });
-}
-
-template <class... Tensors>
-void check_rows(const char* op, const Tensors&... tensors) {
-  QLAB_CHECK((rows_aligned16(tensors) && ...), "[{}] every row must start at 16 bytes", op);
 }
 
 using Halves = Types<bf16, f16>;
@@ -297,7 +290,6 @@ void attention(const Tensor& o, const Tensor& lse, const Tensor& q, const Tensor
                const Tensor& v, const Tensor& cu_q, const Tensor& cu_k, const AttentionShape& shape,
                const Tensor&) {
   if (q.numel() == 0) return;
-  check_rows("attention", o, q, k, v);
   if (hopper_attention_supported(shape, q))
     return hopper_attention(o, lse, q, k, v, cu_q, cu_k, shape);
   if (on_tensor_cores(q, shape))
@@ -320,7 +312,6 @@ void attention_backward(const Tensor& dq, const Tensor& dk, const Tensor& dv, co
                         const AttentionShape& shape, const Tensor& workspace) {
   if (q.numel() == 0) return;
   const char* const op = "attention_backward";
-  check_rows(op, dq, dk, dv, g, q, k, v, o);
   if (hopper_attention_supported(shape, q))
     return hopper_attention_backward(dq, dk, dv, g, q, k, v, o, lse, cu_q, cu_k, shape, workspace);
   if (on_tensor_cores(q, shape))

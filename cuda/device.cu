@@ -70,7 +70,15 @@ int code_architecture() {
   const std::lock_guard lock(mutex);
   if (architecture == 0) {
     cudaFuncAttributes attributes{};
-    check(cudaFuncGetAttributes(&attributes, probe_kernel), "cudaFuncGetAttributes");
+    const cudaError_t status = cudaFuncGetAttributes(&attributes, probe_kernel);
+    if (status == cudaErrorNoKernelImageForDevice || status == cudaErrorInvalidDeviceFunction) {
+      cudaGetLastError();
+      fail(
+          "{}: this qlab was built for other GPUs; run `make` on the machine that has this one. "
+          "GPUs of compute capability 7.5 and newer are supported",
+          device_name(current_device()));
+    }
+    check(status, "cudaFuncGetAttributes");
     architecture = attributes.ptxVersion;
   }
   return architecture;
@@ -120,7 +128,7 @@ std::string build_version() {
 }
 
 int compute_capability(int index) {
-  if (index >= device_count()) return 90;
+  const DeviceScope scope(index);
   int major = 0, minor = 0;
   check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, index),
         "cudaDeviceGetAttribute");

@@ -7,6 +7,7 @@
 #include <cstdint>
 
 #include "core/dtype.h"
+#include "core/gpu_limits.h"
 #include "core/tensor.h"
 
 namespace qlab::cuda {
@@ -33,14 +34,6 @@ unsigned grid_of(const char* op, int64_t blocks);
 
 inline constexpr int vector_width = 8;
 
-inline bool aligned16(const void* pointer) {
-  return reinterpret_cast<uintptr_t>(pointer) % 16 == 0;
-}
-/// Every row starts at a multiple of 16 bytes.
-inline bool rows_aligned16(const Tensor& x) {
-  return aligned16(x.raw()) &&
-         (x.rows() <= 1 || x.pitch() * static_cast<int64_t>(size_of(x.dtype())) % 16 == 0);
-}
 /// Rows of `cols` elements can be read and written eight elements at a time in all tensors.
 template <class... Tensors>
 bool vectorizable(int64_t cols, const Tensors&... tensors) {

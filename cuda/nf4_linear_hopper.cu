@@ -428,11 +428,6 @@ bool nf4_wgmma_available() {
 
 void nf4_matmul_wgmma(const Tensor& y, const Tensor& x, const Nf4Tensor& w, Op op,
                       const Tensor& addend) {
-  QLAB_CHECK(
-      rows_aligned16(x) && rows_aligned16(y) && aligned16(w.codes.raw()) &&
-          (!addend.defined() || rows_aligned16(addend)),
-      "[nf4_matmul] rows must start at multiples of 16 bytes: y {}, pitch {}, x {}, pitch {}",
-      y.str(), y.pitch(), x.str(), x.pitch());
   const auto multiply =
       op == Op::transpose ? hopper::multiply_nf4<true> : hopper::multiply_nf4<false>;
   multiply(hopper::matrix_of(y), hopper::matrix_of(x),

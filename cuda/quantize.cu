@@ -252,8 +252,6 @@ void dequantize(const Tensor& y, const Tensor& codes, const Scales& scales) {
     return;
   }
   const int64_t words = n / vector_width;
-  QLAB_CHECK(words <= INT32_MAX - words_per_block,
-             "[dequantize_nf4] {} is too large for one launch", y.str());
   launch_early("dequantize_nf4", dequantize_words_kernel<T, nested>,
                static_cast<unsigned>(ceil_div<int64_t>(words, words_per_block)), dequantize_threads,
                y.data<T>(), reinterpret_cast<const uint32_t*>(codes.raw()), scales,

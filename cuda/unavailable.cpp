@@ -38,7 +38,7 @@ int device_count() { return 0; }
 std::string build_version() { return ""; }
 std::string device_name(int) { missing(); }
 bool supports_bf16(int) { missing(); }
-int compute_capability(int) { return 90; }
+int compute_capability(int) { missing(); }
 MemoryInfo memory_info(int) { missing(); }
 void set_device(int) { missing(); }
 void* allocate(size_t, int) { missing(); }

@@ -45,7 +45,7 @@ std::string_view known_gpu(int index) {
 std::optional<Nf4Kernel> fastest_nf4_kernel(const Nf4Tensor& w, Op op, int64_t rows, DType dtype,
                                             Device device) {
   if (device.target == DeviceType::cpu) return std::nullopt;
-  const std::string_view gpu = known_gpu(device.index);
+  const std::string_view gpu = device.capability == 0 ? known_gpu(device.index) : "";
   const auto own = [&](const Line& line) { return line.gpu == gpu && line.op == op; };
   int64_t elements = 0;  // of the smallest matrix measured that is no smaller, or of the largest
   for (const Line& line : lines)
