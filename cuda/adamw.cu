@@ -69,10 +69,9 @@ void grad_norm(const Tensor& norm, const Tensor& grad, const Tensor& workspace) 
   const int64_t chunk = ceil_div<int64_t>(ceil_div(n, grad_norm_partials), width) * width;
   double* const partials = workspace.data<double>();
   const auto kernel = vectors ? sum_of_squares_kernel<vector_width> : sum_of_squares_kernel<1>;
-  kernel<<<grad_norm_partials, threads, 0, current_stream()>>>(partials, grad.data<float>(), n,
-                                                               chunk);
-  norm_kernel<<<1, threads, 0, current_stream()>>>(norm.data<float>(), partials);
-  check_launch("grad_norm");
+  launch_kernel("grad_norm", kernel, {grad_norm_partials, threads}, partials, grad.data<float>(), n,
+                chunk);
+  launch_kernel("grad_norm", norm_kernel, {1, threads}, norm.data<float>(), partials);
 }
 
 void adamw(const Tensor& param, const Tensor& m, const Tensor& v, const Tensor& grad,
@@ -82,10 +81,9 @@ void adamw(const Tensor& param, const Tensor& m, const Tensor& v, const Tensor& 
   const bool vectors = vectorizable(n, param, m, v, grad);
   const int64_t units = vectors ? n / vector_width : n;
   const auto kernel = vectors ? adamw_kernel<vector_width> : adamw_kernel<1>;
-  kernel<<<grid_of("adamw", ceil_div<int64_t>(units, threads)), threads, 0, current_stream()>>>(
-      param.data<float>(), m.data<float>(), v.data<float>(), grad.data<float>(), step.data<float>(),
-      norm.data<float>(), n);
-  check_launch("adamw");
+  launch_kernel("adamw", kernel, {grid_of("adamw", ceil_div<int64_t>(units, threads)), threads},
+                param.data<float>(), m.data<float>(), v.data<float>(), grad.data<float>(),
+                step.data<float>(), norm.data<float>(), n);
 }
 
 }  // namespace qlab::cuda

@@ -94,11 +94,10 @@ void adamw8bit(const Tensor& param, const Moments8& moments, int64_t first, int6
                         absmax + moments.coded,
                         plain,
                         plain + moments.plain.dim(1)};
-  adamw8bit_kernel<<<grid_of("adamw8bit", ceil_div<int64_t>(last - first, warps)), threads, 0,
-                     current_stream()>>>(
-      buffers, moments.table.data<int64_t>(), moments.table.dim(0), moments.maps.data<float>(),
-      moments.coded, first, last, step.data<float>(), norm.data<float>());
-  check_launch("adamw8bit");
+  launch_kernel("adamw8bit", adamw8bit_kernel,
+                {grid_of("adamw8bit", ceil_div<int64_t>(last - first, warps)), threads}, buffers,
+                moments.table.data<int64_t>(), moments.table.dim(0), moments.maps.data<float>(),
+                moments.coded, first, last, step.data<float>(), norm.data<float>());
 }
 
 }  // namespace qlab::cuda

@@ -299,11 +299,10 @@ void attention(const Tensor& o, const Tensor& lse, const Tensor& q, const Tensor
   const Layout layout = layout_of(cu_q, cu_k, shape, shape.max_q);
   const dim3 grid = grid_for("attention", cu_q, layout, shape.heads);
   dispatch_head("attention", q.dtype(), shape.head_dim, [&]<class T, int groups>() {
-    attention_kernel<T, groups><<<grid, attention_threads, 0, current_stream()>>>(
-        head_rows<T>(o), lse.data<float>(), head_rows<const T>(q), head_rows<const T>(k),
-        head_rows<const T>(v), layout);
+    launch_kernel("attention", attention_kernel<T, groups>, {grid, attention_threads},
+                  head_rows<T>(o), lse.data<float>(), head_rows<const T>(q), head_rows<const T>(k),
+                  head_rows<const T>(v), layout);
   });
-  check_launch("attention");
 }
 
 void attention_backward(const Tensor& dq, const Tensor& dk, const Tensor& dv, const Tensor& g,
@@ -328,19 +327,18 @@ void attention_backward(const Tensor& dq, const Tensor& dk, const Tensor& dv, co
   const Layout by_key = layout_of(cu_q, cu_k, shape, shape.max_k);
   const dim3 query_grid = grid_for(op, cu_q, by_query, shape.heads);
   const dim3 key_grid = grid_for(op, cu_q, by_key, shape.kv_heads);
-  const cudaStream_t stream = current_stream();
   float* const delta = static_cast<float*>(workspace.raw());
   dispatch_head(op, q.dtype(), shape.head_dim, [&]<class T, int groups>() {
     const auto mg = head_rows<const T>(g), mq = head_rows<const T>(q);
     const auto mk = head_rows<const T>(k), mv = head_rows<const T>(v);
-    delta_kernel<<<delta_blocks, attention_threads, 0, stream>>>(
-        delta, mg, head_rows<const T>(o), pairs, by_query.heads, by_query.head_dim);
-    attention_dq_kernel<T, groups><<<query_grid, attention_threads, 0, stream>>>(
-        head_rows<T>(dq), mg, mq, mk, mv, lse.data<float>(), delta, by_query);
-    attention_dkv_kernel<T, groups><<<key_grid, attention_threads, 0, stream>>>(
-        head_rows<T>(dk), head_rows<T>(dv), mg, mq, mk, mv, lse.data<float>(), delta, by_key);
+    launch_kernel(op, delta_kernel<T>, {delta_blocks, attention_threads}, delta, mg,
+                  head_rows<const T>(o), pairs, by_query.heads, by_query.head_dim);
+    launch_kernel(op, attention_dq_kernel<T, groups>, {query_grid, attention_threads},
+                  head_rows<T>(dq), mg, mq, mk, mv, lse.data<float>(), delta, by_query);
+    launch_kernel(op, attention_dkv_kernel<T, groups>, {key_grid, attention_threads},
+                  head_rows<T>(dk), head_rows<T>(dv), mg, mq, mk, mv, lse.data<float>(), delta,
+                  by_key);
   });
-  check_launch(op);
 }
 
 }  // namespace qlab::cuda

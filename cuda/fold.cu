@@ -74,10 +74,10 @@ void launch(const Tensor& block, int64_t width, std::span<const FoldPart> parts)
                      .r = static_cast<int32_t>(parts[i].a.dim(0))};
   const int64_t n = block.dim(0) - width, k = block.dim(1) - width;
   const int64_t work = (n + k) * (width / vector_width);
-  fold_kernel<T, capacity><<<grid_of("fold_adapters", ceil_div<int64_t>(work, threads)), threads, 0,
-                             current_stream()>>>(block.data<T>(), block.pitch(),
-                                                 static_cast<int>(n), static_cast<int>(k),
-                                                 static_cast<int>(width), table);
+  launch_kernel("fold_adapters", fold_kernel<T, capacity>,
+                {grid_of("fold_adapters", ceil_div<int64_t>(work, threads)), threads},
+                block.data<T>(), block.pitch(), static_cast<int>(n), static_cast<int>(k),
+                static_cast<int>(width), table);
 }
 
 }  // namespace
@@ -88,7 +88,6 @@ void fold_adapters(const Tensor& block, int64_t width, std::span<const FoldPart>
     parts.size() <= 4 ? launch<T, 4>(block, width, parts)
                       : launch<T, max_fold_parts>(block, width, parts);
   });
-  check_launch("fold_adapters");
 }
 
 }  // namespace qlab::cuda

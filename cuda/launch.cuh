@@ -5,6 +5,7 @@
 #include <cuda_runtime.h>
 
 #include <cstdint>
+#include <utility>
 
 #include "core/dtype.h"
 #include "core/gpu_limits.h"
@@ -21,8 +22,27 @@ int code_architecture();
 
 /// Throws qlab::Error naming `call` unless the status is success.
 void check(cudaError_t status, const char* call);
-/// Throws when the launch just made was refused; with QLAB_SYNC_LAUNCHES also when it failed.
-void check_launch(const char* op);
+
+/// Of a launch: dynamic shared memory, and blocks that form a cluster along y where there is more
+/// than one (compute capability 9.0).
+struct LaunchShape {
+  dim3 grid;
+  unsigned threads;
+  size_t shared_bytes = 0;
+  unsigned cluster = 1;
+};
+/// Throws, naming the kernel, when the launch just made was refused; with QLAB_SYNC_LAUNCHES also
+/// when it failed.
+void check_launch(const char* op, const void* kernel, const LaunchShape& shape);
+
+/// On the current stream.
+template <class... Parameters, class... Arguments>
+void launch_kernel(const char* op, void (*kernel)(Parameters...), const LaunchShape& shape,
+                   Arguments&&... arguments) {
+  kernel<<<shape.grid, shape.threads, shape.shared_bytes, current_stream()>>>(
+      std::forward<Arguments>(arguments)...);
+  check_launch(op, reinterpret_cast<const void*>(kernel), shape);
+}
 
 template <class I>
 constexpr I ceil_div(I a, I b) {

@@ -376,8 +376,9 @@ void launch_nf4(const Matrix16& y, const Matrix16& x, const Nf4Matrix& w, const 
   config.stream = current_stream();
   config.attrs = attributes;
   config.numAttrs = 2;
-  check(cudaLaunchKernelEx(&config, kernel, arguments), "nf4_matmul");
-  check_launch("nf4_matmul");
+  cudaLaunchKernelEx(&config, kernel, arguments);
+  check_launch("nf4_matmul", reinterpret_cast<const void*>(kernel),
+               {config.gridDim, config.blockDim.x, config.dynamicSmemBytes});
 }
 
 /// The plan that should be fastest: rounds of blocks times what a step of 64 terms took on an H100,

@@ -1,4 +1,5 @@
-// What no kernel of a GPU takes is refused where shapes are known, without a GPU.
+// What no kernel of a GPU takes is refused where shapes are known, without a GPU; a launch that the
+// GPU refuses names its kernel.
 #include "core/gpu_limits.h"
 
 #include "core/ops/attention.h"
@@ -148,6 +149,53 @@ TEST(GpuLimits, KernelsFollowTheGpuTheyAreFor) {
   EXPECT_FALSE(supported(Nf4Kernel::wgmma, 89));
   EXPECT_TRUE(supported(Nf4Kernel::wgmma, 90));
   EXPECT_FALSE(supported(Nf4Kernel::wgmma, 120));
+}
+
+class CudaErrors : public testing::Test {
+ protected:
+  void SetUp() override {
+    if (cuda::device_count() == 0) GTEST_SKIP() << "needs a GPU and a build with CUDA";
+  }
+};
+
+// The port is called past its entry, which would refuse so many heads: more blocks along y than a
+// grid has.
+TEST_F(CudaErrors, ARefusedLaunchNamesTheKernel) {
+  const AttentionShape shape{70000, 70000, 8, 1, 1};
+  const auto zeros = [](const Shape& s, DType dtype) {
+    return Tensor::zeros(s, dtype, Device::cuda());
+  };
+  const Tensor q = zeros({1, 70000 * 8}, DType::f32), lse = zeros({1, 70000}, DType::f32),
+               cu = Tensor::from_vector(std::vector<int32_t>{0, 1}, {2}, Device::cuda());
+  EXPECT_THAT(error_of([&] { cuda::attention(q, lse, q, q, q, cu, cu, shape, {}); }),
+              AllOf(HasSubstr("[attention]"), HasSubstr("attention_kernel<float, 1>"),
+                    HasSubstr("1 x 70000 x 1 blocks of 256 threads"),
+                    HasSubstr("cudaErrorInvalidConfiguration")));
+  // Nothing of it is left for the next launch.
+  EXPECT_EQ(values(rms_norm(q.slice_cols(0, 8), zeros({8}, DType::f32), 1.0f).y),
+            std::vector<double>(8, 0.0));
+}
+
+// In a process of its own: after a fault the device is of no use to the one that caused it.
+TEST_F(CudaErrors, LargeFaultsSayHowToFindTheirKernel) {
+  GTEST_FLAG_SET(death_test_style, "threadsafe");
+  const auto read_outside = [] {
+    try {
+      const Tensor table = Tensor::zeros({2, 4096}, DType::f32, Device::cuda());
+      const Tensor index = Tensor::from_vector(
+          std::vector<int32_t>{std::numeric_limits<int32_t>::max()}, {1}, Device::cuda());
+      const Tensor y = gather_rows(table, index, DType::f32);
+      synchronize(Device::cuda());
+    } catch (const Error& error) {
+      std::fputs(error.what(), stderr);
+      std::_Exit(2);
+    }
+  };
+#if defined(QLAB_SYNC_LAUNCHES)
+  EXPECT_EXIT(read_outside(), testing::ExitedWithCode(2), "gather_rows.*elementwise_kernel");
+#else
+  EXPECT_EXIT(read_outside(), testing::ExitedWithCode(2), "illegal memory access.*--preset dev");
+#endif
 }
 
 }  // namespace
