@@ -51,7 +51,21 @@ void synchronize(Device device) {
   if (device.is_cuda()) cuda::synchronize();
 }
 
+int compute_capability(Device device) {
+  if (device.capability != 0) return device.capability;
+  return device.index < cuda::device_count() ? cuda::compute_capability(device.index) : 90;
+}
+
+bool supports_bf16(Device device) {
+  if (device.target == DeviceType::cpu) return true;
+  if (device.capability != 0) return device.capability >= 80;
+  return device.index >= cuda::device_count() || cuda::supports_bf16(device.index);
+}
+
 std::string device_description(Device device) {
+  if (device.capability != 0)
+    return fmt::format("a GPU of compute capability {}.{}", device.capability / 10,
+                       device.capability % 10);
   if (device.target == DeviceType::cuda) return cuda::device_name(device.index);
   std::ifstream file("/proc/cpuinfo");
   std::string line, name = "CPU";

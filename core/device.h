@@ -17,12 +17,18 @@ struct Device {
   DeviceType type = DeviceType::cpu;
   DeviceType target = DeviceType::cpu;  // equals type unless type is meta
   int8_t index = 0;
+  uint8_t capability =
+      0;  // of a GPU that is named, not here: 75 for 7.5; 0: as the one here has it
 
   static Device cpu() { return {}; }
   static Device cuda(int index = 0) {
     return {DeviceType::cuda, DeviceType::cuda, static_cast<int8_t>(index)};
   }
-  Device meta() const { return {DeviceType::meta, target, index}; }
+  /// What a prediction for a GPU of this compute capability runs for, on meta.
+  static Device gpu(int capability) {
+    return {DeviceType::cuda, DeviceType::cuda, 0, static_cast<uint8_t>(capability)};
+  }
+  Device meta() const { return {DeviceType::meta, target, index, capability}; }
 
   bool is_cpu() const { return type == DeviceType::cpu; }
   bool is_cuda() const { return type == DeviceType::cuda; }
@@ -47,6 +53,13 @@ void synchronize(Device device);
 /// "AMD EPYC ... (2 threads)" or "NVIDIA H100 80GB HBM3".
 std::string device_description(Device device);
 
+/// Ten times the major and the minor number, 86 for 8.6, of the GPU that the device is or stands
+/// for; of one here what this program's code for it was written for, if that is less. 90 where
+/// nobody says.
+int compute_capability(Device device);
+/// Products of bf16: a CPU, and GPUs from compute capability 8.0 on.
+bool supports_bf16(Device device);
+
 namespace cuda {
 
 struct MemoryInfo {
@@ -56,9 +69,8 @@ struct MemoryInfo {
 int device_count();           // 0 when built without CUDA or no GPU is there
 std::string build_version();  // CUDA toolkit version, or "" when built without
 std::string device_name(int index);
-bool supports_bf16(int index);  // products of bf16: from compute capability 8.0 on
-/// Ten times the major and the minor number, 86 for 8.6, or less where this program's code is
-/// older; of a GPU that is not there, 90.
+// Of a GPU that is there.
+bool supports_bf16(int index);
 int compute_capability(int index);
 MemoryInfo memory_info(int index);
 void set_device(int index);

@@ -1,5 +1,7 @@
 #include "optim/adamw8bit.h"
 
+#include <algorithm>
+
 #include "cuda/reduce.cuh"
 
 namespace qlab::cuda {
@@ -7,29 +9,39 @@ namespace {
 
 constexpr int threads = 256, warps = threads / warp_size, per_lane = 256 / warp_size;
 
-struct Buffers {
+constexpr size_t together = 16;  // trials of a launch, whose parameters are at most 4 KB
+
+struct UpdateOf {
   float* param;
   const float* grad;
   uint8_t *m_codes, *v_codes;
   float *m_absmax, *v_absmax, *m_plain, *v_plain;
+  const int64_t* table;
+  int64_t tensors;
+  const float* maps;
+  int64_t coded, first, last;
+  const float *step, *norm;
+};
+struct Table {
+  UpdateOf of[together];
 };
 
-// One warp per block of 256, lane l its elements l, l + 32, ...: per element 4 + 4 + 1 + 1 bytes
-// read and 4 + 1 + 1 written. The maps lie in shared memory; the largest magnitude goes by shuffle.
-__global__ void __launch_bounds__(threads)
-    adamw8bit_kernel(Buffers x, const int64_t* table, int64_t tensors, const float* maps,
-                     int64_t coded, int64_t first, int64_t last, const float* step,
-                     const float* norm) {
-  const float gradient_norm = *norm;
+// One warp per block of 256 of a trial, lane l its elements l, l + 32, ...: per element 4 + 4 + 1 +
+// 1 bytes read and 4 + 1 + 1 written. The maps lie in shared memory; the largest magnitude goes by
+// shuffle.
+__global__ void __launch_bounds__(threads) adamw8bit_kernel(const __grid_constant__ Table trials) {
+  const UpdateOf& x = trials.of[blockIdx.y];
+  const int64_t coded = x.coded, first = x.first;
+  const float gradient_norm = *x.norm;
   if (!isfinite(gradient_norm)) return;
   __shared__ float map[512];
-  for (int i = threadIdx.x; i < 512; i += threads) map[i] = maps[i];
+  for (int i = threadIdx.x; i < 512; i += threads) map[i] = x.maps[i];
   __syncthreads();
   const int64_t block = first + static_cast<int64_t>(blockIdx.x) * warps + threadIdx.x / warp_size;
-  if (block >= last) return;
-  const AdamWStep s = adamw_step(step);
+  if (block >= x.last) return;
+  const AdamWStep s = adamw_step(x.step);
   const float clip = clip_factor(s, gradient_norm);
-  const int64_t* const own = table + 3 * tensor_of_block(table, tensors, block);
+  const int64_t* const own = x.table + 3 * tensor_of_block(x.table, x.tensors, block);
   const int64_t begin = own[1] + (block - own[0]) * adamw8bit_block;
   const int64_t left = own[2] - begin;
   const int count = static_cast<int>(left < adamw8bit_block ? left : adamw8bit_block);
@@ -82,23 +94,40 @@ __global__ void __launch_bounds__(threads)
 
 }  // namespace
 
-void adamw8bit(const Tensor& param, const Moments8& moments, int64_t first, int64_t last,
-               const Tensor& grad, const Tensor& step, const Tensor& norm) {
-  float* const absmax = moments.absmax.data<float>();
-  float* const plain = moments.plain.data<float>();
-  const Buffers buffers{param.data<float>(),
-                        grad.data<float>(),
-                        moments.m.data<uint8_t>(),
-                        moments.v.data<uint8_t>(),
-                        absmax,
-                        absmax + moments.coded,
-                        plain,
-                        plain + moments.plain.dim(1)};
-  adamw8bit_kernel<<<grid_of("adamw8bit", ceil_div<int64_t>(last - first, warps)), threads, 0,
-                     current_stream()>>>(
-      buffers, moments.table.data<int64_t>(), moments.table.dim(0), moments.maps.data<float>(),
-      moments.coded, first, last, step.data<float>(), norm.data<float>());
-  check_launch("adamw8bit");
+void adamw8bit(std::span<const AdamW8Update> trials) {
+  for (size_t begin = 0; begin < trials.size(); begin += together) {
+    const auto some = trials.subspan(begin, std::min(together, trials.size() - begin));
+    Table table{};
+    int64_t most = 1;
+    for (size_t i = 0; i < some.size(); ++i) {
+      const AdamW8Update& t = some[i];
+      const Moments8& s = t.moments;
+      float* const absmax = s.absmax.data<float>();
+      float* const plain = s.plain.data<float>();
+      table.of[i] = {.param = t.param.data<float>(),
+                     .grad = t.grad.data<float>(),
+                     .m_codes = s.m.data<uint8_t>(),
+                     .v_codes = s.v.data<uint8_t>(),
+                     .m_absmax = absmax,
+                     .v_absmax = absmax + s.coded,
+                     .m_plain = plain,
+                     .v_plain = plain + s.plain.dim(1),
+                     .table = s.table.data<int64_t>(),
+                     .tensors = s.table.dim(0),
+                     .maps = s.maps.data<float>(),
+                     .coded = s.coded,
+                     .first = t.first,
+                     .last = t.last,
+                     .step = t.step.data<float>(),
+                     .norm = t.norm.data<float>()};
+      most = std::max(most, t.last - t.first);
+    }
+    launch_kernel("adamw8bit", adamw8bit_kernel,
+                  {dim3(grid_of("adamw8bit", ceil_div<int64_t>(most, warps)),
+                        static_cast<unsigned>(some.size())),
+                   threads},
+                  table);
+  }
 }
 
 }  // namespace qlab::cuda

@@ -246,11 +246,9 @@ dim3 grid_for(const char* op, const Tensor& cu, const Layout& layout, int64_t he
   return {grid_of(op, (cu.numel() - 1) * layout.tiles), static_cast<unsigned>(heads)};
 }
 
-/// Calls f.template operator()<T, groups>() with 64 * groups >= head_dim.
+/// Calls f.template operator()<T, groups>() with 64 * groups >= head_dim, which is at most 256.
 template <class F>
 void dispatch_head(const char* op, DType dtype, int64_t head_dim, F&& f) {
-  QLAB_CHECK(head_dim % vector_width == 0 && head_dim <= 256,
-             "[{}] a GPU takes a head_dim that is a multiple of 8 up to 256, got {}", op, head_dim);
   dispatch(CudaFloats{}, dtype, op, [&]<class T>() {
     if (head_dim <= 64)
       f.template operator()<T, 1>();
@@ -259,11 +257,6 @@ void dispatch_head(const char* op, DType dtype, int64_t head_dim, F&& f) {
     else
       f.template operator()<T, 4>();
   });
-}
-
-template <class... Tensors>
-void check_rows(const char* op, const Tensors&... tensors) {
-  QLAB_CHECK((rows_aligned16(tensors) && ...), "[{}] every row must start at 16 bytes", op);
 }
 
 using Halves = Types<bf16, f16>;
@@ -297,7 +290,6 @@ void attention(const Tensor& o, const Tensor& lse, const Tensor& q, const Tensor
                const Tensor& v, const Tensor& cu_q, const Tensor& cu_k, const AttentionShape& shape,
                const Tensor&) {
   if (q.numel() == 0) return;
-  check_rows("attention", o, q, k, v);
   if (hopper_attention_supported(shape, q))
     return hopper_attention(o, lse, q, k, v, cu_q, cu_k, shape);
   if (on_tensor_cores(q, shape))
@@ -307,11 +299,10 @@ void attention(const Tensor& o, const Tensor& lse, const Tensor& q, const Tensor
   const Layout layout = layout_of(cu_q, cu_k, shape, shape.max_q);
   const dim3 grid = grid_for("attention", cu_q, layout, shape.heads);
   dispatch_head("attention", q.dtype(), shape.head_dim, [&]<class T, int groups>() {
-    attention_kernel<T, groups><<<grid, attention_threads, 0, current_stream()>>>(
-        head_rows<T>(o), lse.data<float>(), head_rows<const T>(q), head_rows<const T>(k),
-        head_rows<const T>(v), layout);
+    launch_kernel("attention", attention_kernel<T, groups>, {grid, attention_threads},
+                  head_rows<T>(o), lse.data<float>(), head_rows<const T>(q), head_rows<const T>(k),
+                  head_rows<const T>(v), layout);
   });
-  check_launch("attention");
 }
 
 void attention_backward(const Tensor& dq, const Tensor& dk, const Tensor& dv, const Tensor& g,
@@ -320,7 +311,6 @@ void attention_backward(const Tensor& dq, const Tensor& dk, const Tensor& dv, co
                         const AttentionShape& shape, const Tensor& workspace) {
   if (q.numel() == 0) return;
   const char* const op = "attention_backward";
-  check_rows(op, dq, dk, dv, g, q, k, v, o);
   if (hopper_attention_supported(shape, q))
     return hopper_attention_backward(dq, dk, dv, g, q, k, v, o, lse, cu_q, cu_k, shape, workspace);
   if (on_tensor_cores(q, shape))
@@ -337,19 +327,18 @@ void attention_backward(const Tensor& dq, const Tensor& dk, const Tensor& dv, co
   const Layout by_key = layout_of(cu_q, cu_k, shape, shape.max_k);
   const dim3 query_grid = grid_for(op, cu_q, by_query, shape.heads);
   const dim3 key_grid = grid_for(op, cu_q, by_key, shape.kv_heads);
-  const cudaStream_t stream = current_stream();
   float* const delta = static_cast<float*>(workspace.raw());
   dispatch_head(op, q.dtype(), shape.head_dim, [&]<class T, int groups>() {
     const auto mg = head_rows<const T>(g), mq = head_rows<const T>(q);
     const auto mk = head_rows<const T>(k), mv = head_rows<const T>(v);
-    delta_kernel<<<delta_blocks, attention_threads, 0, stream>>>(
-        delta, mg, head_rows<const T>(o), pairs, by_query.heads, by_query.head_dim);
-    attention_dq_kernel<T, groups><<<query_grid, attention_threads, 0, stream>>>(
-        head_rows<T>(dq), mg, mq, mk, mv, lse.data<float>(), delta, by_query);
-    attention_dkv_kernel<T, groups><<<key_grid, attention_threads, 0, stream>>>(
-        head_rows<T>(dk), head_rows<T>(dv), mg, mq, mk, mv, lse.data<float>(), delta, by_key);
+    launch_kernel(op, delta_kernel<T>, {delta_blocks, attention_threads}, delta, mg,
+                  head_rows<const T>(o), pairs, by_query.heads, by_query.head_dim);
+    launch_kernel(op, attention_dq_kernel<T, groups>, {query_grid, attention_threads},
+                  head_rows<T>(dq), mg, mq, mk, mv, lse.data<float>(), delta, by_query);
+    launch_kernel(op, attention_dkv_kernel<T, groups>, {key_grid, attention_threads},
+                  head_rows<T>(dk), head_rows<T>(dv), mg, mq, mk, mv, lse.data<float>(), delta,
+                  by_key);
   });
-  check_launch(op);
 }
 
 }  // namespace qlab::cuda

@@ -94,8 +94,7 @@ void launch_stats(const char* op, const Stats& stats, const Rows16& g, const Row
   const int blocks = ceil_div(problem.max_q, query_tile) * (query_tile / stats_rows);
   const dim3 grid(grid_of(op, int64_t{problem.sequences} * blocks),
                   ceil_div(problem.heads, stats_heads));
-  stats_kernel<D><<<grid, stats_threads, 0, current_stream()>>>(stats, g, o, lse, problem, blocks);
-  check_launch(op);
+  launch_kernel(op, stats_kernel<D>, {grid, stats_threads}, stats, g, o, lse, problem, blocks);
 }
 
 struct Plan {

@@ -162,8 +162,9 @@ void launch_tiles(const char* op, void (*kernel)(Arguments), int blocks, int sha
                   const Arguments& arguments) {
   check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes),
         "cudaFuncSetAttribute");
-  kernel<<<blocks, block_threads, shared_bytes, current_stream()>>>(arguments);
-  check_launch(op);
+  launch_kernel(op, kernel,
+                {static_cast<unsigned>(blocks), block_threads, static_cast<size_t>(shared_bytes)},
+                arguments);
 }
 
 }  // namespace qlab::cuda::hopper

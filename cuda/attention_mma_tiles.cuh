@@ -57,8 +57,10 @@ void launch_attention(void (*kernel)(P...), int64_t blocks, int threads, int sha
                       A... arguments) {
   check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared),
         "cudaFuncSetAttribute");
-  kernel<<<grid_of("attention", blocks), threads, shared, current_stream()>>>(arguments...);
-  check_launch("attention");
+  launch_kernel(
+      "attention", kernel,
+      {grid_of("attention", blocks), static_cast<unsigned>(threads), static_cast<size_t>(shared)},
+      arguments...);
 }
 
 }  // namespace qlab::cuda

@@ -133,9 +133,10 @@ void launch(const Tensor& nll, const Tensor& z, const Tensor& labels, const floa
   check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                              static_cast<int>(bytes)),
         "cudaFuncSetAttribute");
-  kernel<<<grid_of("cross_entropy", z.rows()), threads, static_cast<size_t>(bytes),
-           current_stream()>>>(nll.data<float>(), z.data<T>(), labels.data<int32_t>(), factors,
-                               z.cols(), z.pitch(), static_cast<int>(held));
+  launch_kernel("cross_entropy", kernel,
+                {grid_of("cross_entropy", z.rows()), threads, static_cast<size_t>(bytes)},
+                nll.data<float>(), z.data<T>(), labels.data<int32_t>(), factors, z.cols(),
+                z.pitch(), static_cast<int>(held));
 }
 
 }  // namespace
@@ -155,7 +156,6 @@ void cross_entropy(const Tensor& nll, const Tensor& z, const Tensor& labels, con
     else
       launch<T, vector_width, 1024>(nll, z, labels, factors, held);
   });
-  check_launch("cross_entropy");
 }
 
 }  // namespace qlab::cuda

@@ -1,7 +1,11 @@
 #include "core/device.h"
 
+#include <cxxabi.h>
+
 #include <algorithm>
 #include <array>
+#include <cstdlib>
+#include <memory>
 #include <mutex>
 
 #include "cuda/launch.cuh"
@@ -51,6 +55,47 @@ void* pointer_or_null(void* pointer, cudaError_t status, const char* call) {
 // For code_architecture() to ask about.
 __global__ void probe_kernel() {}
 
+#if defined(QLAB_SYNC_LAUNCHES)
+constexpr bool synchronous = true;
+constexpr const char* which_kernel = "";
+#else
+constexpr bool synchronous = false;
+constexpr const char* which_kernel =
+    ". To learn which kernel did it, build the preset that waits for each (`cmake --preset dev && "
+    "cmake --build --preset dev`) and run the same command with build-dev/qlab";
+#endif
+
+/// What a kernel did, which whoever asks next is told; the device is of no use to this process
+/// then.
+bool is_fault(cudaError_t status) {
+  switch (status) {
+    case cudaErrorIllegalAddress:
+    case cudaErrorMisalignedAddress:
+    case cudaErrorIllegalInstruction:
+    case cudaErrorInvalidAddressSpace:
+    case cudaErrorInvalidPc:
+    case cudaErrorHardwareStackError:
+    case cudaErrorAssert:
+    case cudaErrorLaunchTimeout:
+    case cudaErrorLaunchFailure:
+      return true;
+    default:
+      return false;
+  }
+}
+
+/// As it stands in the source, with its template arguments.
+std::string name_of(const void* kernel) {
+  const char* mangled = nullptr;
+  if (cudaFuncGetName(&mangled, kernel) != cudaSuccess) {
+    cudaGetLastError();
+    return "a kernel";
+  }
+  const std::unique_ptr<char, decltype(&std::free)> plain(
+      abi::__cxa_demangle(mangled, nullptr, nullptr, nullptr), &std::free);
+  return plain != nullptr ? plain.get() : mangled;
+}
+
 }  // namespace
 
 cudaStream_t current_stream() {
@@ -70,7 +115,15 @@ int code_architecture() {
   const std::lock_guard lock(mutex);
   if (architecture == 0) {
     cudaFuncAttributes attributes{};
-    check(cudaFuncGetAttributes(&attributes, probe_kernel), "cudaFuncGetAttributes");
+    const cudaError_t status = cudaFuncGetAttributes(&attributes, probe_kernel);
+    if (status == cudaErrorNoKernelImageForDevice || status == cudaErrorInvalidDeviceFunction) {
+      cudaGetLastError();
+      fail(
+          "{}: this qlab was built for other GPUs; run `make` on the machine that has this one. "
+          "GPUs of compute capability 7.5 and newer are supported",
+          device_name(current_device()));
+    }
+    check(status, "cudaFuncGetAttributes");
     architecture = attributes.ptxVersion;
   }
   return architecture;
@@ -93,14 +146,20 @@ int multiprocessor_count() {
 void check(cudaError_t status, const char* call) {
   if (status == cudaSuccess) return;
   cudaGetLastError();
-  fail("CUDA: {} failed: {} ({})", call, cudaGetErrorString(status), cudaGetErrorName(status));
+  fail("CUDA: {} failed: {} ({}){}", call, cudaGetErrorString(status), cudaGetErrorName(status),
+       is_fault(status) ? which_kernel : "");
 }
 
-void check_launch(const char* op) {
-  check(cudaGetLastError(), op);
-#if defined(QLAB_SYNC_LAUNCHES)
-  check(cudaStreamSynchronize(current_stream()), op);
-#endif
+void check_launch(const char* op, const void* kernel, const LaunchShape& shape) {
+  cudaError_t status = cudaGetLastError();
+  if (synchronous && status == cudaSuccess) status = cudaStreamSynchronize(current_stream());
+  if (status == cudaSuccess) return;
+  if (is_fault(status) && !synchronous) check(status, "a kernel that was launched earlier");
+  cudaGetLastError();
+  fail(
+      "CUDA: [{}] {} failed: {} ({}); {} x {} x {} blocks of {} threads, {} bytes of shared memory",
+      op, name_of(kernel), cudaGetErrorString(status), cudaGetErrorName(status), shape.grid.x,
+      shape.grid.y, shape.grid.z, shape.threads, shape.shared_bytes);
 }
 
 unsigned grid_of(const char* op, int64_t blocks) {
@@ -120,7 +179,7 @@ std::string build_version() {
 }
 
 int compute_capability(int index) {
-  if (index >= device_count()) return 90;
+  const DeviceScope scope(index);
   int major = 0, minor = 0;
   check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, index),
         "cudaDeviceGetAttribute");

@@ -2,8 +2,6 @@
 // compute capability 9.0 on; plain launches elsewhere). Blocks may start while the last blocks of
 // the previous kernel still run: a microsecond less between two kernels.
 #pragma once
-#include <utility>
-
 #include "cuda/launch.cuh"
 
 namespace qlab::cuda {
@@ -18,15 +16,6 @@ __device__ inline void await_previous() {
 
 /// Code for older GPUs does not wait, and knows no clusters.
 inline bool launches_early() { return code_architecture() >= 90; }
-
-/// Of a launch: dynamic shared memory, and blocks that form a cluster along y where there is more
-/// than one (compute capability 9.0).
-struct LaunchShape {
-  dim3 grid;
-  unsigned threads;
-  size_t shared_bytes = 0;
-  unsigned cluster = 1;
-};
 
 template <class... Parameters, class... Arguments>
 void launch_early(const char* op, void (*kernel)(Parameters...), const LaunchShape& shape,
@@ -44,8 +33,8 @@ void launch_early(const char* op, void (*kernel)(Parameters...), const LaunchSha
   config.stream = current_stream();
   config.attrs = attributes;
   config.numAttrs = !launches_early() ? 0 : shape.cluster > 1 ? 2 : 1;
-  check(cudaLaunchKernelEx(&config, kernel, std::forward<Arguments>(arguments)...), op);
-  check_launch(op);
+  cudaLaunchKernelEx(&config, kernel, std::forward<Arguments>(arguments)...);
+  check_launch(op, reinterpret_cast<const void*>(kernel), shape);
 }
 template <class... Parameters, class... Arguments>
 void launch_early(const char* op, void (*kernel)(Parameters...), unsigned blocks, unsigned threads,

@@ -31,10 +31,9 @@ void elementwise(const char* op, const F& f, int64_t rows, int64_t cols, bool ve
   for (int64_t row = 0; row < rows; row += rows_per_launch) {
     const int64_t units = std::min(rows_per_launch, rows - row) * units_per_row;
     const unsigned blocks = grid_of(op, ceil_div<int64_t>(units, elementwise_threads));
-    kernel<<<blocks, elementwise_threads, 0, current_stream()>>>(f, divider, row,
-                                                                 static_cast<uint32_t>(units));
+    launch_kernel(op, kernel, {blocks, elementwise_threads}, f, divider, row,
+                  static_cast<uint32_t>(units));
   }
-  check_launch(op);
 }
 
 }  // namespace qlab::cuda

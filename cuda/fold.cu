@@ -74,25 +74,20 @@ void launch(const Tensor& block, int64_t width, std::span<const FoldPart> parts)
                      .r = static_cast<int32_t>(parts[i].a.dim(0))};
   const int64_t n = block.dim(0) - width, k = block.dim(1) - width;
   const int64_t work = (n + k) * (width / vector_width);
-  QLAB_CHECK(work < INT32_MAX, "[fold_adapters] {} is too large", block.str());
-  fold_kernel<T, capacity><<<grid_of("fold_adapters", ceil_div<int64_t>(work, threads)), threads, 0,
-                             current_stream()>>>(block.data<T>(), block.pitch(),
-                                                 static_cast<int>(n), static_cast<int>(k),
-                                                 static_cast<int>(width), table);
+  launch_kernel("fold_adapters", fold_kernel<T, capacity>,
+                {grid_of("fold_adapters", ceil_div<int64_t>(work, threads)), threads},
+                block.data<T>(), block.pitch(), static_cast<int>(n), static_cast<int>(k),
+                static_cast<int>(width), table);
 }
 
 }  // namespace
 
 void fold_adapters(const Tensor& block, int64_t width, std::span<const FoldPart> parts) {
-  QLAB_CHECK((block.dim(1) - width) % vector_width == 0 && rows_aligned16(block),
-             "[fold_adapters] a GPU needs rows that are multiples of 16 bytes, got {}",
-             block.str());
   dispatch(CudaFloats{}, block.dtype(), "fold_adapters", [&]<class T>() {
     // Few parts, few bytes of launch parameters.
     parts.size() <= 4 ? launch<T, 4>(block, width, parts)
                       : launch<T, max_fold_parts>(block, width, parts);
   });
-  check_launch("fold_adapters");
 }
 
 }  // namespace qlab::cuda

@@ -149,10 +149,6 @@ cublasLtMatmulAlgo_t choose(const Product& p, Descriptors& d) {
 
 Product describe(const Tensor& c, const Tensor& a, Op op_a, const Tensor& b, Op op_b,
                  const Tensor& addend, SplitK split_k, const Tensor& workspace) {
-  QLAB_CHECK(a.dtype() == b.dtype() && (c.dtype() == a.dtype() || c.dtype() == DType::f32) &&
-                 (a.dtype() == DType::f32 || a.dtype() == DType::bf16 || a.dtype() == DType::f16),
-             "[gemm] a GPU multiplies float32, bfloat16 or float16, got {} x {} to {}",
-             name_of(a.dtype()), name_of(b.dtype()), name_of(c.dtype()));
   return {.m = c.rows(),
           .n = c.cols(),
           .k = op_a == Op::none ? a.cols() : a.rows(),

@@ -5,8 +5,10 @@
 #include <cuda_runtime.h>
 
 #include <cstdint>
+#include <utility>
 
 #include "core/dtype.h"
+#include "core/gpu_limits.h"
 #include "core/tensor.h"
 
 namespace qlab::cuda {
@@ -20,8 +22,27 @@ int code_architecture();
 
 /// Throws qlab::Error naming `call` unless the status is success.
 void check(cudaError_t status, const char* call);
-/// Throws when the launch just made was refused; with QLAB_SYNC_LAUNCHES also when it failed.
-void check_launch(const char* op);
+
+/// Of a launch: dynamic shared memory, and blocks that form a cluster along y where there is more
+/// than one (compute capability 9.0).
+struct LaunchShape {
+  dim3 grid;
+  unsigned threads;
+  size_t shared_bytes = 0;
+  unsigned cluster = 1;
+};
+/// Throws, naming the kernel, when the launch just made was refused; with QLAB_SYNC_LAUNCHES also
+/// when it failed.
+void check_launch(const char* op, const void* kernel, const LaunchShape& shape);
+
+/// On the current stream.
+template <class... Parameters, class... Arguments>
+void launch_kernel(const char* op, void (*kernel)(Parameters...), const LaunchShape& shape,
+                   Arguments&&... arguments) {
+  kernel<<<shape.grid, shape.threads, shape.shared_bytes, current_stream()>>>(
+      std::forward<Arguments>(arguments)...);
+  check_launch(op, reinterpret_cast<const void*>(kernel), shape);
+}
 
 template <class I>
 constexpr I ceil_div(I a, I b) {
@@ -33,14 +54,6 @@ unsigned grid_of(const char* op, int64_t blocks);
 
 inline constexpr int vector_width = 8;
 
-inline bool aligned16(const void* pointer) {
-  return reinterpret_cast<uintptr_t>(pointer) % 16 == 0;
-}
-/// Every row starts at a multiple of 16 bytes.
-inline bool rows_aligned16(const Tensor& x) {
-  return aligned16(x.raw()) &&
-         (x.rows() <= 1 || x.pitch() * static_cast<int64_t>(size_of(x.dtype())) % 16 == 0);
-}
 /// Rows of `cols` elements can be read and written eight elements at a time in all tensors.
 template <class... Tensors>
 bool vectorizable(int64_t cols, const Tensors&... tensors) {

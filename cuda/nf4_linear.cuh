@@ -28,11 +28,6 @@ struct Problem {
 template <class T>
 Problem<T> problem_of(const Tensor& y, const Tensor& x, const Nf4Tensor& w, const Tensor& addend,
                       const Tensor& workspace) {
-  QLAB_CHECK(
-      rows_aligned16(x) && rows_aligned16(y) && aligned16(w.codes.raw()) &&
-          (!addend.defined() || rows_aligned16(addend)),
-      "[nf4_matmul] rows must start at multiples of 16 bytes: y {}, pitch {}, x {}, pitch {}",
-      y.str(), y.pitch(), x.str(), x.pitch());
   return {.codes = w.codes.data<uint8_t>(),
           .scales = scales_of(w),
           .x = x.data<T>(),

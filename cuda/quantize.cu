@@ -247,13 +247,11 @@ void dequantize(const Tensor& y, const Tensor& codes, const Scales& scales) {
   const int64_t n = y.numel(), cols = y.contiguous() ? n : y.cols();
   if (!vectorizable(cols, y, codes)) {
     const unsigned blocks = grid_of("dequantize_nf4", ceil_div<int64_t>(n, threads));
-    dequantize_elements_kernel<T, nested><<<blocks, threads, 0, current_stream()>>>(
-        y.data<T>(), codes.data<uint8_t>(), scales, n, cols, y.pitch());
+    launch_kernel("dequantize_nf4", dequantize_elements_kernel<T, nested>, {blocks, threads},
+                  y.data<T>(), codes.data<uint8_t>(), scales, n, cols, y.pitch());
     return;
   }
   const int64_t words = n / vector_width;
-  QLAB_CHECK(words <= INT32_MAX - words_per_block,
-             "[dequantize_nf4] {} is too large for one launch", y.str());
   launch_early("dequantize_nf4", dequantize_words_kernel<T, nested>,
                static_cast<unsigned>(ceil_div<int64_t>(words, words_per_block)), dequantize_threads,
                y.data<T>(), reinterpret_cast<const uint32_t*>(codes.raw()), scales,
@@ -272,14 +270,14 @@ void quantize_nf4(const Tensor& codes, const Tensor& absmax, const Tensor& sums,
       n % vector_width == 0 && aligned16(x.raw()) && block_size <= warp_size * vector_width;
   dispatch(CudaFloats{}, x.dtype(), "quantize_nf4", [&]<class T>() {
     if (vectors)
-      quantize_vectors_kernel<<<grid, threads, 0, current_stream()>>>(
-          static_cast<uint32_t*>(codes.raw()), absmax.data<float>(), sum, x.data<T>(), n, blocks,
-          static_cast<int>(block_size / vector_width));
+      launch_kernel("quantize_nf4", quantize_vectors_kernel<T>, {grid, threads},
+                    static_cast<uint32_t*>(codes.raw()), absmax.data<float>(), sum, x.data<T>(), n,
+                    blocks, static_cast<int>(block_size / vector_width));
     else
-      quantize_elements_kernel<<<grid, threads, 0, current_stream()>>>(
-          codes.data<uint8_t>(), absmax.data<float>(), sum, x.data<T>(), n, blocks, block_size);
+      launch_kernel("quantize_nf4", quantize_elements_kernel<T>, {grid, threads},
+                    codes.data<uint8_t>(), absmax.data<float>(), sum, x.data<T>(), n, blocks,
+                    block_size);
   });
-  check_launch("quantize_nf4");
 }
 
 void quantize_scales(const Nf4Tensor& out, const Tensor& absmax, const Tensor& sums) {
@@ -301,7 +299,6 @@ void dequantize_nf4(const Tensor& y, const Nf4Tensor& x) {
     x.double_quant ? dequantize<T, true>(y, x.codes, scales)
                    : dequantize<T, false>(y, x.codes, scales);
   });
-  check_launch("dequantize_nf4");
 }
 
 }  // namespace qlab::cuda

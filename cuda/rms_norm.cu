@@ -146,12 +146,10 @@ void rms_norm(const Tensor& y, const Tensor& r, const Tensor& x, const Tensor& w
   const Geometry g = geometry(vectors ? cols / vector_width : cols);
   dispatch(CudaFloats{}, x.dtype(), "rms_norm", [&]<class T>() {
     with_geometry(vectors, g.held, [&]<int width, int held>() {
-      rms_norm_kernel<T, width, held><<<blocks, g.threads, 0, current_stream()>>>(
-          y.data<T>(), r.data<float>(), x.data<T>(), w.data<float>(), cols, y.pitch(), x.pitch(),
-          eps);
+      launch_kernel("rms_norm", rms_norm_kernel<T, width, held>, {blocks, g.threads}, y.data<T>(),
+                    r.data<float>(), x.data<T>(), w.data<float>(), cols, y.pitch(), x.pitch(), eps);
     });
   });
-  check_launch("rms_norm");
 }
 
 void rms_norm_backward(const Tensor& dx, const Tensor& g, const Tensor& x, const Tensor& w,
@@ -164,13 +162,12 @@ void rms_norm_backward(const Tensor& dx, const Tensor& g, const Tensor& x, const
   const Geometry geo = geometry(vectors ? cols / vector_width : cols);
   dispatch(CudaFloats{}, x.dtype(), "rms_norm_backward", [&]<class T>() {
     with_geometry(vectors, geo.held, [&]<int width, int held>() {
-      rms_norm_backward_kernel<T, width, held><<<blocks, geo.threads, 0, current_stream()>>>(
-          dx.data<T>(), g.data<T>(), x.data<T>(), w.data<float>(), r.data<float>(),
-          added ? residual.data<T>() : nullptr, cols, dx.pitch(), g.pitch(), x.pitch(),
-          added ? residual.pitch() : 0);
+      launch_kernel("rms_norm_backward", rms_norm_backward_kernel<T, width, held>,
+                    {blocks, geo.threads}, dx.data<T>(), g.data<T>(), x.data<T>(), w.data<float>(),
+                    r.data<float>(), added ? residual.data<T>() : static_cast<T*>(nullptr), cols,
+                    dx.pitch(), g.pitch(), x.pitch(), added ? residual.pitch() : 0);
     });
   });
-  check_launch("rms_norm_backward");
 }
 
 }  // namespace qlab::cuda

@@ -38,7 +38,7 @@ int device_count() { return 0; }
 std::string build_version() { return ""; }
 std::string device_name(int) { missing(); }
 bool supports_bf16(int) { missing(); }
-int compute_capability(int) { return 90; }
+int compute_capability(int) { missing(); }
 MemoryInfo memory_info(int) { missing(); }
 void set_device(int) { missing(); }
 void* allocate(size_t, int) { missing(); }
@@ -107,8 +107,8 @@ void nf4_matmul_simt(In, In, const Nf4Tensor&, Op, In, In) { missing(); }
 void nf4_matmul_mma(In, In, const Nf4Tensor&, Op, In, In) { missing(); }
 bool nf4_wgmma_available() { return true; }
 void nf4_matmul_wgmma(In, In, const Nf4Tensor&, Op, In) { missing(); }
-void grad_norm(In, In, In) { missing(); }
-void adamw(In, In, In, In, In, In) { missing(); }
-void adamw8bit(In, const Moments8&, int64_t, int64_t, In, In, In) { missing(); }
+void grad_norm(std::span<const GradNorm>) { missing(); }
+void adamw(std::span<const AdamWUpdate>) { missing(); }
+void adamw8bit(std::span<const AdamW8Update>) { missing(); }
 
 }  // namespace qlab::cuda

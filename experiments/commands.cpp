@@ -23,7 +23,10 @@ using Json = nlohmann::json;
 // With --device-memory the allocator behaves as if the device had no more.
 Device open_device(const CommonOptions& common) {
   const Device device = parse_device(common.device);
-  if (device.is_cuda()) cuda::set_device(device.index);
+  if (device.is_cuda()) {
+    cuda::set_device(device.index);
+    compute_capability(device);  // throws where there is no code for this GPU
+  }
   if (common.device_memory.empty()) return device;
   const auto bytes = parse_bytes(common.device_memory);
   if (!bytes || *bytes == 0)

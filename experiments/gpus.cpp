@@ -15,25 +15,29 @@ namespace {
 // libraries. `make gpu-bench PART=memory` prints it, by a training of SmolLM2-135M's shapes.
 struct Row {
   const char* name;
+  int capability;                       // by NVIDIA's list of CUDA GPUs
   int64_t mib;                          // total memory in nvidia-smi
   std::optional<int64_t> context = {};  // MiB, where it was measured
 };
-constexpr Row rows[] = {{"h100-80gb", 81559, 1024},
-                        {"h200", 143771},
-                        {"a100-40gb", 40960},
-                        {"a100-80gb", 81920},
-                        {"l40s", 46068},
-                        {"l4", 23034},
-                        {"a10g", 23028},
-                        {"rtx3090", 24576},
-                        {"rtx4090", 24564},
-                        {"rtx5090", 32607},
-                        {"t4", 15360}};
+constexpr Row rows[] = {{"h100-80gb", 90, 81559, 1024},
+                        {"h200", 90, 143771},
+                        {"a100-40gb", 80, 40960},
+                        {"a100-80gb", 80, 81920},
+                        {"l40s", 89, 46068},
+                        {"l4", 89, 23034},
+                        {"a10g", 86, 23028},
+                        {"rtx3090", 86, 24576},
+                        {"rtx4090", 89, 24564},
+                        {"rtx5090", 120, 32607},
+                        {"t4", 75, 15360}};
 constexpr int64_t assumed_context = 600;
 constexpr const char* not_measured = "assumed: not measured on this GPU";
 
 GpuSpec spec_of(const Row& row) {
-  return {row.name, row.mib << 20, row.context.has_value(),
+  return {row.name,
+          row.mib << 20,
+          row.capability,
+          row.context.has_value(),
           row.context.value_or(assumed_context) << 20,
           row.context ? "measured on this GPU" : not_measured};
 }
@@ -57,7 +61,10 @@ GpuSpec find_gpu(const std::string& text) {
   if (!bytes || *bytes == 0)
     fail("--gpu {}: unknown; known are {}, or give its memory, for example 24GiB", text,
          known_gpus());
-  return {text, *bytes, false, assumed_context << 20, not_measured};
+  return {.name = text,
+          .memory_bytes = *bytes,
+          .context_bytes = assumed_context << 20,
+          .context_note = not_measured};
 }
 
 MemoryTarget target_here(Device device) {
@@ -67,7 +74,11 @@ MemoryTarget target_here(Device device) {
   if (free < unlimited - held) target.capacity = free + held;
   if (device.is_cuda()) {
     const auto total = static_cast<int64_t>(cuda::memory_info(device.index).total_bytes);
-    target.gpu = GpuSpec{target.name, total, true, total - target.capacity.value_or(total),
+    target.gpu = GpuSpec{target.name,
+                         total,
+                         compute_capability(device),
+                         true,
+                         total - target.capacity.value_or(total),
                          "and other programs, now"};
   }
   return target;
@@ -81,6 +92,7 @@ MemoryTarget memory_target(const std::string& gpu, const std::string& device) {
   MemoryTarget target{Device::cuda(), "a GPU (--gpu names one)", {}, {}, gpu_rates(gpu)};
   if (gpu.empty()) return target;
   target.gpu = find_gpu(gpu);
+  target.device = Device::gpu(target.gpu->capability);
   target.name = target.gpu->name;
   target.capacity = target.gpu->usable();
   return target;

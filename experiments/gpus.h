@@ -12,6 +12,7 @@ namespace qlab {
 struct GpuSpec {
   std::string name;           // "h100-80gb"
   int64_t memory_bytes = 0;   // in all, as the driver reports it
+  int capability = 90;        // 75 for 7.5
   bool measured = false;      // whether context_bytes was measured on this GPU
   int64_t context_bytes = 0;  // taken by driver and libraries before and beside the allocator
   const char* context_note = "";

@@ -220,10 +220,14 @@ MemoryPrediction predict_memory(const ModelSource& model, std::span<const PaperT
     out.phases.push_back(accounts.phase("reserve"));
     const WorkCounter counter;
     count_largest_step(*stepper, participants);
+    std::vector<AdamW::Step> updates;
     for (const PaperRun& run : runs) {
       fill_zero(run.adapter->gradients());
-      run.optimizer->step(run.adapter->parameters(), run.adapter->gradients(), 0.0f,
-                          stepper->idle());
+      updates.push_back(
+          {run.optimizer.get(), run.adapter->parameters(), run.adapter->gradients(), 0.0f});
+    }
+    AdamW::step(updates, stepper->idle());
+    for (const PaperRun& run : runs) {
       run.adapter->refresh();
       out.paged_out += run.optimizer->moments().bytes_on_host();
     }

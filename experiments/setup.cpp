@@ -69,7 +69,7 @@ int64_t streamed_layers(const Config& config, int64_t layers) {
 }
 
 DType compute_dtype(const Config& config, Device device) {
-  const bool bf16 = !device.is_cuda() || cuda::supports_bf16(device.index);
+  const bool bf16 = supports_bf16(device);
   if (config.quant.compute_dtype == "auto") {
     if (device.target == DeviceType::cpu) return DType::f32;
     return bf16 ? DType::bf16 : DType::f16;
@@ -77,8 +77,8 @@ DType compute_dtype(const Config& config, Device device) {
   const DType asked = dtype_from_name(config.quant.compute_dtype);
   if (asked == DType::bf16 && !bf16)
     fail(
-        "quant.compute_dtype: bf16 needs a GPU of compute capability 8.0 or newer, and {} is "
-        "older: set fp16",
+        "quant.compute_dtype: bf16 needs compute capability 8.0 or newer, and {} is older: set "
+        "fp16 or auto",
         device_description(device));
   return asked;
 }

@@ -25,8 +25,7 @@ Recompute recompute_of(const Config& config);
 /// What model.streamed_layers asks for of a model of so many; auto: none.
 int64_t streamed_layers(const Config& config, int64_t layers);
 /// What quant.compute_dtype means on the device. Unless said: fp32 on the CPU, bf16 on a GPU, fp16
-/// on one that has no bf16. What stands for a GPU in a prediction (meta) has bf16; fp16 has
-/// the same tensors, but with dropout other scratch (nn/adapter_products.h).
+/// on one that has no bf16. In a prediction (meta) the GPU it is made for decides.
 DType compute_dtype(const Config& config, Device device);
 /// The word for it in quant.compute_dtype.
 std::string compute_dtype_word(DType compute);

@@ -126,12 +126,15 @@ void TrialRun::record_evaluation(const Evaluation& evaluation) {
                          evaluation.loss, evaluation.trained_tokens));
 }
 
-void TrialRun::update(const Tensor& idle) {
+AdamW::Step TrialRun::begin_update() {
   lr_ = config_.optim.lr * schedule_factor(schedule_, progress_.step, warmup_steps_, total_steps_);
   const float factor = loss_factor();
   if (factor != 1) scale_inplace(adapter_->gradients(), 1 / factor);
-  optimizer_->step(adapter_->parameters(), adapter_->gradients(), static_cast<float>(lr_), idle);
-  adapter_->refresh();
+  return {optimizer_.get(), adapter_->parameters(), adapter_->gradients(), static_cast<float>(lr_)};
+}
+
+void TrialRun::end_update() {
+  const float factor = loss_factor();
   const double norm = scalar(optimizer_->grad_norm());
   traffic_ = optimizer_->moments().traffic();
   note_pages();
@@ -434,10 +437,14 @@ void Gang::train_step() {
       rows[i].first->loss_ += sum * rows[i].second;
     }
   }
+  std::vector<AdamW::Step> updates;
   for (TrialRun* t : active) {
     t->progress_.tokens += t->step_tokens_;
-    t->update(stepper_.idle());
+    updates.push_back(t->begin_update());
   }
+  AdamW::step(updates, stepper_.idle());
+  for (TrialRun* t : active) t->adapter_->refresh();
+  for (TrialRun* t : active) t->end_update();
   const double seconds = seconds_since(start);
   for (TrialRun* t : active) {
     t->progress_.seconds += seconds;

@@ -43,7 +43,9 @@ class TrialRun {
   /// The last tenth, of which the summary gives the mean loss.
   int64_t last_steps() const { return std::max<int64_t>(1, total_steps_ / 10); }
   void record_evaluation(const Evaluation& evaluation);
-  void update(const Tensor& idle);
+  /// The optimizer's part of a step, to be taken with that of the gang's others; then the rest.
+  AdamW::Step begin_update();
+  void end_update();
   /// Of the step's loss: 1 unless the run computes in fp16.
   float loss_factor() const { return scales_loss_ ? progress_.loss_scale.factor : 1.0f; }
   void note_pages();

@@ -28,7 +28,7 @@ bool on_tensor_cores(const AdapterRows& rows, int64_t max_rank, const Tensor& fi
         part.column != static_cast<int64_t>(i) * width || part.row % 8 != 0 || part.out() % 8 != 0)
       return false;
   }
-  return cuda::adapter_kernels_present();
+  return first.device().capability != 0 || cuda::adapter_kernels_present();
 }
 
 Tensor workspace_of(int64_t bytes, Device device) {

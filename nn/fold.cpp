@@ -2,10 +2,25 @@
 
 #include <algorithm>
 
+#include "core/gpu_limits.h"
 #include "core/parallel.h"
 #include "core/profile.h"
 
 namespace qlab {
+
+void check_foldable(const Tensor& block, int64_t width) {
+  const int64_t n = block.dim(0) - width, k = block.dim(1) - width;
+  if (block.device().target == DeviceType::cuda && k % 8 != 0)
+    fail(
+        "[fold_adapters] a GPU folds adapters in 16 bits into weights whose inputs are a multiple "
+        "of 8, got {} in {}; quant.compute_dtype: fp32 takes any number",
+        k, block.str());
+  check_gpu_rows("fold_adapters", block);
+  check_gpu_count("fold_adapters", block,
+                  "groups of eight elements beside and below a weight (by lora.r and "
+                  "parallel.trials_per_gpu)",
+                  (n + k) * (width / 8));
+}
 
 void fold_adapters(const Tensor& block, int64_t width, std::span<const FoldPart> parts) {
   QLAB_CHECK(
@@ -28,6 +43,7 @@ void fold_adapters(const Tensor& block, int64_t width, std::span<const FoldPart>
     used = part.column + r;
   }
   if (width == 0) return;
+  check_foldable(block, width);
   const OpScope scope("fold_adapters", block.device(),
                       {0, static_cast<double>(width * (block.dim(0) + block.dim(1))) *
                               static_cast<double>(size_of(block.dtype()))});

@@ -40,6 +40,10 @@ QLAB_HD inline float foldable(float x) {
 /// [N + R, K + R], R = width; each element rounded once from fp32. The last R x R stay as they are.
 void fold_adapters(const Tensor& block, int64_t width, std::span<const FoldPart> parts);
 
+/// Throws where the block is on a GPU that cannot fold adapters of so many columns into it. A block
+/// on meta is never filled, so its owner asks.
+void check_foldable(const Tensor& block, int64_t width);
+
 namespace cpu {
 void fold_adapters(const Tensor& block, int64_t width, std::span<const FoldPart> parts);
 }

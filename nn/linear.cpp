@@ -103,7 +103,10 @@ Tensor folded_block(const LinearGroup& group, const Layout& layout, bool expand,
              "smaller parallel.trials_per_gpu",
              parts.size(), group.members.front().name, max_fold_parts);
   // Weights held are real in a dry run too.
-  if (!device.is_meta()) fold_adapters(block, width, parts);
+  if (device.is_meta())
+    check_foldable(block, width);
+  else
+    fold_adapters(block, width, parts);
   return block;
 }
 

@@ -17,36 +17,45 @@ void check_flat(const char* op, const char* name, const Tensor& x, int64_t n, co
 
 }  // namespace
 
-void grad_norm(const Tensor& norm, const Tensor& grad, const Tensor& workspace) {
-  check_flat("grad_norm", "grad", grad, grad.numel(), grad);
-  check_flat("grad_norm", "norm", norm, 1, grad);
-  check_shape("grad_norm", "workspace", workspace, {grad_norm_partials});
-  check_device("grad_norm", grad, workspace);
-  const OpScope scope("grad_norm", grad.device(), {0, bytes_of_all(grad)});
+void grad_norm(std::span<const GradNorm> trials) {
+  if (trials.empty()) return;
+  double bytes = 0;
+  for (const GradNorm& t : trials) {
+    check_flat("grad_norm", "grad", t.grad, t.grad.numel(), trials[0].grad);
+    check_flat("grad_norm", "norm", t.norm, 1, t.grad);
+    check_shape("grad_norm", "workspace", t.workspace, {grad_norm_partials});
+    check_device("grad_norm", t.grad, t.workspace);
+    bytes += bytes_of_all(t.grad);
+  }
+  const Device device = trials[0].grad.device();
+  const OpScope scope("grad_norm", device, {0, bytes});
   on_device(
-      grad.device(), [&] { cpu::grad_norm(norm, grad, workspace); },
-      [&] { cuda::grad_norm(norm, grad, workspace); });
+      device, [&] { cpu::grad_norm(trials); }, [&] { cuda::grad_norm(trials); });
 }
 
-void adamw(const Tensor& param, const Tensor& m, const Tensor& v, const Tensor& grad,
-           const Tensor& step, const Tensor& norm) {
-  const int64_t n = param.numel();
-  check_flat("adamw", "param", param, n, param);
-  check_flat("adamw", "m", m, n, param);
-  check_flat("adamw", "v", v, n, param);
-  check_flat("adamw", "grad", grad, n, param);
-  check_flat("adamw", "step", step, 8, param);
-  check_flat("adamw", "norm", norm, 1, param);
-  if (n == 0) return;
-  const OpScope scope("adamw", param.device(), {0, 7 * bytes_of_all(param)});
+void adamw(std::span<const AdamWUpdate> trials) {
+  double bytes = 0;
+  for (const AdamWUpdate& t : trials) {
+    const int64_t n = t.param.numel();
+    check_flat("adamw", "param", t.param, n, trials[0].param);
+    check_flat("adamw", "m", t.m, n, t.param);
+    check_flat("adamw", "v", t.v, n, t.param);
+    check_flat("adamw", "grad", t.grad, n, t.param);
+    check_flat("adamw", "step", t.step, 8, t.param);
+    check_flat("adamw", "norm", t.norm, 1, t.param);
+    bytes += 7 * bytes_of_all(t.param);
+  }
+  if (bytes == 0) return;
+  const Device device = trials[0].param.device();
+  const OpScope scope("adamw", device, {0, bytes});
   on_device(
-      param.device(), [&] { cpu::adamw(param, m, v, grad, step, norm); },
-      [&] { cuda::adamw(param, m, v, grad, step, norm); });
+      device, [&] { cpu::adamw(trials); }, [&] { cuda::adamw(trials); });
 }
 
 namespace cpu {
+namespace {
 
-void grad_norm(const Tensor& norm, const Tensor& grad, const Tensor& workspace) {
+void norm_of(const Tensor& norm, const Tensor& grad, const Tensor& workspace) {
   const int64_t n = grad.numel(), chunk = (n + grad_norm_partials - 1) / grad_norm_partials;
   const float* g = grad.data<float>();
   double* partial = workspace.data<double>();
@@ -68,17 +77,26 @@ void grad_norm(const Tensor& norm, const Tensor& grad, const Tensor& workspace) 
   *norm.data<float>() = static_cast<float>(std::sqrt(sum));
 }
 
-void adamw(const Tensor& param, const Tensor& m, const Tensor& v, const Tensor& grad,
-           const Tensor& step, const Tensor& norm) {
-  const float gradient_norm = *norm.data<float>();
+void update(const AdamWUpdate& t) {
+  const float gradient_norm = *t.norm.data<float>();
   if (!std::isfinite(gradient_norm)) return;
-  const AdamWStep s = adamw_step(step.data<float>());
+  const AdamWStep s = adamw_step(t.step.data<float>());
   const float clip = clip_factor(s, gradient_norm);
-  float *p = param.data<float>(), *first = m.data<float>(), *second = v.data<float>();
-  const float* g = grad.data<float>();
-  parallel_for(param.numel(), 1 << 14, [=](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) adamw_rule(p[i], first[i], second[i], g[i], s, clip);
+  float *p = t.param.data<float>(), *m = t.m.data<float>(), *v = t.v.data<float>();
+  const float* g = t.grad.data<float>();
+  parallel_for(t.param.numel(), 1 << 14, [=](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) adamw_rule(p[i], m[i], v[i], g[i], s, clip);
   });
+}
+
+}  // namespace
+
+void grad_norm(std::span<const GradNorm> trials) {
+  for (const GradNorm& t : trials) norm_of(t.norm, t.grad, t.workspace);
+}
+
+void adamw(std::span<const AdamWUpdate> trials) {
+  for (const AdamWUpdate& t : trials) update(t);
 }
 
 }  // namespace cpu

@@ -3,10 +3,13 @@
 //   p = p (1 - lr wd);  m = b1 m + (1 - b1) g;  v = b2 v + (1 - b2) g^2
 //   p = p - (lr / c1) m / (sqrt(v) / sqrt(c2) + eps),  c1 = 1 - b1^t,  c2 = 1 - b2^t
 // with g scaled by min(1, max_grad_norm / (norm + 1e-6)), as torch's clip_grad_norm_ does.
-// All adapters of a trial are one flat fp32 buffer, so a step is one norm and one update launch.
+// All adapters of a trial are one flat fp32 buffer, and trials that train together share the
+// launches of a step: two for the norms, one for the updates. Each has the bits that it has alone.
 // A step whose gradient norm is not finite is skipped on the device: nothing is written, and the
 // host, which reads the norm later, fails that trial alone.
 #pragma once
+#include <span>
+
 #include "core/tensor.h"
 
 namespace qlab {
@@ -47,23 +50,37 @@ QLAB_HD inline void adamw_rule(float& p, float& m, float& v, float g, const Adam
   p -= s.lr / s.correction1 * m / denominator;
 }
 
-/// norm [1] fp32 = sqrt(sum g^2), in a fixed order; `workspace` takes the partial sums, fp64
-/// [grad_norm_partials].
-void grad_norm(const Tensor& norm, const Tensor& grad, const Tensor& workspace);
-/// param, grad, m, v: fp32 [n]. step: fp32 [8] on the same device. norm: fp32 [1].
-void adamw(const Tensor& param, const Tensor& m, const Tensor& v, const Tensor& grad,
-           const Tensor& step, const Tensor& norm);
-
 inline constexpr int64_t grad_norm_partials = 1024;
 
+/// norm [1] fp32 = sqrt(sum g^2), in a fixed order; `workspace` takes the partial sums, fp64
+/// [grad_norm_partials].
+struct GradNorm {
+  Tensor norm, grad, workspace;
+};
+/// param, grad, m, v: fp32 [n]. step: fp32 [8] on the same device. norm: fp32 [1].
+struct AdamWUpdate {
+  Tensor param, m, v, grad, step, norm;
+};
+/// Of several trials on one device.
+void grad_norm(std::span<const GradNorm> trials);
+void adamw(std::span<const AdamWUpdate> trials);
+/// Of one.
+inline void grad_norm(const Tensor& norm, const Tensor& grad, const Tensor& workspace) {
+  const GradNorm one{norm, grad, workspace};
+  grad_norm(std::span(&one, 1));
+}
+inline void adamw(const Tensor& param, const Tensor& m, const Tensor& v, const Tensor& grad,
+                  const Tensor& step, const Tensor& norm) {
+  const AdamWUpdate one{param, m, v, grad, step, norm};
+  adamw(std::span(&one, 1));
+}
+
 namespace cpu {
-void grad_norm(const Tensor& norm, const Tensor& grad, const Tensor& workspace);
-void adamw(const Tensor& param, const Tensor& m, const Tensor& v, const Tensor& grad,
-           const Tensor& step, const Tensor& norm);
+void grad_norm(std::span<const GradNorm> trials);
+void adamw(std::span<const AdamWUpdate> trials);
 }  // namespace cpu
 namespace cuda {
-void grad_norm(const Tensor& norm, const Tensor& grad, const Tensor& workspace);
-void adamw(const Tensor& param, const Tensor& m, const Tensor& v, const Tensor& grad,
-           const Tensor& step, const Tensor& norm);
+void grad_norm(std::span<const GradNorm> trials);
+void adamw(std::span<const AdamWUpdate> trials);
 }  // namespace cuda
 }  // namespace qlab

@@ -35,45 +35,62 @@ Blocks8 Blocks8::of(const std::vector<int64_t>& sizes) {
   return blocks;
 }
 
-void adamw8bit(const Tensor& param, const Moments8& s, int64_t first, int64_t last,
-               const Tensor& grad, const Tensor& step, const Tensor& norm) {
-  const int64_t n = param.numel();
-  check_f32("param", param, {n}, param);
-  check_f32("grad", grad, {n}, param);
-  check_f32("step", step, {8}, param);
-  check_f32("norm", norm, {1}, param);
-  check_f32("maps", s.maps, {2, 256}, param);
-  check_f32("absmax", s.absmax, {2, s.coded}, param);
-  check_f32("plain", s.plain, {2, s.plain.dim(1)}, param);
-  QLAB_CHECK(0 <= first && first <= last && last <= s.coded + s.plain.dim(1) / adamw8bit_block,
-             "[adamw8bit] there are no blocks {} to {}", first, last);
-  const int64_t codes = adamw8bit_block * std::max<int64_t>(std::min(last, s.coded) - first, 0);
+namespace {
+
+void check(const AdamW8Update& t) {
+  const int64_t n = t.param.numel();
+  const Moments8& s = t.moments;
+  check_f32("param", t.param, {n}, t.param);
+  check_f32("grad", t.grad, {n}, t.param);
+  check_f32("step", t.step, {8}, t.param);
+  check_f32("norm", t.norm, {1}, t.param);
+  check_f32("maps", s.maps, {2, 256}, t.param);
+  check_f32("absmax", s.absmax, {2, s.coded}, t.param);
+  check_f32("plain", s.plain, {2, s.plain.dim(1)}, t.param);
+  QLAB_CHECK(
+      0 <= t.first && t.first <= t.last && t.last <= s.coded + s.plain.dim(1) / adamw8bit_block,
+      "[adamw8bit] there are no blocks {} to {}", t.first, t.last);
+  const int64_t codes = adamw8bit_block * std::max<int64_t>(std::min(t.last, s.coded) - t.first, 0);
   for (const Tensor* x : {&s.m, &s.v}) {
     check_shape("adamw8bit", "codes", *x, {codes});
     QLAB_CHECK(x->dtype() == DType::u8, "[adamw8bit] codes must be uint8, got {}", x->str());
-    check_device("adamw8bit", param, *x);
+    check_device("adamw8bit", t.param, *x);
   }
-  if (first == last) return;
+}
+
+}  // namespace
+
+void adamw8bit(std::span<const AdamW8Update> trials) {
+  int64_t blocks = 0;
+  for (const AdamW8Update& t : trials) {
+    check(t);
+    check_device("adamw8bit", trials[0].param, t.param);
+    blocks += t.last - t.first;
+  }
+  if (blocks == 0) return;
+  const Device device = trials[0].param.device();
   // Read and written: p and both codes; read: g.
-  const OpScope scope("adamw8bit", param.device(),
-                      {0, 16.0 * static_cast<double>(adamw8bit_block * (last - first))});
+  const OpScope scope("adamw8bit", device,
+                      {0, 16.0 * static_cast<double>(adamw8bit_block * blocks)});
   on_device(
-      param.device(), [&] { cpu::adamw8bit(param, s, first, last, grad, step, norm); },
-      [&] { cuda::adamw8bit(param, s, first, last, grad, step, norm); });
+      device, [&] { cpu::adamw8bit(trials); }, [&] { cuda::adamw8bit(trials); });
 }
 
 namespace cpu {
+namespace {
 
-void adamw8bit(const Tensor& param, const Moments8& moments, int64_t first, int64_t last,
-               const Tensor& grad, const Tensor& step, const Tensor& norm) {
-  const float gradient_norm = *norm.data<float>();
+void update(const AdamW8Update& t) {
+  const float gradient_norm = *t.norm.data<float>();
   if (!std::isfinite(gradient_norm)) return;
-  const AdamWStep s = adamw_step(step.data<float>());
+  const Moments8& moments = t.moments;
+  const int64_t first = t.first, last = t.last;
+  const AdamWStep s = adamw_step(t.step.data<float>());
   const float clip = clip_factor(s, gradient_norm);
   const int64_t coded = moments.coded, tensors = moments.table.dim(0);
   const int64_t* table = moments.table.data<int64_t>();
-  const float *map = moments.maps.data<float>(), *unsigned_map = map + 256, *g = grad.data<float>();
-  float *p = param.data<float>(), *absmax = moments.absmax.data<float>();
+  const float *map = moments.maps.data<float>(), *unsigned_map = map + 256,
+              *g = t.grad.data<float>();
+  float *p = t.param.data<float>(), *absmax = moments.absmax.data<float>();
   float *plain_m = moments.plain.data<float>(), *plain_v = plain_m + moments.plain.dim(1);
   uint8_t *m_codes = moments.m.data<uint8_t>(), *v_codes = moments.v.data<uint8_t>();
   parallel_for(last - first, 64, [=](int64_t from, int64_t to) {
@@ -103,6 +120,12 @@ void adamw8bit(const Tensor& param, const Moments8& moments, int64_t first, int6
       }
     }
   });
+}
+
+}  // namespace
+
+void adamw8bit(std::span<const AdamW8Update> trials) {
+  for (const AdamW8Update& t : trials) update(t);
 }
 
 }  // namespace cpu

@@ -6,7 +6,8 @@
 //   p = p (1 - lr wd), after the update;  absmax = max |m| or |v| of the block
 //   code = the map's entry nearest to m / absmax, moved one towards m's sign where signs differ
 // Smaller tensors keep m and v in fp32, by the same formula. g is clipped, and a step whose norm is
-// not finite is skipped, as in optim/adamw.h. One launch updates all adapters of a trial.
+// not finite is skipped, as in optim/adamw.h. One launch updates all adapters of
+// all trials that train together.
 #pragma once
 #include <vector>
 
@@ -36,9 +37,21 @@ struct Moments8 {
   int64_t coded = 0;  // blocks in 8 bits, of the whole
 };
 
-/// Updates blocks [first, last). param, grad: fp32 [n]; step: fp32 [8]; norm: fp32 [1].
-void adamw8bit(const Tensor& param, const Moments8& moments, int64_t first, int64_t last,
-               const Tensor& grad, const Tensor& step, const Tensor& norm);
+/// Of blocks [first, last). param, grad: fp32 [n]; step: fp32 [8]; norm: fp32 [1].
+struct AdamW8Update {
+  Tensor param;
+  Moments8 moments;
+  int64_t first, last;
+  Tensor grad, step, norm;
+};
+/// Of several trials on one device.
+void adamw8bit(std::span<const AdamW8Update> trials);
+/// Of one.
+inline void adamw8bit(const Tensor& param, const Moments8& moments, int64_t first, int64_t last,
+                      const Tensor& grad, const Tensor& step, const Tensor& norm) {
+  const AdamW8Update one{param, moments, first, last, grad, step, norm};
+  adamw8bit(std::span(&one, 1));
+}
 
 /// The tensor of a block: the last one that begins at or before it.
 QLAB_HD inline int64_t tensor_of_block(const int64_t* table, int64_t tensors, int64_t block) {
@@ -68,11 +81,9 @@ QLAB_HD inline uint8_t signed_code(const float* map, float m, float absmax) {
 }
 
 namespace cpu {
-void adamw8bit(const Tensor& param, const Moments8& moments, int64_t first, int64_t last,
-               const Tensor& grad, const Tensor& step, const Tensor& norm);
+void adamw8bit(std::span<const AdamW8Update> trials);
 }
 namespace cuda {
-void adamw8bit(const Tensor& param, const Moments8& moments, int64_t first, int64_t last,
-               const Tensor& grad, const Tensor& step, const Tensor& norm);
+void adamw8bit(std::span<const AdamW8Update> trials);
 }
 }  // namespace qlab

@@ -51,7 +51,7 @@ int64_t AdamW::moment_size() const {
   return config_.eight_bit ? Moments::block_size * blocks_.coded : parameters_;
 }
 
-void AdamW::step(const Tensor& parameters, const Tensor& gradients, float lr, const Tensor& idle) {
+void AdamW::begin(float lr) {
   ++steps_;
   const auto t = static_cast<double>(steps_);
   const AdamWStep s{
@@ -73,20 +73,53 @@ void AdamW::step(const Tensor& parameters, const Tensor& gradients, float lr, co
                     .data(),
                 8, host.data<float>());
   copy(step_, host);
-  qlab::grad_norm(norm_, gradients, partials_);
-  moments_->visit(idle, [&](int64_t first, int64_t last, const Tensor& m, const Tensor& v) {
-    if (config_.eight_bit) {
-      const Moments8 own{table_, maps_, absmax_, plain_, m, v, blocks_.coded};
-      // The small tensors go with the last of the others.
-      const int64_t end = last == blocks_.coded ? last + blocks_.plain : last;
-      adamw8bit(parameters, own, first, end, gradients, step_, norm_);
-      return;
-    }
-    const int64_t begin = Moments::block_size * first,
-                  end = std::min(Moments::block_size * last, parameters_);
-    adamw(parameters.slice_rows(begin, end), m.slice_rows(0, end - begin),
-          v.slice_rows(0, end - begin), gradients.slice_rows(begin, end), step_, norm_);
-  });
+}
+
+void AdamW::step(const Tensor& parameters, const Tensor& gradients, float lr, const Tensor& idle) {
+  const Step one{this, parameters, gradients, lr};
+  step(std::span(&one, 1), idle);
+}
+
+void AdamW::step(std::span<const Step> trials, const Tensor& idle) {
+  std::vector<GradNorm> norms;
+  for (const Step& t : trials) {
+    t.optimizer->begin(t.lr);
+    norms.push_back({t.optimizer->norm_, t.gradients, t.optimizer->partials_});
+  }
+  qlab::grad_norm(norms);
+  std::vector<AdamWUpdate> updates;
+  std::vector<AdamW8Update> updates8;
+  const auto issue = [&] {
+    adamw(updates);
+    adamw8bit(updates8);
+    updates.clear(), updates8.clear();
+  };
+  for (const Step& t : trials) {
+    const AdamW& own = *t.optimizer;
+    own.moments_->visit(idle, [&](int64_t first, int64_t last, const Tensor& m, const Tensor& v) {
+      if (own.config_.eight_bit) {
+        const Blocks8& blocks = own.blocks_;
+        // The small tensors go with the last of the others.
+        const int64_t end = last == blocks.coded ? last + blocks.plain : last;
+        updates8.push_back({t.parameters,
+                            {own.table_, own.maps_, own.absmax_, own.plain_, m, v, blocks.coded},
+                            first,
+                            end,
+                            t.gradients,
+                            own.step_,
+                            own.norm_});
+      } else {
+        const int64_t begin = Moments::block_size * first,
+                      end = std::min(Moments::block_size * last, own.parameters_);
+        updates.push_back({t.parameters.slice_rows(begin, end), m.slice_rows(0, end - begin),
+                           v.slice_rows(0, end - begin), t.gradients.slice_rows(begin, end),
+                           own.step_, own.norm_});
+      }
+      // A page is here during its visit alone.
+      if (own.config_.paged) issue();
+    });
+  }
+  issue();
 }
 
 std::vector<std::pair<std::string, Tensor>> AdamW::state() const {

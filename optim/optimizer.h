@@ -2,6 +2,7 @@
 #pragma once
 #include <functional>
 #include <memory>
+#include <span>
 #include <string>
 #include <utility>
 #include <vector>
@@ -25,6 +26,14 @@ class AdamW {
   /// One update with learning rate `lr`; nothing changes when the gradient norm is not finite.
   /// `idle`: memory of the device through which pages may pass, see Moments::visit().
   void step(const Tensor& parameters, const Tensor& gradients, float lr, const Tensor& idle = {});
+  /// The same for trials that train together, each with the bits that it has alone. Those whose
+  /// moments are not paged share their launches.
+  struct Step {
+    AdamW* optimizer;
+    Tensor parameters, gradients;
+    float lr;
+  };
+  static void step(std::span<const Step> trials, const Tensor& idle = {});
   /// L2 norm of the last step's gradients, before clipping: fp32 [1] on the device.
   const Tensor& grad_norm() const { return norm_; }
 
@@ -43,6 +52,8 @@ class AdamW {
 
  private:
   int64_t moment_size() const;
+  /// Counts a step and brings what it needs to the device.
+  void begin(float lr);
 
   AdamWConfig config_;
   int64_t parameters_;

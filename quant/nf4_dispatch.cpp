@@ -57,8 +57,8 @@ std::optional<Nf4Kernel> kernel_of(std::span<const Nf4Line> lines, std::string_v
 std::optional<Nf4Kernel> fastest_nf4_kernel(const Nf4Tensor& w, Op op, int64_t rows, DType dtype,
                                             Device device) {
   if (device.target == DeviceType::cpu) return std::nullopt;
-  const std::optional<Nf4Kernel> chosen =
-      kernel_of(lines, known_gpu(device.index), op, w.shape[0], w.shape[1], rows);
+  const std::string_view gpu = device.capability == 0 ? known_gpu(device.index) : "";
+  const std::optional<Nf4Kernel> chosen = kernel_of(lines, gpu, op, w.shape[0], w.shape[1], rows);
   if (!chosen) return std::nullopt;
   // The other kernel needs no tensor cores.
   for (const Nf4Kernel kernel : {*chosen, Nf4Kernel::simt})

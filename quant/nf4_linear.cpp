@@ -2,6 +2,7 @@
 
 #include <algorithm>
 
+#include "core/gpu_limits.h"
 #include "core/ops/copy.h"
 #include "core/profile.h"
 
@@ -50,11 +51,11 @@ bool nf4_matmul_supported(Nf4Kernel kernel, const Nf4Tensor& w, Op op, int64_t r
   if (kernel == Nf4Kernel::simt) return rows <= cuda::nf4_simt_rows;
   if (kernel == Nf4Kernel::mma)
     return rows <= cuda::nf4_mma_rows && (op == Op::transpose ? n : k) <= cuda::nf4_mma_outputs &&
-           cuda::compute_capability(device.index) >= 80;
+           compute_capability(device) >= 80;
   return (op == Op::transpose ? n : k) % cuda::nf4_wgmma_outputs == 0 &&
          (op == Op::transpose ? k : n) % cuda::nf4_wgmma_depth == 0 &&
-         w.block_size >= cuda::nf4_wgmma_depth && cuda::compute_capability(device.index) == 90 &&
-         cuda::nf4_wgmma_available();
+         w.block_size >= cuda::nf4_wgmma_depth && compute_capability(device) == 90 &&
+         (device.capability != 0 || cuda::nf4_wgmma_available());
 }
 
 void nf4_matmul(const Tensor& y, const Tensor& x, const Nf4Tensor& w, Op op, Nf4Kernel kernel,
@@ -78,6 +79,8 @@ void nf4_matmul(const Tensor& y, const Tensor& x, const Nf4Tensor& w, Op op, Nf4
              "[nf4_matmul] no {} kernel for {} rows of {} with W {} on {}: it takes bfloat16, N a "
              "multiple of 8, K of 32, {}",
              name_of(kernel), m, name_of(x.dtype()), w.shape, device.str(), limits_of(kernel));
+  for (const Tensor* t : {&x, &y, &w.codes, &addend})
+    if (t->defined()) check_gpu_rows("nf4_matmul", *t);
   Tensor weight, workspace;
   {
     const MemoryTag tag(Category::workspace);

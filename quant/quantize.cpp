@@ -6,6 +6,7 @@
 #include <mutex>
 #include <utility>
 
+#include "core/gpu_limits.h"
 #include "core/parallel.h"
 #include "core/profile.h"
 #include "quant/nf4.h"
@@ -128,6 +129,8 @@ Nf4Tensor quantize_nf4(const Tensor& x, int64_t block_size, bool double_quant) {
 void dequantize_nf4(const Tensor& y, const Nf4Tensor& x) {
   check_shape("dequantize_nf4", "y", y, x.shape);
   check_device("dequantize_nf4", y, x.codes);
+  constexpr int64_t most_elements = int64_t{1} << 33;
+  check_gpu_count("dequantize_nf4", y, "elements", y.numel(), most_elements);
   if (y.numel() == 0) return;
   const OpScope scope("dequantize_nf4", y.device(),
                       {0, bytes_of_all(y, x.codes, x.absmax, x.absmax_code, x.absmax2)});

@@ -375,6 +375,24 @@ TEST_F(CommandTest, MemoryNeedsNoGpu) {
   }
 }
 
+// A T4 has no bf16: auto is fp16 there, and has fp16's bytes, which with dropout are not bf16's.
+TEST_F(CommandTest, MemoryComputesInWhatTheGpuHas) {
+  const auto memory = [&](const std::string& compute) {
+    return run({"memory", "synthetic:tiny", "--gpu", "t4", "--json", "--set", "lora.r=16", "--set",
+                "lora.dropout=0.1", "--set", "quant.compute_dtype=" + compute});
+  };
+  const Ended of_auto = memory("auto"), fp16 = memory("fp16"), bf16 = memory("bf16");
+  ASSERT_EQ(of_auto.code, 0) << of_auto.err;
+  EXPECT_EQ(of_auto.out, fp16.out);
+  EXPECT_EQ(bf16.code, 2);
+  EXPECT_THAT(bf16.err, AllOf(HasSubstr("quant.compute_dtype: bf16 needs"),
+                              HasSubstr("compute capability 7.5"), HasSubstr("set fp16 or auto")));
+  const Ended ampere = run({"memory", "synthetic:tiny", "--gpu", "a100-40gb", "--json", "--set",
+                            "lora.r=16", "--set", "lora.dropout=0.1"});
+  EXPECT_NE(nlohmann::json::parse(ampere.out)["peak_bytes"],
+            nlohmann::json::parse(fp16.out)["peak_bytes"]);
+}
+
 TEST_F(CommandTest, MemoryIsCheckedAfterARun) {
   ASSERT_EQ(run({"train", run_file("train: {steps: 2}\n"), "--device", "cpu"}).code, 0);
   const Ended equal = run({"memory", "--check", "runs/run"});

@@ -38,6 +38,18 @@ const std::vector<Member> members = {
 };
 constexpr int64_t steps = 5;
 
+/// How steps use memory and time; no bit depends on it.
+struct Plan {
+  Recompute recompute = Recompute::none;
+  bool resident = false;  // weights held expanded
+  bool graphs = true;
+};
+std::string name_of(const Plan& plan) {
+  constexpr const char* recompute[] = {"none", "selective", "full", "offload"};
+  return fmt::format("recompute {}{}{}", recompute[static_cast<int>(plan.recompute)],
+                     plan.resident ? ", resident" : "", plan.graphs ? ", graphs" : "");
+}
+
 /// What one member went through.
 struct History {
   std::vector<double> loss;      // of each step
@@ -54,8 +66,8 @@ class GangTest : public OpTest {
   }
 
   /// Trains the members with these indices together, segments in that order.
-  std::map<int, History> train(const std::vector<int>& gang,
-                               Recompute recompute = Recompute::none) const {
+  std::map<int, History> train(const std::vector<int>& gang, const Plan& plan = {},
+                               int64_t count = steps) const {
     std::map<int, History> history;
     std::map<int, std::unique_ptr<Adapter>> adapters;
     std::map<int, AdamW> optimizers;
@@ -63,8 +75,8 @@ class GangTest : public OpTest {
       adapters[i] = fresh_adapter(*model_, members[i].lora);
       optimizers.try_emplace(i, AdamWConfig{}, adapters[i]->sizes(), device());
     }
-    Stepper stepper(*model_, recompute);
-    for (int64_t s = 0; s < steps; ++s) {
+    Stepper stepper(*model_, plan.recompute, plan.graphs);
+    for (int64_t s = 0; s < count; ++s) {
       BatchBuilder builder;
       std::vector<Tokens> tokens;
       std::vector<int64_t> rows;
@@ -78,6 +90,9 @@ class GangTest : public OpTest {
                     1.0f / static_cast<float>(std::max<int64_t>(length - 1, 1)));
         rows.push_back(builder.loss_tokens() - before);
       }
+      if (s == 0)
+        model_->hold_resident(plan.resident ? std::numeric_limits<int64_t>::max() : 0,
+                              builder.to(device().meta()));
       const std::vector<float> nll = stepper.run(builder, true);
       size_t row = 0;
       for (size_t g = 0; g < gang.size(); ++g) {
@@ -93,6 +108,7 @@ class GangTest : public OpTest {
       }
     }
     for (const int i : gang) history[i].parameters = adapters[i]->parameters().clone();
+    model_->hold_resident(0, {});
     return history;
   }
 
@@ -113,6 +129,17 @@ class GangTest : public OpTest {
       EXPECT_NEAR(a.loss[s], b.loss[s], bound * (1 + static_cast<double>(s))) << "step " << s;
   }
 
+  /// All that a device tells apart.
+  std::vector<Plan> plans(bool folded) const {
+    std::vector<Plan> all;
+    for (const Recompute recompute : {Recompute::none, Recompute::selective, Recompute::full})
+      for (const bool resident : {false, true})
+        for (const bool graphs : {false, true})
+          if ((folded || !resident) && (device().is_cuda() || !graphs))
+            all.push_back({recompute, resident, graphs});
+    return all;
+  }
+
   std::unique_ptr<Llama> model_;
 };
 
@@ -123,8 +150,8 @@ TEST_P(GangTest, AMemberDoesNotSeeTheOthers) {
     model_->set_folded(folded);
     std::map<int, History> alone;
     for (int i = 0; i < static_cast<int>(members.size()); ++i) alone.merge(train({i}));
-    const std::map<int, History> together = train({0, 1, 2, 3, 4, 5, 6, 7}, Recompute::selective),
-                                 shuffled = train({4, 7, 2, 0, 6, 3, 1, 5}, Recompute::full),
+    const std::map<int, History> together = train({0, 1, 2, 3, 4, 5, 6, 7}, {Recompute::selective}),
+                                 shuffled = train({4, 7, 2, 0, 6, 3, 1, 5}, {Recompute::full}),
                                  healthy = train({3, 1, 2});
     // The CPU's product is the sum of chains over 256 of K (core/cpu/gemm_tile.h). Eight folded
     // adapters make the tiny model's K longer than that, three do not. Models fold on CUDA in
@@ -146,6 +173,54 @@ TEST_P(GangTest, AMemberDoesNotSeeTheOthers) {
       EXPECT_FALSE(std::isfinite(diverged.grad_norm[2]));
       // A step whose gradient is not finite writes nothing.
       for (const double p : values(diverged.parameters)) ASSERT_TRUE(std::isfinite(p));
+    }
+  }
+}
+
+// One trial, three and eight, under every plan, against each alone under the simplest.
+TEST_P(GangTest, LargeEveryPlanGivesTheSameBits) {
+  for (const bool folded : {false, true}) {
+    model_->set_folded(folded);
+    std::map<int, History> alone;
+    for (int i = 0; i < static_cast<int>(members.size()); ++i)
+      alone.merge(train({i}, {.graphs = false}));
+    for (const Plan& plan : plans(folded))
+      for (const std::vector<int>& gang :
+           {std::vector{3}, {2}, {3, 1, 2}, {7, 6, 5, 4, 3, 2, 1, 0}}) {
+        const std::map<int, History> together = train(gang, plan);
+        for (const int i : gang) {
+          if (i == diverging) continue;
+          SCOPED_TRACE(fmt::format("{}, {}, member {} of {}", folded ? "folded" : "separate",
+                                   name_of(plan), i, gang.size()));
+          // Where the CPU's chains end: see AMemberDoesNotSeeTheOthers.
+          expect_equal(together.at(i), alone.at(i), !folded || gang.size() <= 3);
+        }
+      }
+  }
+}
+
+// A layer of SmolLM2-135M: rows of 576 and 1,536, and three query heads to a key head.
+TEST_P(GangTest, LargeShapesOfSmolLm2GiveTheSameBits) {
+  LlamaConfig config = synthetic_config("smollm2-135m");
+  config.num_hidden_layers = 1;
+  config.vocab_size = 512;
+  model_ = std::make_unique<Llama>(config, WeightSpec{WeightFormat::nf4}, dtype(), device(),
+                                   tiny_tensor);
+  constexpr int64_t two_steps = 2;
+  for (const bool folded : {false, true}) {
+    model_->set_folded(folded);
+    std::map<int, History> alone;
+    for (int i = 0; i < static_cast<int>(members.size()); ++i)
+      alone.merge(train({i}, {.graphs = false}, two_steps));
+    for (const std::vector<int>& gang : {std::vector{3}, {3, 1, 2}, {7, 6, 5, 4, 3, 2, 1, 0}}) {
+      const std::map<int, History> together = train(gang, {Recompute::full, folded}, two_steps);
+      for (const int i : gang) {
+        if (i == diverging) continue;
+        SCOPED_TRACE(
+            fmt::format("{}, member {} of {}", folded ? "folded" : "separate", i, gang.size()));
+        for (const double loss : alone.at(i).loss) EXPECT_TRUE(std::isfinite(loss));
+        expect_equal(together.at(i), alone.at(i), !folded || gang.size() == 1);
+      }
     }
   }
 }

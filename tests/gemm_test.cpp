@@ -1,5 +1,7 @@
 #include "core/ops/gemm.h"
 
+#include <algorithm>
+
 #include "tests/support/op_test.h"
 
 namespace qlab::test {
@@ -138,6 +140,80 @@ TEST(Gemm, RowsAreIndependentOfTheirNumberAndPlace) {
             << m << " rows from " << begin << ", N " << n;
       }
     }
+}
+
+/// The same in 16 bits on a GPU, for the products with a base: what they share with the CPU's is
+/// that no sum over K is cut into parts, unless the library offers nothing else (cuda/gemm.cu).
+struct BaseProduct {
+  const char* name;
+  int64_t n, k;
+  bool residual;  // added on the way
+};
+constexpr BaseProduct base_products[] = {
+    {"8B q, k, v", 6144, 4096, false},      {"8B o", 4096, 4096, true},
+    {"8B gate, up", 28672, 4096, false},    {"8B down", 4096, 14336, true},
+    {"SmolLM2 q, k, v", 960, 576, false},   {"SmolLM2 o", 576, 576, true},
+    {"SmolLM2 gate, up", 3072, 576, false}, {"SmolLM2 down", 576, 1536, true}};
+/// What is not promised, with the reason.
+struct Exception {
+  int64_t rows;
+  const char* reason;
+};
+constexpr Exception exceptions[] = {
+    {1,
+     "the library may take a matrix-vector kernel; a single token has no loss and trains nothing"},
+};
+
+/// [rows, cols] at the pitch of tensors with room for adapters, of standard normals that repeat.
+Tensor repeated_normals(int64_t rows, int64_t cols, const Tensor& pool) {
+  const int64_t pitch = (cols + 63) / 64 * 64;
+  const Tensor block = Tensor::empty({rows * pitch}, pool.dtype(), pool.device());
+  for (int64_t begin = 0; begin < block.numel(); begin += pool.numel()) {
+    const int64_t count = std::min(pool.numel(), block.numel() - begin);
+    copy(block.slice_rows(begin, begin + count), pool.slice_rows(0, count));
+  }
+  return block.view({rows, pitch}).slice_cols(0, cols);
+}
+
+TEST_P(GemmTest, LargeRowsOfBaseProductsAreIndependent) {
+  if (!device().is_cuda() || dtype() == DType::f32) GTEST_SKIP() << "of 16 bits on a GPU";
+  constexpr int64_t most = 8192, compared = 32;
+  constexpr int64_t odd = 4194301;  // prime, so that rows do not repeat
+  const Tensor pool = random({odd});
+  std::string differ;
+  for (const BaseProduct& p : base_products)
+    for (const int64_t width : {0, 16, 64, 512})
+      for (const bool forward : {true, false}) {
+        const int64_t in = (forward ? p.k : p.n) + width, out = forward ? p.n : p.k;
+        const Tensor x = repeated_normals(most, in, pool);
+        // Of the block that both directions share (nn/fold.h), the part that this one reads.
+        const Tensor w = repeated_normals(forward ? out : in, p.k + width, pool)
+                             .slice_cols(0, forward ? in : out);
+        const bool added = forward && p.residual;
+        const Tensor residual = added ? repeated_normals(most, out, pool) : Tensor();
+        const auto product = [&](int64_t begin, int64_t end) {
+          const Tensor y = Tensor::with_tail(end - begin, out, forward && !added ? width : 0,
+                                             dtype(), device());
+          gemm(y, x.slice_rows(begin, end), Op::none, w, forward ? Op::transpose : Op::none, 1.0f,
+               added ? 1.0f : 0.0f, added ? residual.slice_rows(begin, end) : Tensor());
+          return y;
+        };
+        const Tensor all = product(0, most);
+        for (const int64_t m : {1, 2, 15, 16, 17, 64, 100, 128, 255, 1024, 2048}) {
+          if (std::any_of(std::begin(exceptions), std::end(exceptions),
+                          [&](const Exception& e) { return e.rows == m; }))
+            continue;
+          const int64_t begin = most - m, first = std::min(compared, m);
+          const Tensor y = product(begin, most), same = all.slice_rows(begin, most);
+          const auto equal = [&](int64_t from, int64_t to) {
+            return bytes_of(y.slice_rows(from, to)) == bytes_of(same.slice_rows(from, to));
+          };
+          if (!equal(0, first) || !equal(m - first, m))
+            differ += fmt::format("\n  {} (N {}, K {}) + {} columns, {}, {} rows", p.name, p.n, p.k,
+                                  width, forward ? "forward" : "dx", m);
+        }
+      }
+  EXPECT_EQ(differ, "") << "rows differ from those of a product of " << most << " rows";
 }
 
 // And an adapter's columns do not depend on the adapters beside it.

@@ -355,6 +355,10 @@ TEST(CostModel, StreamedLayersOverlap) {
 TEST(Gpus, AreKnownByNameOrBytes) {
   EXPECT_EQ(find_gpu("T4").memory_bytes, int64_t{15360} << 20);
   EXPECT_EQ(find_gpu("24GiB").memory_bytes, int64_t{24} << 30);
+  EXPECT_EQ(find_gpu("t4").capability, 75);
+  EXPECT_EQ(memory_target("t4", "auto").device, Device::gpu(75));
+  EXPECT_EQ(memory_target("rtx5090", "auto").device, Device::gpu(120));
+  EXPECT_TRUE(supports_bf16(memory_target("24GiB", "auto").device));
   EXPECT_ERROR(find_gpu("gtx"), "h100-80gb, h200, a100-40gb");
   EXPECT_ERROR(find_gpu("0"), "unknown");
   EXPECT_ERROR(memory_target("t4", "cpu"), "give one of them");

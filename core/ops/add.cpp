@@ -2,6 +2,7 @@
 
 #include <algorithm>
 
+#include "core/gpu_limits.h"
 #include "core/parallel.h"
 #include "core/profile.h"
 
@@ -15,6 +16,7 @@ void check_same(const char* op, const Tensor& a, const Tensor& b) {
   QLAB_CHECK(a.contiguous() && b.contiguous(), "[{}] both must be contiguous, got {} and {}", op,
              a.str(), b.str());
   check_device(op, a, b);
+  check_gpu_elements(op, a);
 }
 
 }  // namespace
@@ -39,6 +41,7 @@ void add_inplace(const Tensor& a, const Tensor& b) {
 
 void scale_inplace(const Tensor& a, float factor) {
   QLAB_CHECK(a.contiguous(), "[scale_inplace] a must be contiguous, got {}", a.str());
+  check_gpu_elements("scale_inplace", a);
   if (a.numel() == 0) return;
   const OpScope scope("scale", a.device(), {0, bytes_of_all(a, a)});
   on_device(
@@ -50,6 +53,7 @@ void add_bias(const Tensor& y, const Tensor& bias) {
   check_shape("add_bias", "bias", bias, {y.dim(1)});
   QLAB_CHECK(bias.dtype() == DType::f32, "[add_bias] bias must be float32, got {}", bias.str());
   check_device("add_bias", y, bias);
+  check_gpu_matrix("add_bias", y);
   if (y.numel() == 0) return;
   const OpScope scope("add_bias", y.device(), {0, bytes_of_all(y, y)});
   on_device(

@@ -1,7 +1,9 @@
 #include "core/ops/attention.h"
 
+#include <algorithm>
 #include <utility>
 
+#include "core/gpu_limits.h"
 #include "core/lanes.h"
 #include "core/parallel.h"
 #include "core/profile.h"
@@ -23,6 +25,23 @@ void check_matrix(const char* op, const char* name, const Tensor& x, const Shape
   check_device(op, like, x);
 }
 
+/// What the kernels of all GPUs together take: the last resort, attention_kernel in
+/// cuda/attention.cu.
+void check_gpu(const char* op, const Tensor& q, const Tensor& k, const Tensor& v,
+               const Tensor& cu_q, const AttentionShape& s) {
+  const Device device = q.device();
+  if (device.target != DeviceType::cuda) return;
+  if (s.head_dim % 8 != 0 || s.head_dim > 256)
+    fail("[{}] a GPU takes a head_dim that is a multiple of 8 up to 256, got {}: q {}", op,
+         s.head_dim, q.str());
+  check_gpu_matrix(op, q);
+  for (const Tensor* x : {&q, &k, &v}) check_gpu_rows(op, *x);
+  constexpr int64_t most_heads = 65535, tile = 64;
+  check_gpu_count(op, q, "heads", s.heads, most_heads);
+  check_gpu_count(op, q, "tiles of 64 rows in all sequences and heads",
+                  (cu_q.dim(0) - 1) * ((std::max(s.max_q, s.max_k) + tile - 1) / tile) * s.heads);
+}
+
 void check_inputs(const char* op, const Tensor& q, const Tensor& k, const Tensor& v,
                   const Tensor& cu_q, const Tensor& cu_k, const AttentionShape& s) {
   QLAB_CHECK(s.kv_heads > 0 && s.heads % s.kv_heads == 0 && s.heads > 0 && s.head_dim > 0,
@@ -39,6 +58,7 @@ void check_inputs(const char* op, const Tensor& q, const Tensor& k, const Tensor
   QLAB_CHECK(s.max_q <= q.dim(0) && s.max_k <= k.dim(0),
              "[{}] max_q and max_k must not exceed the {} and {} rows, got {} and {}", op, q.dim(0),
              k.dim(0), s.max_q, s.max_k);
+  check_gpu(op, q, k, v, cu_q, s);
 }
 
 DType statistic_of(const Tensor& x) { return x.dtype() == DType::f64 ? DType::f64 : DType::f32; }
@@ -91,6 +111,7 @@ Tensor attention_backward(const Tensor& g, const Tensor& q, const Tensor& k, con
              q.str(), k.str());
   check_matrix(op, "g", g, q.shape(), q);
   check_matrix(op, "o", o, q.shape(), q);
+  for (const Tensor* x : {&g, &o}) check_gpu_rows(op, *x);
   check_shape(op, "lse", lse, {q.dim(0), shape.heads});
   QLAB_CHECK(lse.dtype() == statistic_of(q), "[{}] lse must be {}, got {}", op,
              name_of(statistic_of(q)), lse.str());

@@ -2,12 +2,14 @@
 
 #include <cstring>
 
+#include "core/gpu_limits.h"
 #include "core/parallel.h"
 
 namespace qlab {
 
 void copy(const Tensor& destination, const Tensor& source) {
   check_shape("copy", "source", source, destination.shape());
+  if (destination.dtype() != source.dtype()) check_gpu_elements("cast", destination);
   if (source.numel() == 0 || destination.device().is_meta() || source.device().is_meta()) return;
   const bool same_device = destination.device() == source.device();
   if (destination.dtype() != source.dtype()) {

@@ -1,5 +1,6 @@
 #include "core/ops/cross_entropy.h"
 
+#include "core/gpu_limits.h"
 #include "core/lanes.h"
 #include "core/parallel.h"
 #include "core/profile.h"
@@ -18,6 +19,7 @@ void cross_entropy_inplace(const Tensor& nll, const Tensor& z, const Tensor& lab
              nll.str());
   check_device("cross_entropy", z, labels);
   check_device("cross_entropy", z, nll);
+  check_gpu_matrix("cross_entropy", z);
   if (scale.defined()) {
     check_shape("cross_entropy", "scale", scale, {z.dim(0)});
     QLAB_CHECK(scale.dtype() == DType::f32, "[cross_entropy] scale must be float32, got {}",

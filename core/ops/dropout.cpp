@@ -2,6 +2,7 @@
 
 #include <algorithm>
 
+#include "core/gpu_limits.h"
 #include "core/lanes.h"
 #include "core/parallel.h"
 #include "core/profile.h"
@@ -21,6 +22,7 @@ void check_arguments(const char* op, const Tensor& x, const Tensor& example, con
   QLAB_CHECK(key.p >= 0 && key.p < 1, "[{}] p must be in [0, 1), got {}", op, key.p);
   check_device(op, x, example);
   check_device(op, x, position);
+  check_gpu_matrix(op, x);
 }
 
 }  // namespace

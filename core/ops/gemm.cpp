@@ -4,6 +4,7 @@
 #include <algorithm>
 
 #include "core/cpu/gemm_kernel.h"
+#include "core/gpu_limits.h"
 #include "core/ops/copy.h"
 #include "core/parallel.h"
 #include "core/profile.h"
@@ -32,6 +33,7 @@ void gemm(const Tensor& c, const Tensor& a, Op op_a, const Tensor& b, Op op_b, f
              d.str(), c.str());
   check_device("gemm", c, a);
   check_device("gemm", c, b);
+  for (const Tensor* x : {&a, &b, &c}) check_gpu_matrix("gemm", *x);
   ++products;
   if (m == 0 || n == 0) return;
   const Device device = a.device();  // meta in a dry run, also when C is a gradient that exists

@@ -1,5 +1,6 @@
 #include "core/ops/rms_norm.h"
 
+#include "core/gpu_limits.h"
 #include "core/lanes.h"
 #include "core/parallel.h"
 #include "core/profile.h"
@@ -12,6 +13,7 @@ RmsNorm rms_norm(const Tensor& x, const Tensor& w, float eps, int64_t tail) {
   QLAB_CHECK(w.dtype() == DType::f32, "[rms_norm] w must be float32, got {}", w.str());
   QLAB_CHECK(eps >= 0, "[rms_norm] eps must not be negative, got {}", eps);
   check_device("rms_norm", x, w);
+  check_gpu_matrix("rms_norm", x);
   const DType statistic = x.dtype() == DType::f64 ? DType::f64 : DType::f32;
   RmsNorm out{Tensor::with_tail(x.dim(0), x.dim(1), tail, x.dtype(), x.device()),
               Tensor::empty({x.dim(0)}, statistic, x.device())};

@@ -4,6 +4,7 @@
 #include <cmath>
 #include <numbers>
 
+#include "core/gpu_limits.h"
 #include "core/parallel.h"
 #include "core/profile.h"
 
@@ -75,6 +76,7 @@ void rope_inplace(const Tensor& x, const Tensor& positions, const RopeTables& ta
   check_shape("rope", "sin", tables.sin, tables.cos.shape());
   check_device("rope", x, positions);
   check_device("rope", x, tables.cos);
+  check_gpu_matrix("rope", x);
   if (x.numel() == 0) return;
   const OpScope scope("rope", x.device(), {0, 2 * bytes_of_all(x)});
   on_device(

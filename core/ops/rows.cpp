@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstring>
 
+#include "core/gpu_limits.h"
 #include "core/ops/copy.h"
 #include "core/parallel.h"
 #include "core/profile.h"
@@ -16,6 +17,7 @@ void check_index(const char* op, const Tensor& x, const Tensor& index) {
   QLAB_CHECK(index.rank() == 1 && index.dtype() == DType::i32,
              "[{}] index must be int32 [T], got {}", op, index.str());
   check_device(op, x, index);
+  check_gpu_matrix(op, x);
 }
 
 }  // namespace

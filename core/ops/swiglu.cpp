@@ -1,5 +1,6 @@
 #include "core/ops/swiglu.h"
 
+#include "core/gpu_limits.h"
 #include "core/lanes.h"
 #include "core/parallel.h"
 #include "core/profile.h"
@@ -10,6 +11,7 @@ namespace {
 void check_merged(const char* op, const Tensor& gate_up) {
   QLAB_CHECK(gate_up.rank() == 2 && gate_up.dim(1) % 2 == 0,
              "[{}] gate | up must be [T, 2 I], got {}", op, gate_up.str());
+  check_gpu_matrix(op, gate_up);
 }
 
 }  // namespace
