@@ -65,18 +65,17 @@ Variable Tape::recompute(const std::function<Variable(const Variable&)>& forward
   QLAB_CHECK(mode_ == Mode::normal, "recompute regions do not nest");
   if (!recording_) return forward(input);
   const size_t first = nodes_.size();
+  if (host != nullptr) host->put(regions_.size(), input.value);
   mode_ = Mode::drop;
   Variable output = forward(input);
   mode_ = Mode::normal;
+  if (host != nullptr) host->wait();
   if (nodes_.size() > first) {
     find_readers(first);
     const Tensor& x = input.value;
     regions_.push_back({first, nodes_.size(), input, forward, host, scratch, regions_.size(),
                         x.shape(), x.dtype(), x.device()});
-    if (host != nullptr) {
-      host->put(regions_.back().slot, x);
-      regions_.back().input.value = Tensor();
-    }
+    if (host != nullptr) regions_.back().input.value = Tensor();
   }
   return output;
 }
@@ -93,17 +92,32 @@ void Tape::find_readers(size_t first) {
   }
 }
 
-void Tape::refill(const Region& region) {
+void Tape::fetch(Region& region) {
+  const MemoryName name("back from the host");
+  region.input.value = Tensor::empty(region.shape, region.dtype, region.device);
+  region.host->get(region.slot, region.input.value);
+}
+
+/// By the slots of the nodes behind `first`.
+int64_t Tape::bytes_kept(size_t first) const {
+  int64_t bytes = 0;
+  for (size_t n = first; n < nodes_.size(); ++n)
+    for (const Slot& slot : nodes_[n].slots_)
+      if (slot.value.defined()) bytes += slot.value.bytes();
+  return bytes;
+}
+
+void Tape::refill(Region& region) {
   mode_ = Mode::refill;
   cursor_ = region.first;
   keeps_scratch_ = region.scratch;
   const MemoryName name("again");
-  Variable input = region.input;
   if (region.host != nullptr) {
-    input.value = Tensor::empty(region.shape, region.dtype, region.device);
-    region.host->get(region.slot, input.value);
+    if (!region.input.value.defined()) fetch(region);
+    region.host->wait();
   }
-  region.forward(input);
+  region.forward(region.input);
+  region.input.value = Tensor();
   QLAB_CHECK(cursor_ == region.last, "recompute ran {} of {} operations", cursor_ - region.first,
              region.last - region.first);
   mode_ = Mode::normal;
@@ -125,12 +139,20 @@ void Tape::backward(const Variable& output, const Tensor& g) {
   gradients_.assign(variables_, Tensor());
   gradients_[output.id] = g;
   const MemoryName backward("backward");
+  size_t first = 0;  // of the region at work
+  int64_t most = 0;  // that its slots held
   while (!nodes_.empty()) {
     if (!regions_.empty() && regions_.back().last == nodes_.size()) {
-      const Region region = std::move(regions_.back());
+      Region region = std::move(regions_.back());
       regions_.pop_back();
       refill(region);
+      first = region.first, most = bytes_kept(first);
     }
+    // The input of the next region comes while this one is at work, in room that it has given back:
+    // where it holds the most, at its beginning, one more block would be at the step's peak.
+    if (most > 0 && !regions_.empty() && regions_.back().host != nullptr &&
+        !regions_.back().input.value.defined() && 2 * bytes_kept(first) <= most)
+      fetch(regions_.back());
     Node& node = nodes_.back();
     Tensor incoming = std::move(gradients_[node.output_]);
     gradients_[node.output_] = Tensor();

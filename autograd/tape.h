@@ -88,8 +88,9 @@ class Tape {
 
   /// Runs `forward` and keeps only its input; its slots are filled again, by running it once more,
   /// when backward needs them. Bits do not change: the same operations run on the same values.
-  /// With `host` the input itself waits there, in the block of the region's number. With `scratch`
-  /// the second run keeps for backward what operations offer by keep_scratch().
+  /// With `host` the input itself waits there, in the block of the region's number; it leaves
+  /// beside the region's own work, and comes back beside the backward pass of the region behind.
+  /// With `scratch` the second run keeps for backward what operations offer by keep_scratch().
   Variable recompute(const std::function<Variable(const Variable&)>& forward, const Variable& input,
                      HostSlots* host = nullptr, bool scratch = false);
   /// The next operation that is recorded would make the same scratch again in its backward.
@@ -130,7 +131,9 @@ class Tape {
   enum class Mode : uint8_t { normal, drop, refill };
 
   void find_readers(size_t first);
-  void refill(const Region& region);
+  void refill(Region& region);
+  static void fetch(Region& region);
+  int64_t bytes_kept(size_t first) const;
   void accumulate(int id, const Tensor& g);
 
   bool recording_;

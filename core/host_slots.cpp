@@ -1,13 +1,25 @@
 #include "core/host_slots.h"
 
 #include <algorithm>
+#include <utility>
 
 #include "core/ops/copy.h"
 #include "core/profile.h"
 
 namespace qlab {
 
+HostSlots::HostSlots(Device device) : device_(device) {
+  if (!device.is_cuda()) return;
+  copies_ = std::make_unique<cuda::CopyStream>();
+  issued_ = std::make_unique<cuda::Event>();
+  done_ = std::make_unique<cuda::Event>();
+}
+
 HostSlots::~HostSlots() {
+  try {
+    if (device_.is_cuda() && !blocks_.empty()) cuda::synchronize();
+  } catch (const Error&) {  // of a kernel before: said when it was met
+  }
   for (Block& block : blocks_) release(block);
 }
 
@@ -23,9 +35,18 @@ void* HostSlots::data(size_t slot) const {
   return block.pinned != nullptr ? block.pinned : block.host.raw();
 }
 
+/// Copies come after all that was issued: what made `x`, or what used its memory before.
+void HostSlots::begin(const Tensor& x) {
+  QLAB_CHECK(!moving_.defined(), "a block is on its way already");
+  moving_ = x;
+  if (!x.device().is_cuda()) return;
+  issued_->record();
+  issued_->wait(copies_.get());
+}
+
 void HostSlots::put(size_t slot, const Tensor& x) {
   QLAB_CHECK(x.contiguous(), "only whole blocks go to the host, not {}", x.str());
-  const OpScope scope("offload", x.device(), {0, bytes_of_all(x)});
+  begin(x);
   if (x.device().is_meta()) {
     if (blocks_.size() <= slot) blocks_.resize(slot + 1);
     blocks_[slot].wanted = std::max(blocks_[slot].wanted, x.bytes());
@@ -33,18 +54,29 @@ void HostSlots::put(size_t slot, const Tensor& x) {
   }
   QLAB_CHECK(slot < blocks_.size() && x.bytes() <= blocks_[slot].bytes,
              "a step puts aside what its plan did not");
-  if (x.device().is_cuda())
-    cuda::copy_async(data(slot), x.raw(), static_cast<size_t>(x.bytes()));
-  else
+  if (x.device().is_cuda()) {
+    copies_->copy(data(slot), x.raw(), static_cast<size_t>(x.bytes()));
+    done_->record(copies_.get());
+  } else {
     copy(blocks_[slot].host.bytes_at(0, x.shape(), x.dtype()), x);
+  }
 }
 
-void HostSlots::get(size_t slot, const Tensor& x) const {
-  const OpScope scope("offload", x.device(), {0, bytes_of_all(x)});
-  if (x.device().is_cuda())
-    cuda::copy_async(x.raw(), data(slot), static_cast<size_t>(x.bytes()));
-  else if (x.device().is_cpu())
+void HostSlots::get(size_t slot, const Tensor& x) {
+  begin(x);
+  if (x.device().is_cuda()) {
+    copies_->copy(x.raw(), data(slot), static_cast<size_t>(x.bytes()));
+    done_->record(copies_.get());
+  } else if (x.device().is_cpu()) {
     copy(x, blocks_.at(slot).host.bytes_at(0, x.shape(), x.dtype()));
+  }
+}
+
+void HostSlots::wait() {
+  const Tensor x = std::exchange(moving_, Tensor());
+  QLAB_CHECK(x.defined(), "nothing is on its way");
+  const OpScope scope("offload", x.device(), {0, bytes_of_all(x)});
+  if (x.device().is_cuda()) done_->wait();
 }
 
 void HostSlots::reserve() {

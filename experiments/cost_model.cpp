@@ -4,6 +4,7 @@
 #include <cctype>
 #include <iterator>
 #include <map>
+#include <string_view>
 
 #include "core/parallel.h"
 
@@ -17,8 +18,8 @@ struct Share {
   const char* operation;
   double flops, bytes;  // share of the rate; 0: does not bind
 };
-/// Copied on a stream of its own: overlaps with the rest of its part.
-constexpr const char* beside = "streamed layer";
+/// Copied on streams of their own: they share the bus, and overlap with the rest of their part.
+constexpr std::string_view beside[] = {"streamed layer", "offload"};
 constexpr Share shares[] = {
     {"product", 1.0, 0},
     {"product with an adapter or few rows", 0, 0.77},
@@ -37,7 +38,7 @@ constexpr Share shares[] = {
     {"adamw", 0, 0.97},
     {"adamw8bit", 0, 0.37},
     {"offload", 0, 54.8e9 / 2.97e12},  // pinned memory over PCIe
-    {beside, 0, 54.8e9 / 2.97e12},
+    {"streamed layer", 0, 54.8e9 / 2.97e12},
     {"page", 0, 104e9 / 2.97e12},  // in and out at once
 };
 constexpr double other_share = 0.85;
@@ -94,7 +95,9 @@ double predicted_seconds(const std::vector<ProfileLine>& work, const Rates& rate
     const double byte_share = known ? share->bytes : other_share;
     const double by_bytes = byte_share > 0 ? line.work.bytes / (rates.bytes * byte_share) : 0;
     Part& part = parts[line.part];
-    (line.name == beside ? part.copies : part.compute) +=
+    const bool copied =
+        std::find(std::begin(beside), std::end(beside), line.name) != std::end(beside);
+    (copied ? part.copies : part.compute) +=
         std::max(by_flops, by_bytes) + static_cast<double>(line.calls) * rates.launch;
   }
   double seconds = 0;

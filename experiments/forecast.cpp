@@ -23,16 +23,16 @@ int64_t total(const std::vector<int64_t>& lengths) {
   return std::accumulate(lengths.begin(), lengths.end(), int64_t{0});
 }
 
-/// Micro-batches of a trial as if each had as many tokens as its largest.
+/// Micro-batches of a trial as if each had as many tokens as a usual one.
 double micro_batches(const PaperTrial& trial, Library& library) {
   const Config& c = trial.config;
-  const auto largest = static_cast<double>(std::max<int64_t>(total(trial.train_lengths), 1));
+  const auto usual = static_cast<double>(std::max<int64_t>(total(trial.usual_lengths), 1));
   if (c.data.train == "synthetic" || !is_here(c.data.train) || c.data.train.empty())
     return c.train.steps ? static_cast<double>(*c.train.steps * c.train.grad_accum) : 0;
   const Dataset& data = library.train_set(c);
   const double per_example =
       static_cast<double>(data.tokens) / static_cast<double>(data.examples.size());
-  return static_cast<double>(examples_to_train(c.train, data)) * per_example / largest;
+  return static_cast<double>(examples_to_train(c.train, data)) * per_example / usual;
 }
 
 /// Everything but what changes neither bytes nor time.
@@ -47,6 +47,7 @@ std::string same_work(const PaperTrial& trial) {
   c.lora.dropout = c.lora.dropout > 0 ? 0.5 : 0;
   std::string key = to_yaml(c);
   for (const int64_t n : trial.train_lengths) key += "," + std::to_string(n);
+  for (const int64_t n : trial.usual_lengths) key += "." + std::to_string(n);
   for (const int64_t n : trial.eval_lengths) key += ";" + std::to_string(n);
   return key;
 }

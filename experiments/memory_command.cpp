@@ -27,8 +27,7 @@ int print_one(const Config& config, Library& library, const MemoryOptions& optio
   const std::vector<PaperTrial> gang(
       static_cast<size_t>(config.lora.present ? config.parallel.trials_per_gpu : 1),
       trial_on_paper(config, library, target.device));
-  for (const PaperTrial& t : gang)
-    for (const int64_t length : t.train_lengths) question.tokens += length;
+  question.tokens = usual_tokens(gang);
   if (config.lora.present && !data_is_here(config))
     question.assumed =
         fmt::format("{}: full batches of data.seq_len",

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <limits>
 #include <memory>
+#include <numeric>
 
 #include "core/ops/copy.h"
 #include "experiments/reservation.h"
@@ -89,8 +90,8 @@ bool divide_batch(std::vector<PaperTrial>& gang, std::vector<std::string>& sets)
   for (PaperTrial& t : gang) {
     t.config.train.batch_size = first.batch_size / factor;
     t.config.train.grad_accum = first.grad_accum * factor;
-    t.train_lengths.resize(
-        std::min(t.train_lengths.size(), static_cast<size_t>(first.batch_size / factor)));
+    for (std::vector<int64_t>* lengths : {&t.train_lengths, &t.usual_lengths})
+      lengths->resize(std::min(lengths->size(), static_cast<size_t>(first.batch_size / factor)));
   }
   std::erase_if(sets, [](const std::string& s) {
     return s.starts_with("train.batch_size") || s.starts_with("train.grad_accum");
@@ -102,9 +103,24 @@ bool divide_batch(std::vector<PaperTrial>& gang, std::vector<std::string>& sets)
 
 }  // namespace
 
+int64_t largest_tokens(std::span<const PaperTrial> gang) {
+  int64_t tokens = 0;
+  for (const PaperTrial& t : gang)
+    tokens = std::accumulate(t.train_lengths.begin(), t.train_lengths.end(), tokens);
+  return tokens;
+}
+
+int64_t usual_tokens(std::span<const PaperTrial> gang) {
+  int64_t tokens = 0;
+  for (const PaperTrial& t : gang)
+    tokens = std::accumulate(t.usual_lengths.begin(), t.usual_lengths.end(), tokens);
+  return tokens;
+}
+
 PaperTrial assumed_trial(const Config& config, Device target) {
-  PaperTrial trial{config, {}, {}};
+  PaperTrial trial{config, {}, {}, {}};
   trial.train_lengths.assign(static_cast<size_t>(config.train.batch_size), config.data.seq_len);
+  trial.usual_lengths = trial.train_lengths;
   if (!config.data.eval.empty()) {
     const int64_t length = config.data.eval_seq_len;
     int64_t count = std::max<int64_t>(evaluation_tokens(target) / length, 1);
@@ -161,9 +177,8 @@ RunPlan use_spare_memory(RunPlan plan, MemoryPrediction& own,
 
 PaperTrial paper_trial(const Config& config, Library& library, Device target) {
   const Dataset& train = library.train_set(config);
-  const int64_t examples = examples_to_train(config.train, train);
-  PaperTrial trial{
-      config, longest_examples(train, std::min(config.train.batch_size, examples)), {}};
+  const int64_t batch = std::min(config.train.batch_size, examples_to_train(config.train, train));
+  PaperTrial trial{config, longest_examples(train, batch), {}, usual_examples(train, batch)};
   if (!config.data.eval.empty())
     trial.eval_lengths = largest_evaluation(library.eval_set(config), evaluation_tokens(target));
   return trial;
@@ -210,16 +225,16 @@ MemoryPrediction predict_memory(const ModelSource& model, std::span<const PaperT
       const int64_t count = run.adapter->parameter_count();
       run.optimizer = std::make_unique<AdamW>(adamw_config(t.config), run.adapter->sizes(), meta);
       out.trainable_params += count;
-      participants.push_back({run.adapter.get(), t.train_lengths, t.eval_lengths});
+      participants.push_back({run.adapter.get(), t.train_lengths, t.eval_lengths, t.usual_lengths});
     }
     out.phases.push_back(accounts.phase("prepare"));
-    stepper =
-        std::make_unique<Stepper>(*llama, RecomputePolicy(plan.layers, plan.expanded_once), false);
+    stepper = std::make_unique<Stepper>(*llama, RecomputePolicy(plan.layers, plan.expanded_once),
+                                        false, plan.leaner);
     step = reserve_steps(*llama, *stepper, participants, plan.resident);
     out.held_expanded = llama->resident_bytes();
     out.phases.push_back(accounts.phase("reserve"));
     const WorkCounter counter;
-    count_largest_step(*stepper, participants);
+    count_usual_step(*stepper, participants);
     std::vector<AdamW::Step> updates;
     for (const PaperRun& run : runs) {
       fill_zero(run.adapter->gradients());
@@ -330,7 +345,8 @@ std::optional<Remedy> cheapest_fit(const ModelSource& model, std::span<const Pap
   while (first.lora.present && tried.front().config.data.seq_len > 256) {
     const int64_t length = tried.front().config.data.seq_len / 2;
     for (PaperTrial& t : tried)
-      for (int64_t& n : t.train_lengths) n = std::min(n, length);
+      for (std::vector<int64_t>* lengths : {&t.train_lengths, &t.usual_lengths})
+        for (int64_t& n : *lengths) n = std::min(n, length);
     if (const auto remedy = set("data.seq_len", std::to_string(length))) return remedy;
   }
   return {};

@@ -10,17 +10,22 @@
 #include "core/profile.h"
 #include "experiments/config.h"
 #include "experiments/gpus.h"
+#include "experiments/stepper.h"
 #include "nn/load.h"
 
 namespace qlab {
 
 class Library;
 
-/// A trial on paper: its configuration, and the lengths of its largest batches.
+/// A trial on paper: its configuration, and the lengths of its largest batches and of a usual
+/// micro-batch.
 struct PaperTrial {
   Config config;
-  std::vector<int64_t> train_lengths, eval_lengths;
+  std::vector<int64_t> train_lengths, eval_lengths, usual_lengths;
 };
+/// Of a gang: the largest micro-batch, and a usual one.
+int64_t largest_tokens(std::span<const PaperTrial> gang);
+int64_t usual_tokens(std::span<const PaperTrial> gang);
 /// Full batches of data.seq_len, as synthetic data has them.
 PaperTrial assumed_trial(const Config& config, Device target);
 /// The longest examples of its own data, which is read.
@@ -43,6 +48,8 @@ struct ResidentBytes {
 
 /// How a run uses memory; no result depends on it.
 struct RunPlan {
+  /// Of training steps larger than usual.
+  std::vector<LeanerPolicy> leaner;
   std::vector<Recompute> layers;  // what each of them computes again
   int64_t expanded_once = 0;      // RecomputePolicy
   int64_t resident = 0;           // bytes for weights held expanded
@@ -51,7 +58,7 @@ struct RunPlan {
   int64_t paged_out = 0;          // bytes of optimizer states in host memory, predicted
   int64_t peak = 0;               // of the allocator, predicted
   int64_t host_peak = 0;          // of host memory beside a GPU, predicted
-  double step_seconds = 0;        // predicted by experiments/cost_model.h
+  double step_seconds = 0;        // of a usual one, predicted by experiments/cost_model.h
 };
 /// What train.recompute (not auto), quant.resident and the model's placement of the first trial ask
 /// for, and use_spare_memory().
@@ -67,7 +74,7 @@ struct MemoryPrediction {
   std::string moment;                  // of the peak
   std::vector<LiveTensor> at_peak;     // what lives then, the largest first
   int64_t held_expanded = 0;           // of the base, in the compute dtype (quant.resident)
-  std::vector<ProfileLine> work;       // of the largest training micro-batch and an update
+  std::vector<ProfileLine> work;       // of a usual training micro-batch and an update
   int64_t streamed_bytes = 0;          // of the base, in host memory
   int64_t host_peak = 0;               // of the host, for a GPU's run: what loading stages
   int64_t paged_out = 0;               // of the optimizers' states, in host memory

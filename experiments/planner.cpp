@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <limits>
 
+#include "experiments/plan_sizes.h"
 #include "experiments/setup.h"
 
 namespace qlab {
@@ -26,20 +27,6 @@ const char* name_of_recompute(Recompute recompute) {
   return "?";
 }
 
-// Plans in a row, each slower and leaner than the one before: with L layers, plan i <= L computes
-// the cheap slots of its first i layers again, plan L + i also the whole of its first i, plan 2 L +
-// i puts the inputs of its first i aside on the host. What is recomputed comes first: backward,
-// which begins at the last layer, has then given back what the others kept before it fills a
-// layer's slots again.
-std::vector<Recompute> policy_at(int64_t i, int64_t layers) {
-  std::vector<Recompute> policy(static_cast<size_t>(layers), Recompute::none);
-  const auto at = [&](int64_t n) { return policy.begin() + n; };
-  std::fill(at(0), at(std::min(i, layers)), Recompute::selective);
-  if (i > layers) std::fill(at(0), at(std::min(i - layers, layers)), Recompute::full);
-  if (i > 2 * layers) std::fill(at(0), at(i - 2 * layers), Recompute::offload);
-  return policy;
-}
-
 void foresee(RunPlan& plan, const MemoryPrediction& prediction, const Rates& rates) {
   plan.peak = prediction.peak();
   plan.host_peak = prediction.host_peak;
@@ -56,8 +43,7 @@ class Search {
   RunPlan run(int64_t budget) {
     const ModelConfig& wish = gang_.front().config.model;
     const int64_t layers = model_.config.num_hidden_layers;
-    // On a CPU the host is the device.
-    const int64_t leanest = (target_.is_cuda() ? 3 : 2) * layers;
+    const int64_t leanest = leanest_policy(target_, layers);
     streamed_layers_ = streamed_layers(gang_.front().config, layers);
     const std::string& embeddings = wish.embeddings;
     // Bringing embeddings along costs less than putting layers aside.
@@ -196,7 +182,21 @@ RunPlan search(const ModelSource& model, std::span<const PaperTrial> gang, Devic
 RunPlan plan_run(const ModelSource& model, std::span<const PaperTrial> gang, Device target,
                  int64_t budget, const Rates& rates) {
   const Config& first = gang.front().config;
-  if (first.train.recompute == "auto") return search(model, gang, target, budget, rates);
+  if (first.train.recompute == "auto") {
+    const RunPlan one = search(model, gang, target, budget, rates);
+    const auto find = [&](std::span<const PaperTrial> own) -> std::optional<RunPlan> {
+      try {
+        return search(model, own, target, budget, rates);
+      } catch (const OutOfMemory&) {
+        return {};
+      }
+    };
+    RunPlan plan = plan_by_size(model, gang, target, budget, one, find);
+    const std::optional<int64_t> capacity =
+        plan.paged_out > 0 ? std::optional(budget) : std::nullopt;
+    foresee(plan, predict_memory(model, gang, target, capacity, plan), rates);
+    return plan.peak <= budget ? plan : one;
+  }
   RunPlan plan = asked_plan(model, gang, target);
   const MemoryPrediction prediction = predict_memory(model, gang, target, budget, plan);
   foresee(plan, prediction, rates);
@@ -235,10 +235,13 @@ std::optional<int64_t> allocator_limit(const Config& config, Device target,
 void check_host_memory(const RunPlan& plan, int64_t available) {
   if (plan.host_peak <= available) return;
   std::vector<std::string> advice;
-  const auto puts_aside = [](Recompute layer) { return layer == Recompute::offload; };
+  const auto puts_aside = [](const std::vector<Recompute>& layers) {
+    return std::count(layers.begin(), layers.end(), Recompute::offload) > 0;
+  };
+  bool aside = puts_aside(plan.layers);
+  for (const LeanerPolicy& leaner : plan.leaner) aside |= puts_aside(leaner.layers);
   if (plan.paged_out > 0) advice.emplace_back("an optim.type that is not paged");
-  if (std::any_of(plan.layers.begin(), plan.layers.end(), puts_aside))
-    advice.emplace_back("train.recompute: full");
+  if (aside) advice.emplace_back("train.recompute: full");
   if (plan.host_embeddings) advice.emplace_back("model.embeddings: device");
   if (plan.streamed_layers > 0)
     advice.emplace_back(fmt::format("model.streamed_layers below {}", plan.streamed_layers));
@@ -249,18 +252,27 @@ void check_host_memory(const RunPlan& plan, int64_t available) {
       fmt::join(advice, " and ")));
 }
 
-std::string describe(const RunPlan& plan) {
+std::string describe(const std::vector<Recompute>& layers) {
   std::string text;
-  for (size_t first = 0; first < plan.layers.size();) {
+  for (size_t first = 0; first < layers.size();) {
     size_t last = first;
-    while (last + 1 < plan.layers.size() && plan.layers[last + 1] == plan.layers[first]) ++last;
+    while (last + 1 < layers.size() && layers[last + 1] == layers[first]) ++last;
     text += fmt::format("{}layer{} {}", text.empty() ? "" : ", ", first == last ? "" : "s", first);
     if (last > first) text += fmt::format("-{}", last);
-    text += fmt::format(" {}", name_of_recompute(plan.layers[first]));
+    text += fmt::format(" {}", name_of_recompute(layers[first]));
     first = last + 1;
   }
+  return text;
+}
+
+std::string describe(const RunPlan& plan) {
+  std::string text = describe(plan.layers);
   if (plan.expanded_once > 0)
     text += fmt::format("; layers 0-{} expand weights once for both", plan.expanded_once - 1);
+  for (size_t i = 0; i < plan.leaner.size(); ++i)
+    text +=
+        fmt::format("; {} more than {}{} {}", i == 0 ? "in micro-batches of" : "of",
+                    plan.leaner[i].above, i == 0 ? " tokens" : "", describe(plan.leaner[i].layers));
   if (plan.host_embeddings) text += "; embeddings in host memory";
   if (plan.streamed_layers > 0)
     text += fmt::format("; the weights of {} of {} layers streamed from host memory",

@@ -1,7 +1,8 @@
 // Which plan of a run is the fastest that fits a memory budget: what each layer keeps or computes
 // again, how much of the base is held expanded, and, where nothing else fits, how many layers are
-// streamed from the host. Candidates are run on meta; the budget is met
-// to the byte, the time is that of experiments/cost_model.h.
+// streamed from the host. Where examples differ in length the plan is the fastest for a usual
+// micro-batch that leaves room for the largest, and larger ones compute more again. Candidates are
+// run on meta; the budget is met to the byte, the time is that of experiments/cost_model.h.
 #pragma once
 #include <span>
 #include <string>
@@ -35,7 +36,10 @@ std::optional<int64_t> allocator_limit(const Config& config, Device target,
 /// for loading, embeddings, inputs of layers that are put aside, pages of optimizers.
 void check_host_memory(const RunPlan& plan, int64_t available);
 
-/// "layers 1-20 fully again, 21-32 norms and SwiGLU again; 4.30 GB of weights held expanded"
+/// "layers 0-19 fully again, layers 20-31 norms and SwiGLU again"
+std::string describe(const std::vector<Recompute>& layers);
+/// The same of a whole plan: "layers 1-20 fully again, 21-32 norms and SwiGLU again; 4.30 GB of
+/// weights held expanded"
 std::string describe(const RunPlan& plan);
 
 }  // namespace qlab

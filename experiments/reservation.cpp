@@ -11,7 +11,8 @@ class Filler {
  public:
   void add(BatchBuilder& batch, const std::vector<int64_t>& lengths, const Adapter* adapter,
            bool train) {
-    const int64_t longest = lengths.empty() ? 0 : *std::max_element(lengths.begin(), lengths.end());
+    if (lengths.empty()) return;
+    const int64_t longest = *std::max_element(lengths.begin(), lengths.end());
     if (static_cast<int64_t>(tokens_.size()) < longest)
       tokens_.resize(static_cast<size_t>(longest));
     std::vector<Sequence> sequences;
@@ -32,6 +33,38 @@ std::vector<int64_t> sorted_lengths(const Dataset& data) {
     lengths.push_back(static_cast<int64_t>(e.input_ids.size()));
   std::sort(lengths.begin(), lengths.end(), std::greater<>());
   return lengths;
+}
+
+int64_t largest_tokens(std::span<const Participant> gang) {
+  int64_t tokens = 0;
+  for (const Participant& p : gang)
+    for (const int64_t length : p.train_lengths) tokens += length;
+  return tokens;
+}
+
+/// The gang's largest micro-batch with every sequence shortened in proportion, `tokens` in all.
+BatchBuilder shortened(std::span<const Participant> gang, int64_t tokens) {
+  const int64_t all = largest_tokens(gang);
+  Filler filler;
+  BatchBuilder batch;
+  int64_t seen = 0;
+  for (const Participant& p : gang) {
+    std::vector<int64_t> lengths;
+    for (const int64_t length : p.train_lengths) {
+      const int64_t begin = seen * tokens / all, end = (seen + length) * tokens / all;
+      if (begin < end) lengths.push_back(end - begin);
+      seen += length;
+    }
+    filler.add(batch, lengths, p.adapter, true);
+  }
+  return batch;
+}
+
+BatchBuilder usual_batch(std::span<const Participant> gang) {
+  Filler filler;
+  BatchBuilder batch;
+  for (const Participant& p : gang) filler.add(batch, p.usual_lengths, p.adapter, true);
+  return batch;
 }
 
 // What the largest steps and a reserve for other programs leave free may hold expanded weights.
@@ -58,6 +91,15 @@ std::vector<int64_t> longest_examples(const Dataset& data, int64_t count) {
   return lengths;
 }
 
+std::vector<int64_t> usual_examples(const Dataset& data, int64_t count) {
+  const std::vector<int64_t> sorted = sorted_lengths(data);
+  const auto all = static_cast<int64_t>(sorted.size());
+  std::vector<int64_t> lengths;
+  for (int64_t i = 0; i < count; ++i)
+    lengths.push_back(sorted[static_cast<size_t>((2 * i + 1) * all / (2 * count))]);
+  return lengths;
+}
+
 std::vector<int64_t> largest_evaluation(const Dataset& data, int64_t batch_tokens) {
   std::vector<int64_t> lengths;
   int64_t tokens = 0;
@@ -69,27 +111,28 @@ std::vector<int64_t> largest_evaluation(const Dataset& data, int64_t batch_token
   return lengths;
 }
 
-void count_largest_step(Stepper& stepper, std::span<const Participant> gang) {
-  Filler filler;
-  BatchBuilder largest;
-  for (const Participant& p : gang) filler.add(largest, p.train_lengths, p.adapter, true);
+void count_usual_step(Stepper& stepper, std::span<const Participant> gang) {
   stepper.forget_plans();
-  stepper.reserve(largest, true);
+  stepper.reserve(usual_batch(gang), true);
 }
 
 LargestStep reserve_steps(Llama& model, Stepper& stepper, std::span<const Participant> gang,
                           int64_t resident) {
-  Filler filler;
-  BatchBuilder largest;
-  for (const Participant& p : gang) filler.add(largest, p.train_lengths, p.adapter, true);
-  if (largest.tokens() == 0) return {};
+  if (largest_tokens(gang) == 0) return {};
+  const BatchBuilder largest = shortened(gang, largest_tokens(gang));
   LargestStep step{stepper.reserve(largest, true), true};
+  const auto reserve_too = [&](const BatchBuilder& batch, bool train) {
+    const StepPlan& plan = stepper.reserve(batch, train);
+    if (plan.bytes > step.plan.bytes) step = {plan, train};
+  };
+  for (const LeanerPolicy& leaner : stepper.leaner())
+    reserve_too(shortened(gang, leaner.above), true);
+  if (!stepper.leaner().empty()) reserve_too(usual_batch(gang), true);
+  Filler filler;
   for (const Participant& p : gang) {
     BatchBuilder batch;
     filler.add(batch, p.eval_lengths, p.adapter, false);
-    if (batch.tokens() == 0) continue;
-    const StepPlan& plan = stepper.reserve(batch, false);
-    if (plan.bytes > step.plan.bytes) step = {plan, false};
+    if (batch.tokens() > 0) reserve_too(batch, false);
   }
   hold_weights(model, stepper, largest, resident);
   return step;

@@ -14,11 +14,15 @@ struct Participant {
   const Adapter* adapter;
   std::vector<int64_t> train_lengths;  // of the sequences of its largest micro-batch
   std::vector<int64_t> eval_lengths;   // of its largest evaluation batch; empty without evaluation
+  std::vector<int64_t> usual_lengths;  // of a usual micro-batch
 };
 
 /// Lengths of the `count` longest examples; a micro-batch that spans several epochs holds examples
 /// more than once.
 std::vector<int64_t> longest_examples(const Dataset& data, int64_t count);
+/// Lengths of a usual micro-batch of `count`: evenly spread over all examples by length, so that
+/// one is the median and many are together about as long as the mean.
+std::vector<int64_t> usual_examples(const Dataset& data, int64_t count);
 /// Lengths of the longest examples in a batch of evaluate(): no other needs much more memory.
 std::vector<int64_t> largest_evaluation(const Dataset& data, int64_t batch_tokens);
 
@@ -31,11 +35,12 @@ struct LargestStep {
 /// Reserves what the largest training and evaluation steps need, or throws OutOfMemory; then holds
 /// weights expanded, at most `resident` bytes, within what that leaves free. The largest
 /// micro-batch is not known without trying them all; the one made of each trial's longest examples,
-/// everything trained, needs at least about as much. Where a later shape lays out a little larger,
-/// the reservation grows before that step.
+/// everything trained, needs at least about as much. Of each policy but the leanest it is that one
+/// with its sequences shortened. Where a later shape lays out a little larger, it takes a leaner
+/// policy, or where there is none the reservation grows before that step.
 LargestStep reserve_steps(Llama& model, Stepper& stepper, std::span<const Participant> gang,
                           int64_t resident);
-/// Plans the gang's largest training step once more, for a WorkCounter; on a meta device.
-void count_largest_step(Stepper& stepper, std::span<const Participant> gang);
+/// Plans a usual training step of the gang, for a WorkCounter; on a meta device.
+void count_usual_step(Stepper& stepper, std::span<const Participant> gang);
 
 }  // namespace qlab

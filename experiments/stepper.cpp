@@ -14,17 +14,21 @@ constexpr bool recordable = true;
 
 }  // namespace
 
-Stepper::Stepper(const Llama& model, const RecomputePolicy& policy, bool graphs)
+Stepper::Stepper(const Llama& model, const RecomputePolicy& policy, bool graphs,
+                 std::vector<LeanerPolicy> leaner)
     : model_(model),
-      policy_(policy),
+      leaner_(std::move(leaner)),
+      policies_{policy},
       graphs_(recordable && graphs && model.device().is_cuda() && StepMemory::planned()),
       memory_(model.device()),
       buffer_(model.device()),
-      host_(model.device()) {}
+      host_(model.device()) {
+  for (const LeanerPolicy& leaner_policy : leaner_) policies_.emplace_back(leaner_policy.layers);
+}
 
-Tensor Stepper::step(const Batch& batch, bool train) {
+Tensor Stepper::step(const Batch& batch, bool train, size_t policy) {
   Tape tape(train);
-  const Variable hidden = model_.hidden(tape, batch, policy_, nullptr, &host_);
+  const Variable hidden = model_.hidden(tape, batch, policies_[policy], nullptr, &host_);
   const Variable nll = model_.loss(tape, batch, hidden);
   WorkCounter::next_part();
   if (train) tape.backward(nll);
@@ -33,7 +37,7 @@ Tensor Stepper::step(const Batch& batch, bool train) {
   return nll.value;
 }
 
-Stepper::Shape& Stepper::shape(const BatchBuilder& batch, bool train) {
+Stepper::Shape& Stepper::shape(const BatchBuilder& batch, bool train, bool within) {
   model_.cover_positions(batch.max_length());
   std::vector<int64_t> key = batch.shape_key();
   key.push_back(train);
@@ -42,16 +46,28 @@ Stepper::Shape& Stepper::shape(const BatchBuilder& batch, bool train) {
     constexpr size_t remembered = 256;
     if (shapes_.size() >= remembered) forget_plans();
     const Batch shapes = batch.to(model_.device().meta(), model_.host_embeddings());
-    PlanRecorder recorder(model_.device().is_meta());
-    step(shapes, train);
+    const auto planned = [&](size_t policy) {
+      PlanRecorder recorder(model_.device().is_meta());
+      step(shapes, train, policy);
+      StepPlan plan = recorder.finish();
+      if (plan.bytes > memory_.bytes()) plan.pack();
+      return plan;
+    };
+    size_t policy = 0;
+    while (train && policy < leaner_.size() && leaner_[policy].above < batch.tokens()) ++policy;
+    StepPlan plan = planned(policy);
+    const bool bound = within && train && memory_.bytes() > 0;
+    while (bound && plan.bytes > memory_.bytes() && policy < leaner_.size())
+      plan = planned(++policy);
     it = shapes_.try_emplace(std::move(key)).first;
-    it->second.plan = recorder.finish();
+    it->second.plan = std::move(plan);
+    it->second.policy = policy;
   }
   return it->second;
 }
 
 const StepPlan& Stepper::reserve(const BatchBuilder& batch, bool train) {
-  StepPlan& plan = shape(batch, train).plan;
+  StepPlan& plan = shape(batch, train, false).plan;
   memory_.reserve(plan);
   host_.reserve();
   batch.reserve(buffer_, model_.host_embeddings());
@@ -68,7 +84,7 @@ Tensor Stepper::idle() const {
 void Stepper::forget_plans() { shapes_.clear(), graph_count_ = 0; }
 
 std::vector<float> Stepper::run(const BatchBuilder& builder, bool train) {
-  Shape& own = shape(builder, train);
+  Shape& own = shape(builder, train, true);
   memory_.reserve(own.plan);
   host_.reserve();
   const MemoryTag workspace(Category::workspace);
@@ -76,7 +92,7 @@ std::vector<float> Stepper::run(const BatchBuilder& builder, bool train) {
   const auto issue = [&] {
     const MemoryTag activations(Category::activations);
     const StepMemory::Scope scope(memory_, own.plan);
-    copy(buffer_.results(), step(batch, train));
+    copy(buffer_.results(), step(batch, train, own.policy));
   };
   const bool moved = own.memory != memory_.base() || own.batch != buffer_.base() ||
                      own.positions != model_.position_generation() ||
@@ -93,6 +109,7 @@ std::vector<float> Stepper::run(const BatchBuilder& builder, bool train) {
   else
     issue();
   own.seen = true;
+  last_policy_ = own.policy;
   std::vector<float> nll = buffer_.read_results();
   nll.resize(static_cast<size_t>(builder.loss_tokens()));
   return nll;

@@ -11,10 +11,18 @@
 
 namespace qlab {
 
+/// What layers compute again in training steps of more than `above` tokens.
+struct LeanerPolicy {
+  int64_t above;
+  std::vector<Recompute> layers;
+};
+
 class Stepper {
  public:
-  /// Without `graphs` every kernel is launched by itself; the bits are the same.
-  Stepper(const Llama& model, const RecomputePolicy& policy, bool graphs = true);
+  /// Without `graphs` every kernel is launched by itself; the bits are the same. `leaner`: policies
+  /// of larger micro-batches, by size, each needing less memory than the one before.
+  Stepper(const Llama& model, const RecomputePolicy& policy, bool graphs = true,
+          std::vector<LeanerPolicy> leaner = {});
 
   /// Plans and reserves, so that the largest micro-batch of a run is refused or accepted at once.
   /// For a model on meta only accounts are kept, and the plan has names.
@@ -27,9 +35,14 @@ class Stepper {
   /// by those of sum_r scale_r nll_r.
   std::vector<float> run(const BatchBuilder& batch, bool train);
 
+  const std::vector<LeanerPolicy>& leaner() const { return leaner_; }
+  /// Which policy the last step ran with: 0 the first, otherwise so many steps down `leaner`.
+  size_t policy_of_last() const { return last_policy_; }
+
  private:
   struct Shape {
     StepPlan plan;
+    size_t policy = 0;
     bool seen = false;
     std::unique_ptr<cuda::Graph> graph;
     const void* memory = nullptr;  // what the graph's addresses rest on
@@ -37,11 +50,14 @@ class Stepper {
     int positions = 0;  // generations
     int host = 0;
   };
-  Shape& shape(const BatchBuilder& batch, bool train);
-  Tensor step(const Batch& batch, bool train);
+  /// `within`: with a leaner policy where its own needs more than what is reserved.
+  Shape& shape(const BatchBuilder& batch, bool train, bool within);
+  Tensor step(const Batch& batch, bool train, size_t policy);
 
   const Llama& model_;
-  RecomputePolicy policy_;
+  std::vector<LeanerPolicy> leaner_;
+  std::vector<RecomputePolicy> policies_;  // the first, and those of leaner_
+  size_t last_policy_ = 0;
   bool graphs_;
   StepMemory memory_;
   BatchBuffer buffer_;

@@ -267,7 +267,7 @@ Gang::Gang(Library& library, Llama& model, std::vector<TrialRun*> trials, TrainC
       model_(model),
       plan_(make_plan()),
       stepper_(model, RecomputePolicy(plan_.layers, plan_.expanded_once),
-               trials_.at(0)->config_.train.graphs && !callbacks_.profile),
+               trials_.at(0)->config_.train.graphs && !callbacks_.profile, plan_.leaner),
       peak_flops_(model.device().is_cuda() ? peak_flops(device_description(model.device())) : 0) {
   for (TrialRun* t : trials_) t->gang_size_ = static_cast<int64_t>(trials_.size());
 }
@@ -313,7 +313,8 @@ void Gang::reserve() {
   if (trials.empty()) return;
   std::vector<Participant> gang;
   for (size_t i = 0; i < trials.size(); ++i)
-    gang.push_back({trials[i]->adapter_.get(), papers[i].train_lengths, papers[i].eval_lengths});
+    gang.push_back({trials[i]->adapter_.get(), papers[i].train_lengths, papers[i].eval_lengths,
+                    papers[i].usual_lengths});
   const Device device = model_.device();
   std::optional<int64_t> capacity;
   const int64_t free = available_memory(device), held = memory_account(device).total;
@@ -430,6 +431,7 @@ void Gang::train_step() {
     }
     if (rows.empty()) continue;  // the last window of a run may be shorter
     const std::vector<float> nll = stepper_.run(builder, true);
+    note_policy(builder.tokens());
     size_t row = 0;
     for (size_t i = 0; i < rows.size(); ++i) {
       double sum = 0;
@@ -450,6 +452,14 @@ void Gang::train_step() {
     t->progress_.seconds += seconds;
     t->timed_.push_back({seconds, t->step_tokens_, flops, t->traffic_});
   }
+}
+
+void Gang::note_policy(int64_t tokens) {
+  const size_t policy = stepper_.policy_of_last();
+  if (policy == 0 || !policies_told_.insert(policy).second) return;
+  for (TrialRun* t : running())
+    t->files_.log(fmt::format("step {}: a micro-batch of {} tokens: {}", t->progress_.step + 1,
+                              tokens, describe(plan_.leaner[policy - 1].layers)));
 }
 
 void Gang::profile_step() {

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <functional>
 #include <memory>
+#include <set>
 #include <string>
 #include <vector>
 
@@ -136,6 +137,7 @@ class Gang {
   void evaluate_due();
   void train_step();
   void profile_step();
+  void note_policy(int64_t tokens);
   // Of memory.jsonl.
   void begin(const char* phase);
   void look();
@@ -149,7 +151,8 @@ class Gang {
   RunPlan plan_;
   Stepper stepper_;
   int64_t steps_taken_ = 0;
-  double peak_flops_;  // of the device, 0 where unknown
+  std::set<size_t> policies_told_;  // leaner ones, each when it first occurs
+  double peak_flops_;               // of the device, 0 where unknown
 };
 
 }  // namespace qlab
