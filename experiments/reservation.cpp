@@ -69,12 +69,14 @@ std::vector<int64_t> largest_evaluation(const Dataset& data, int64_t batch_token
   return lengths;
 }
 
-void count_largest_step(Stepper& stepper, std::span<const Participant> gang) {
+std::vector<ProfileLine> count_largest_step(Stepper& stepper, std::span<const Participant> gang) {
   Filler filler;
   BatchBuilder largest;
   for (const Participant& p : gang) filler.add(largest, p.train_lengths, p.adapter, true);
   stepper.forget_plans();
+  const WorkCounter counter;
   stepper.reserve(largest, true);
+  return counter.lines();
 }
 
 LargestStep reserve_steps(Llama& model, Stepper& stepper, std::span<const Participant> gang,
@@ -83,13 +85,18 @@ LargestStep reserve_steps(Llama& model, Stepper& stepper, std::span<const Partic
   BatchBuilder largest;
   for (const Participant& p : gang) filler.add(largest, p.train_lengths, p.adapter, true);
   if (largest.tokens() == 0) return {};
-  LargestStep step{stepper.reserve(largest, true), true};
+  LargestStep step;
+  {
+    const WorkCounter counter;
+    step.plan = stepper.reserve(largest, true);
+    step.work = counter.lines();
+  }
   for (const Participant& p : gang) {
     BatchBuilder batch;
     filler.add(batch, p.eval_lengths, p.adapter, false);
     if (batch.tokens() == 0) continue;
     const StepPlan& plan = stepper.reserve(batch, false);
-    if (plan.bytes > step.plan.bytes) step = {plan, false};
+    if (plan.bytes > step.plan.bytes) step.plan = plan, step.train = false;
   }
   hold_weights(model, stepper, largest, resident);
   return step;

@@ -4,6 +4,7 @@
 #include <span>
 #include <vector>
 
+#include "core/profile.h"
 #include "data/dataset.h"
 #include "experiments/stepper.h"
 
@@ -25,7 +26,8 @@ std::vector<int64_t> largest_evaluation(const Dataset& data, int64_t batch_token
 /// The step that needs the most memory.
 struct LargestStep {
   StepPlan plan;
-  bool train = true;  // or an evaluation
+  bool train = true;              // or an evaluation
+  std::vector<ProfileLine> work;  // of the largest training micro-batch, before weights were held
 };
 
 /// Reserves what the largest training and evaluation steps need, or throws OutOfMemory; then holds
@@ -35,7 +37,7 @@ struct LargestStep {
 /// the reservation grows before that step.
 LargestStep reserve_steps(Llama& model, Stepper& stepper, std::span<const Participant> gang,
                           int64_t resident);
-/// Plans the gang's largest training step once more, for a WorkCounter; on a meta device.
-void count_largest_step(Stepper& stepper, std::span<const Participant> gang);
+/// The work of the gang's largest training micro-batch, which is planned once more.
+std::vector<ProfileLine> count_largest_step(Stepper& stepper, std::span<const Participant> gang);
 
 }  // namespace qlab

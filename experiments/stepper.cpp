@@ -25,6 +25,7 @@ Stepper::Stepper(const Llama& model, const RecomputePolicy& policy, bool graphs)
 Tensor Stepper::step(const Batch& batch, bool train) {
   Tape tape(train);
   const Variable hidden = model_.hidden(tape, batch, policy_, nullptr, &host_);
+  WorkCounter::next_part();
   const Variable nll = model_.loss(tape, batch, hidden);
   WorkCounter::next_part();
   if (train) tape.backward(nll);

@@ -298,7 +298,11 @@ RunPlan Gang::make_plan() const {
   const std::optional<int64_t> capacity = target_here(device).capacity;
   int64_t budget = memory_budget(first, device, capacity);
   if (is_paged(first) && capacity && first.train.memory_budget.text == "auto") budget = *capacity;
-  RunPlan plan = plan_run(source, gang, device, budget, rates_of(device));
+  MemoryLimits limits = budget;
+  if (const auto host = target_here(device).host) limits.host = *host + model_.streamed_bytes();
+  const std::optional<RunPlan> within =
+      PlanSearch(source, gang, device, limits, rates_of(device)).fastest();
+  RunPlan plan = within ? *within : plan_run(source, gang, device, budget, rates_of(device));
   for (TrialRun* t : running())
     t->files_.log(fmt::format("plan: {}; {} at the peak", describe(plan), format_bytes(plan.peak)));
   return plan;
@@ -325,11 +329,7 @@ void Gang::reserve() {
     return t->progress_.step < t->total_steps_;
   });
   plan.resident = prediction.held_expanded;
-  int64_t micro_batches = 0;
-  for (const TrialRun* t : trials)
-    micro_batches = std::max(micro_batches, t->config_.train.grad_accum);
-  const double seconds =
-      static_cast<double>(micro_batches) * predicted_seconds(prediction.work, rates_of(device));
+  const double seconds = predicted_seconds(prediction, rates_of(device)).of(micro_batches(papers));
   for (TrialRun* t : trials)
     t->predicted_ = {prediction.load_peak(), prediction.training_peak(steps), seconds,
                      describe(plan)};
