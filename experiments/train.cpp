@@ -163,6 +163,10 @@ void TrialRun::update(const Tensor& idle) {
     if (!skipped) line["grad_norm"] = norm;
     if (scales_loss_) line["loss_scale"] = factor;
     if (scales_loss_) line["skipped_steps"] = progress_.loss_scale.skipped;
+    if (is_paged(config_)) {
+      line["moved_bytes"] = traffic_.bytes;
+      line["stalled_seconds"] = traffic_.stalled_seconds;
+    }
     files_.append_metrics(line);
   }
 }
