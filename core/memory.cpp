@@ -288,51 +288,74 @@ int32_t peak_block(const StepPlan& plan) {
 
 namespace {
 
-/// A block's lifetime by events, and its place.
-struct Span {
-  int64_t bytes, offset;
-  int32_t taken, given;
-};
+/// Blocks with lifetimes, each laid out in the tightest gap that those before it leave. Most live
+/// for a few events among many thousands, so they are found by windows of events.
+class Layout {
+ public:
+  explicit Layout(int32_t events) : windows_(static_cast<size_t>(events / window + 1)) {}
 
-/// Each in the tightest gap that those before it leave, in this order. Returns the bytes in all.
-int64_t lay_out(std::vector<Span>& spans, const std::vector<size_t>& order) {
-  std::vector<const Span*> placed;  // by offset
-  int64_t total = 0;
-  for (const size_t i : order) {
-    Span& own = spans[i];
-    int64_t at = 0, tightest = std::numeric_limits<int64_t>::max();
-    own.offset = -1;
-    for (const Span* other : placed) {
-      if (other->given < own.taken || own.given < other->taken) continue;
-      if (const int64_t gap = other->offset - at; gap >= own.bytes && gap < tightest)
-        own.offset = at, tightest = gap;
-      at = std::max(at, other->offset + other->bytes);
-    }
-    if (own.offset < 0) own.offset = at;
-    total = std::max(total, own.offset + own.bytes);
-    placed.insert(
-        std::upper_bound(placed.begin(), placed.end(), own.offset,
-                         [](int64_t offset, const Span* s) { return offset < s->offset; }),
-        &own);
+  int64_t place(int64_t bytes, int32_t taken, int32_t given) {
+    const auto first = static_cast<size_t>(taken / window);
+    const auto last = static_cast<size_t>(given / window);
+    Span own{0, 0, taken, given};
+    own.offset = gap(own, bytes, first, last);
+    own.end = own.offset + bytes;
+    bytes_ = std::max(bytes_, own.end);
+    for (size_t w = first; w <= last; ++w) insert(windows_[w], own);
+    all_.emplace(own.offset, own);
+    return own.offset;
   }
-  return total;
-}
+  int64_t bytes() const { return bytes_; }
+
+ private:
+  static constexpr int32_t window = 128;
+  struct Span {
+    int64_t offset, end;
+    int32_t taken, given;
+  };
+  static bool below(const Span& a, const Span& b) { return a.offset < b.offset; }
+  static void insert(std::vector<Span>& spans, const Span& own) {
+    spans.insert(std::upper_bound(spans.begin(), spans.end(), own, below), own);
+  }
+
+  int64_t gap(const Span& own, int64_t bytes, size_t first, size_t last) {
+    int64_t at = 0, best = -1, tightest = std::numeric_limits<int64_t>::max();
+    const auto see = [&](const Span& other) {
+      if (other.given < own.taken || own.given < other.taken) return;
+      if (const int64_t gap = other.offset - at; gap >= bytes && gap < tightest)
+        best = at, tightest = gap;
+      at = std::max(at, other.end);
+    };
+    const std::vector<Span>&a = windows_[first], &b = windows_[last];
+    if (first == last) {
+      for (const Span& other : a) see(other);
+    } else if (first + 1 == last) {  // a span in both is seen twice, which changes nothing
+      merged_.resize(a.size() + b.size());
+      std::merge(a.begin(), a.end(), b.begin(), b.end(), merged_.begin(), below);
+      for (const Span& other : merged_) see(other);
+    } else {
+      for (const auto& [offset, other] : all_) see(other);
+    }
+    return best < 0 ? at : best;
+  }
+
+  std::vector<std::vector<Span>> windows_;  // spans that live in each, by offset
+  std::multimap<int64_t, Span> all_;
+  std::vector<Span> merged_;
+  int64_t bytes_ = 0;
+};
 
 }  // namespace
 
 void StepPlan::pack() {
   if (std::exchange(packed, true)) return;
-  std::vector<Span> spans;
-  for (const Block& block : blocks)
-    spans.push_back({block.bytes, 0, 0, static_cast<int32_t>(events.size())});
-  for (size_t e = 0; e < events.size(); ++e) {
-    const int32_t event = events[e];
-    if (event >= 0)
-      spans[static_cast<size_t>(event)].taken = static_cast<int32_t>(e);
-    else
-      spans[static_cast<size_t>(~event)].given = static_cast<int32_t>(e);
+  const auto end = static_cast<int32_t>(events.size());
+  std::vector<int32_t> taken(blocks.size()), given(blocks.size(), end);
+  for (int32_t e = 0; e < end; ++e) {
+    const int32_t event = events[static_cast<size_t>(e)];
+    (event >= 0 ? taken[static_cast<size_t>(event)] : given[static_cast<size_t>(~event)]) = e;
   }
-  const auto life = [&](size_t i) { return spans[i].given - spans[i].taken; };
+  const auto life = [&](size_t i) -> int64_t { return given[i] - taken[i]; };
   const auto size = [&](size_t i) { return blocks[i].bytes; };
   const auto try_order = [&](const auto& key) {
     if (bytes == sum(at_peak)) return;  // no gap is left
@@ -340,10 +363,12 @@ void StepPlan::pack() {
     std::iota(order.begin(), order.end(), size_t{0});
     std::stable_sort(order.begin(), order.end(),
                      [&](size_t a, size_t b) { return key(a) > key(b); });
-    const int64_t total = lay_out(spans, order);
-    if (total >= bytes) return;
-    bytes = total;
-    for (size_t i = 0; i < blocks.size(); ++i) blocks[i].offset = spans[i].offset;
+    Layout layout(end);
+    std::vector<int64_t> offsets(blocks.size());
+    for (const size_t i : order) offsets[i] = layout.place(blocks[i].bytes, taken[i], given[i]);
+    if (layout.bytes() >= bytes) return;
+    bytes = layout.bytes();
+    for (size_t i = 0; i < blocks.size(); ++i) blocks[i].offset = offsets[i];
   };
   try_order(life);
   try_order(size);

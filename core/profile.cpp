@@ -21,9 +21,12 @@ thread_local WorkCounter* counter = nullptr;
 
 void add_line(std::vector<ProfileLine>& lines, const char* name, double seconds, Work work,
               int part = 0) {
-  auto line = std::find_if(lines.begin(), lines.end(),
-                           [&](const ProfileLine& l) { return l.part == part && l.name == name; });
-  if (line == lines.end()) line = lines.insert(line, ProfileLine{name, 0, 0, {}, part});
+  auto line = lines.rbegin();  // lines of a part stand together, those of the latest at the end
+  while (line != lines.rend() && line->part == part && line->name != name) ++line;
+  if (line == lines.rend() || line->part != part) {
+    lines.push_back({name, 0, 0, {}, part});
+    line = lines.rbegin();
+  }
   ++line->calls;
   line->seconds += seconds;
   line->work.flops += work.flops;

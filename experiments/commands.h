@@ -26,9 +26,10 @@ int run_config_command(const std::string& file, const CommonOptions& common);
 int run_inspect_command(const std::string& model, const CommonOptions& common);
 
 struct MemoryOptions {
-  std::string target;  // FILE.yaml or a model; "" with a table
-  std::string gpu;     // a name or bytes; "": the GPU here, or one without an end
-  std::string check;   // a results directory or a trial's
+  std::string target;       // FILE.yaml or a model; "" with a table
+  std::string gpu;          // a name or bytes; "": the GPU here, or one without an end
+  std::string host_memory;  // bytes beside it; "": as measured here, or without an end
+  std::string check;        // a results directory or a trial's
   bool json = false;
   std::string table, format = "text", out;     // a published table; "" as the target has it
   std::string measured = memory_results_file;  // of a table's measured column

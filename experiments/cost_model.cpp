@@ -3,8 +3,6 @@
 #include <algorithm>
 #include <cctype>
 #include <iterator>
-#include <map>
-#include <string_view>
 
 #include "core/parallel.h"
 
@@ -18,8 +16,6 @@ struct Share {
   const char* operation;
   double flops, bytes;  // share of the rate; 0: does not bind
 };
-/// Copied on streams of their own: they share the bus, and overlap with the rest of their part.
-constexpr std::string_view beside[] = {"streamed layer", "offload"};
 constexpr Share shares[] = {
     {"product", 1.0, 0},
     {"product with an adapter or few rows", 0, 0.77},
@@ -37,22 +33,35 @@ constexpr Share shares[] = {
     {"dropout_add", 0, 0.92},
     {"adamw", 0, 0.97},
     {"adamw8bit", 0, 0.37},
-    {"offload", 0, 54.8e9 / 2.97e12},  // pinned memory over PCIe
-    {"streamed layer", 0, 54.8e9 / 2.97e12},
-    {"page", 0, 104e9 / 2.97e12},  // in and out at once
 };
 constexpr double other_share = 0.85;
 
-// Dense bf16 (fp16 on a T4) TFLOP/s with fp32 sums and GB/s, by the makers' datasheets.
+/// Over the bus, by the share of its rate in one direction. `beside`: on a stream of its own.
+struct Transfer {
+  const char* operation;
+  double share;
+  bool beside;
+};
+constexpr double h100_bus = 54.8e9;
+constexpr Transfer transfers[] = {
+    {"offload", 1, true},
+    {"streamed layer", 1, true},
+    {"page", 104e9 / h100_bus, true},  // in and out at once
+    // Gathered by the host, then copied: 7 ms for 67 MB (bench/results/budget.json, 9 and 10 GiB).
+    {"embedding rows", 9.3e9 / h100_bus, false},
+};
+
+// Dense bf16 (fp16 on a T4) TFLOP/s with fp32 sums, GB/s of memory, and of the bus in one
+// direction, by the makers' datasheets.
 struct Sheet {
   const char* name;
-  double tflops, gbytes;
+  double tflops, gbytes, bus;
 };
 constexpr Sheet sheets[] = {
-    {"h100", 989.4, 3350},    {"h200", 989.4, 4800},  {"a100-40gb", 312, 1555},
-    {"a100", 312, 2039},      {"l40s", 362, 864},     {"l4", 121, 300},
-    {"a10g", 70, 600},        {"rtx3090", 71.2, 936}, {"rtx4090", 165.2, 1008},
-    {"rtx5090", 209.5, 1792}, {"t4", 65, 320}};
+    {"h100", 989.4, 3350, 63},    {"h200", 989.4, 4800, 63},    {"a100-40gb", 312, 1555, 31.5},
+    {"a100", 312, 2039, 31.5},    {"l40s", 362, 864, 31.5},     {"l4", 121, 300, 31.5},
+    {"a10g", 70, 600, 31.5},      {"rtx3090", 71.2, 936, 31.5}, {"rtx4090", 165.2, 1008, 31.5},
+    {"rtx5090", 209.5, 1792, 63}, {"t4", 65, 320, 15.75}};
 
 std::string plain(const std::string& name) {  // "NVIDIA GeForce RTX 4090" as "rtx4090" has it
   std::string out;
@@ -69,39 +78,50 @@ Rates gpu_rates(const std::string& name) {
   for (const Sheet& sheet : sheets)
     if (text.find(sheet.name) != std::string::npos)
       return {h100_products * sheet.tflops / h100.tflops, h100_copy * sheet.gbytes / h100.gbytes,
-              3e-6, &sheet == &h100};
-  return {h100_products, h100_copy, 3e-6, false};
+              3e-6, &sheet == &h100, h100_bus * sheet.bus / h100.bus};
+  return {h100_products, h100_copy, 3e-6, false, h100_bus};
 }
 
 // 65 GFLOP/s a core in the training step of SmolLM2 on an AMD EPYC (bench/results/cpu_step.json).
-Rates cpu_rates(int threads) { return {65e9 * threads, 10e9, 2e-6, false}; }
+Rates cpu_rates(int threads) { return {65e9 * threads, 10e9, 2e-6, false, 10e9}; }
 
 Rates rates_of(Device device) {
   return device.target == DeviceType::cuda ? gpu_rates(device_description(device))
                                            : cpu_rates(thread_count());
 }
 
-double predicted_seconds(const std::vector<ProfileLine>& work, const Rates& rates) {
-  struct Part {
-    double compute = 0, copies = 0;
+std::map<int, PartSeconds> part_seconds(const std::vector<ProfileLine>& work, const Rates& rates) {
+  std::map<int, PartSeconds> parts;
+  const auto named = [](const auto& list, const std::string& name) {
+    const auto end = std::end(list);
+    const auto it =
+        std::find_if(std::begin(list), end, [&](const auto& s) { return name == s.operation; });
+    return it == end ? nullptr : it;
   };
-  std::map<int, Part> parts;
   for (const ProfileLine& line : work) {
-    const auto* share = std::find_if(std::begin(shares), std::end(shares),
-                                     [&](const Share& s) { return line.name == s.operation; });
-    const bool known = share != std::end(shares);
-    const double by_flops =
-        known && share->flops > 0 ? line.work.flops / (rates.product_flops * share->flops) : 0;
-    const double byte_share = known ? share->bytes : other_share;
+    PartSeconds& part = parts[line.part];
+    const double launches = static_cast<double>(line.calls) * rates.launch;
+    if (const Transfer* transfer = named(transfers, line.name)) {
+      const double seconds = line.work.bytes / (rates.bus * transfer->share) + launches;
+      part.bus += seconds;
+      if (!transfer->beside) part.stream += seconds;
+      continue;
+    }
+    const Share* share = named(shares, line.name);
+    const double by_flops = share != nullptr && share->flops > 0
+                                ? line.work.flops / (rates.product_flops * share->flops)
+                                : 0;
+    const double byte_share = share != nullptr ? share->bytes : other_share;
     const double by_bytes = byte_share > 0 ? line.work.bytes / (rates.bytes * byte_share) : 0;
-    Part& part = parts[line.part];
-    const bool copied =
-        std::find(std::begin(beside), std::end(beside), line.name) != std::end(beside);
-    (copied ? part.copies : part.compute) +=
-        std::max(by_flops, by_bytes) + static_cast<double>(line.calls) * rates.launch;
+    part.stream += std::max(by_flops, by_bytes) + launches;
   }
+  return parts;
+}
+
+double predicted_seconds(const std::vector<ProfileLine>& work, const Rates& rates) {
   double seconds = 0;
-  for (const auto& [number, part] : parts) seconds += std::max(part.compute, part.copies);
+  for (const auto& [number, part] : part_seconds(work, rates))
+    seconds += std::max(part.stream, part.bus);
   return seconds;
 }
 

@@ -10,7 +10,7 @@
 #include <span>
 
 #include "experiments/gangs.h"
-#include "experiments/planner.h"
+#include "experiments/remedy.h"
 
 namespace qlab {
 namespace {
@@ -23,16 +23,19 @@ int64_t total(const std::vector<int64_t>& lengths) {
   return std::accumulate(lengths.begin(), lengths.end(), int64_t{0});
 }
 
-/// Micro-batches of a trial as if each had as many tokens as a usual one.
-double micro_batches(const PaperTrial& trial, Library& library) {
+/// Seconds of all steps of a trial; its micro-batches as if each had as many tokens as a usual one.
+double seconds_of(const PaperTrial& trial, Library& library, const StepSeconds& step) {
   const Config& c = trial.config;
   const auto usual = static_cast<double>(std::max<int64_t>(total(trial.usual_lengths), 1));
   if (c.data.train == "synthetic" || !is_here(c.data.train) || c.data.train.empty())
-    return c.train.steps ? static_cast<double>(*c.train.steps * c.train.grad_accum) : 0;
+    return c.train.steps ? static_cast<double>(*c.train.steps) * step.of(c.train.grad_accum) : 0;
   const Dataset& data = library.train_set(c);
   const double per_example =
       static_cast<double>(data.tokens) / static_cast<double>(data.examples.size());
-  return static_cast<double>(examples_to_train(c.train, data)) * per_example / usual;
+  const int64_t examples = examples_to_train(c.train, data);
+  const int64_t window = c.train.batch_size * c.train.grad_accum;
+  return static_cast<double>(examples) * per_example / usual * step.micro +
+         static_cast<double>((examples + window - 1) / window) * step.update;
 }
 
 /// Everything but what changes neither bytes nor time.
@@ -62,15 +65,24 @@ GangForecast forecast_gang(const ModelSource& model, const std::vector<PaperTria
                            const MemoryTarget& target) {
   GangForecast out;
   const int64_t budget = memory_budget(gang.front().config, target.device, target.capacity);
-  out.plan = plan_or_leanest(model, gang, target.device, budget, target.rates);
+  const int64_t host = target.host.value_or(MemoryLimits::none);
+  out.plan = plan_or_leanest(model, gang, target.device, {budget, host}, target.rates);
   const Config& first = gang.front().config;
   const auto limit = allocator_limit(first, target.device, target.capacity);
   const bool planned = first.train.recompute == "auto";
   out.fits = out.plan.peak <= (planned ? budget : limit.value_or(out.plan.peak));
+  const bool host_fits = out.plan.host_peak <= host;
+  if (!host_fits)
+    out.note = fmt::format("needs {} of host memory, of {}", format_bytes(out.plan.host_peak),
+                           format_bytes(host));
+  out.fits = out.fits && host_fits;
   if (out.fits || gang.size() > 1) return out;
-  const auto remedy = limit ? cheapest_fit(model, gang, target.device, *limit) : std::nullopt;
-  out.note = remedy ? fmt::format("would fit with {}", fmt::join(remedy->sets, " "))
-                    : "nothing that can be set makes it fit";
+  const bool own_budget = planned && first.train.memory_budget.text != "auto";
+  const int64_t within = own_budget ? budget : target.capacity.value_or(MemoryLimits::none);
+  const auto remedy = cheapest_fit(model, gang, target.device, {within, host}, target.rates);
+  out.note += (out.note.empty() ? "" : "; ") +
+              (remedy ? fmt::format("would fit with {}", fmt::join(remedy->sets, " "))
+                      : "nothing that can be set makes it fit");
   return out;
 }
 
@@ -99,7 +111,7 @@ class Forecaster {
       return run(gang.subspan(gang.size() / 2));
     }
     for (size_t j = 0; j < gang.size(); ++j) {
-      const double hours = micro_batches(papers[j], library_) * own.plan.step_seconds / 3600;
+      const double hours = seconds_of(papers[j], library_, own.plan.seconds) / 3600;
       out_[gang[j]] = {own.plan.peak, own.fits, gang.size(),
                        hours / static_cast<double>(gang.size()), own.note};
     }
@@ -120,7 +132,8 @@ bool data_is_here(const Config& config) {
 }
 
 PaperTrial trial_on_paper(const Config& config, Library& library, Device target) {
-  const int64_t positions = library.model(config.model.path).config.max_position_embeddings;
+  const int64_t positions =
+      most_positions(config.model.path, library.model(config.model.path).config);
   for (const int64_t length : {config.data.seq_len, config.data.eval_seq_len})
     if (config.lora.present && length > positions)
       fail("a sequence length of {} exceeds the {} positions of {}", length, positions,

@@ -68,11 +68,12 @@ GpuSpec find_gpu(const std::string& text) {
 }
 
 MemoryTarget target_here(Device device) {
-  MemoryTarget target{device, device_description(device), {}, {}, rates_of(device)};
+  MemoryTarget target{device, device_description(device), {}, {}, rates_of(device), {}};
   const int64_t free = available_memory(device), held = memory_account(device).total;
   constexpr int64_t unlimited = std::numeric_limits<int64_t>::max();
   if (free < unlimited - held) target.capacity = free + held;
   if (device.is_cuda()) {
+    target.host = available_memory(Device::cpu()) + memory_account(Device::cpu()).total;
     const auto total = static_cast<int64_t>(cuda::memory_info(device.index).total_bytes);
     target.gpu = GpuSpec{target.name,
                          total,
@@ -89,7 +90,7 @@ MemoryTarget memory_target(const std::string& gpu, const std::string& device) {
     fail("--gpu {} and --device {}: give one of them", gpu, device);
   if (gpu.empty() && (device != "auto" || cuda::device_count() > 0))
     return target_here(parse_device(device));
-  MemoryTarget target{Device::cuda(), "a GPU (--gpu names one)", {}, {}, gpu_rates(gpu)};
+  MemoryTarget target{Device::cuda(), "a GPU (--gpu names one)", {}, {}, gpu_rates(gpu), {}};
   if (gpu.empty()) return target;
   target.gpu = find_gpu(gpu);
   target.device = Device::gpu(target.gpu->capability);

@@ -26,6 +26,7 @@ struct MemoryTarget {
   std::optional<GpuSpec> gpu;       // none: a CPU, or a GPU without an end
   std::optional<int64_t> capacity;  // of the allocator; none: no end
   Rates rates;
+  std::optional<int64_t> host;  // memory of the host beside a GPU; none: no end
 };
 /// A GPU by name or bytes (`gpu`), or else a device here (`device`, as --device has it); without
 /// either a GPU without an end.

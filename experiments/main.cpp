@@ -85,6 +85,9 @@ int run(int argc, char** argv) {
                          "YAML file, or a model: directory, FILE.gguf, hub id or synthetic:NAME");
   memory_app->add_option("--gpu", memory.gpu,
                          "a GPU's name (" + qlab::known_gpus() + ") or its memory, as 24GiB");
+  memory_app->add_option(
+      "--host-memory", memory.host_memory,
+      "what the host has beside the GPU, as 64GiB; otherwise only the need is told");
   memory_app->add_flag("--json", memory.json, "one JSON object, in bytes");
   memory_app->add_option("--table", memory.table,
                          fmt::format("a published table beside ours: {}",
@@ -102,7 +105,8 @@ int run(int argc, char** argv) {
   auto* memory_check = memory_app->add_option(
       "--check", memory.check,
       "a results directory or a trial's: the peaks predicted for its trials, and those measured");
-  for (const char* other : {"target", "--gpu", "--device", "--set", "--table", "--format", "--out"})
+  for (const char* other :
+       {"target", "--gpu", "--host-memory", "--device", "--set", "--table", "--format", "--out"})
     memory_check->excludes(memory_app->get_option(other));
   memory_app->callback([&] { code = qlab::run_memory_command(memory, common); });
 

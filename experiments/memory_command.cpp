@@ -20,7 +20,7 @@ bool is_yaml(const std::string& target) {
 int print_one(const Config& config, Library& library, const MemoryOptions& options,
               const MemoryTarget& target) {
   const ModelSource& model = library.model(config.model.path);
-  MemoryQuestion question{config.model.path, target, 0, {}, 0, ""};
+  MemoryQuestion question{config.model.path, target, 0, {}, {}, 0, ""};
   question.footprint =
       hf_footprint(model.config, weight_spec(config),
                    config.lora.present ? std::optional(lora_spec(config)) : std::nullopt);
@@ -35,14 +35,20 @@ int print_one(const Config& config, Library& library, const MemoryOptions& optio
   if (config.quant.type == "int8")
     question.assumed += (question.assumed.empty() ? "" : "; ") +
                         std::string("int8: its bytes alone are known, a run with it is refused");
-  const int64_t capacity = target.capacity.value_or(std::numeric_limits<int64_t>::max());
   const int64_t budget = memory_budget(config, target.device, target.capacity);
-  question.plan = plan_or_leanest(model, gang, target.device, budget, target.rates);
+  const bool planned = config.lora.present && config.train.recompute == "auto";
+  if (planned && config.train.memory_budget.text != "auto") question.budget = budget;
+  const int64_t host = target.host.value_or(MemoryLimits::none);
+  question.plan = plan_or_leanest(model, gang, target.device, {budget, host}, target.rates);
+  const std::optional<int64_t> limit = allocator_limit(config, target.device, target.capacity);
   const MemoryPrediction prediction =
-      predict_memory(model, gang, target.device,
-                     allocator_limit(config, target.device, target.capacity), question.plan);
+      predict_memory(model, gang, target.device, limit, question.plan);
+  const int64_t capacity = target.capacity.value_or(MemoryLimits::none);
   std::optional<Remedy> remedy;
-  if (prediction.peak() > capacity) remedy = cheapest_fit(model, gang, target.device, capacity);
+  if (prediction.peak() > std::min(capacity, question.budget.value_or(capacity)) ||
+      prediction.host_peak > host)
+    remedy = cheapest_fit(model, gang, target.device, {question.budget.value_or(capacity), host},
+                          target.rates);
   if (options.json)
     write_out(memory_json(question, prediction, remedy).dump() + "\n");
   else
@@ -51,11 +57,12 @@ int print_one(const Config& config, Library& library, const MemoryOptions& optio
 }
 
 int print_table(const MemoryOptions& options, const CommonOptions& common) {
-  const bool asks =
-      !options.gpu.empty() || options.json || !common.sets.empty() || common.device != "auto";
+  const bool asks = !options.gpu.empty() || !options.host_memory.empty() || options.json ||
+                    !common.sets.empty() || common.device != "auto";
   if (!options.target.empty() || asks)
     fail("--table {}: a table states its own models and settings; leave out {}", options.table,
-         options.target.empty() ? "--gpu, --device, --set and --json" : options.target);
+         options.target.empty() ? "--gpu, --host-memory, --device, --set and --json"
+                                : options.target);
   const std::string text =
       format_table(memory_table(options.table, options.measured), options.format);
   if (options.out.empty()) {
@@ -83,7 +90,12 @@ int run_memory_command(const MemoryOptions& options, const CommonOptions& common
          fmt::join(memory_table_names(), ", "));
   if (!options.out.empty() || options.format != "text")
     fail("--out and --format are for --table; --json writes a prediction for programs");
-  const MemoryTarget target = memory_target(options.gpu, common.device);
+  MemoryTarget target = memory_target(options.gpu, common.device);
+  if (!options.host_memory.empty()) {
+    target.host = parse_bytes(options.host_memory);
+    if (!target.host)
+      fail("--host-memory {}: not a number of bytes, as 64GiB", options.host_memory);
+  }
   Library library;
   if (!is_yaml(options.target)) {
     Config config = load_config("", common.sets);

@@ -71,36 +71,6 @@ struct PaperRun {
   std::unique_ptr<AdamW> optimizer;
 };
 
-void set_all(std::vector<PaperTrial>& gang, const std::string& key, const std::string& value) {
-  for (PaperTrial& t : gang) set_key(t.config, key, YAML::Load(value), "");
-}
-
-/// Divides the micro-batch by its smallest factor and makes so many more of them, so that the
-/// numbers stay. False for single examples, and for trials of different batches, which no one
-/// setting describes.
-bool divide_batch(std::vector<PaperTrial>& gang, std::vector<std::string>& sets) {
-  const TrainConfig first = gang.front().config.train;
-  for (const PaperTrial& t : gang)
-    if (t.config.train.batch_size != first.batch_size ||
-        t.config.train.grad_accum != first.grad_accum)
-      return false;
-  int64_t factor = 2;
-  while (factor < first.batch_size && first.batch_size % factor != 0) ++factor;
-  if (first.batch_size < 2) return false;
-  for (PaperTrial& t : gang) {
-    t.config.train.batch_size = first.batch_size / factor;
-    t.config.train.grad_accum = first.grad_accum * factor;
-    for (std::vector<int64_t>* lengths : {&t.train_lengths, &t.usual_lengths})
-      lengths->resize(std::min(lengths->size(), static_cast<size_t>(first.batch_size / factor)));
-  }
-  std::erase_if(sets, [](const std::string& s) {
-    return s.starts_with("train.batch_size") || s.starts_with("train.grad_accum");
-  });
-  sets.push_back(fmt::format("train.batch_size={}", first.batch_size / factor));
-  sets.push_back(fmt::format("train.grad_accum={}", first.grad_accum * factor));
-  return true;
-}
-
 }  // namespace
 
 int64_t largest_tokens(std::span<const PaperTrial> gang) {
@@ -128,6 +98,16 @@ PaperTrial assumed_trial(const Config& config, Device target) {
     trial.eval_lengths.assign(static_cast<size_t>(count), length);
   }
   return trial;
+}
+
+int64_t micro_batches(std::span<const PaperTrial> gang) {
+  int64_t most = 0;
+  for (const PaperTrial& t : gang) most = std::max(most, t.config.train.grad_accum);
+  return most;
+}
+
+StepSeconds predicted_seconds(const MemoryPrediction& prediction, const Rates& rates) {
+  return {predicted_seconds(prediction.work, rates), predicted_seconds(prediction.update, rates)};
 }
 
 RunPlan asked_plan(const ModelSource& model, std::span<const PaperTrial> gang, Device target) {
@@ -233,8 +213,9 @@ MemoryPrediction predict_memory(const ModelSource& model, std::span<const PaperT
     step = reserve_steps(*llama, *stepper, participants, plan.resident);
     out.held_expanded = llama->resident_bytes();
     out.phases.push_back(accounts.phase("reserve"));
+    const bool planned = out.held_expanded == 0 && usual_tokens(gang) == largest_tokens(gang);
+    out.work = planned ? std::move(step.work) : count_usual_step(*stepper, participants);
     const WorkCounter counter;
-    count_usual_step(*stepper, participants);
     std::vector<AdamW::Step> updates;
     for (const PaperRun& run : runs) {
       fill_zero(run.adapter->gradients());
@@ -246,7 +227,7 @@ MemoryPrediction predict_memory(const ModelSource& model, std::span<const PaperT
       run.adapter->refresh();
       out.paged_out += run.optimizer->moments().bytes_on_host();
     }
-    out.work = counter.lines();
+    out.update = counter.lines();
     out.phases.push_back(accounts.phase("train"));
     for (const PaperRun& run : runs) adapter_tensors(*run.adapter);
     out.phases.push_back(accounts.phase("save"));
@@ -269,87 +250,6 @@ MemoryPrediction predict_memory(const ModelSource& model, std::span<const PaperT
   std::stable_sort(out.at_peak.begin(), out.at_peak.end(),
                    [](const LiveTensor& a, const LiveTensor& b) { return a.bytes > b.bytes; });
   return out;
-}
-
-std::optional<int64_t> fewest_streamed(int64_t layers, const std::function<bool(int64_t)>& fits) {
-  if (!fits(layers)) return {};
-  int64_t fewest = layers, too_few = 0;
-  while (fewest - too_few > 1) {
-    const int64_t middle = (fewest + too_few) / 2;
-    (fits(middle) ? fewest : too_few) = middle;
-  }
-  return fewest;
-}
-
-std::optional<Remedy> cheapest_fit(const ModelSource& model, std::span<const PaperTrial> gang,
-                                   Device target, int64_t capacity) {
-  // What costs speed alone comes first, the mildest first; then what changes the numbers.
-  std::vector<PaperTrial> tried(gang.begin(), gang.end());
-  std::vector<std::string> sets;
-  const auto fits = [&]() -> std::optional<Remedy> {
-    const int64_t peak = predict_memory(model, tried, target, capacity).peak();
-    return peak <= capacity ? std::optional(Remedy{sets, peak}) : std::nullopt;
-  };
-  const auto set = [&](const std::string& key, const std::string& value) {
-    set_all(tried, key, value);
-    std::erase_if(sets, [&](const std::string& s) { return s.starts_with(key + "="); });
-    sets.push_back(key + "=" + value);
-    return fits();
-  };
-  const Config& first = gang.front().config;
-  if (first.quant.resident.text != "0")
-    if (const auto remedy = set("quant.resident", "0")) return remedy;
-  if (target.is_cuda() && !model.config.tie_word_embeddings && first.model.embeddings != "host")
-    if (const auto remedy = set("model.embeddings", "host")) return remedy;
-  if (first.lora.present) {
-    if (first.train.recompute == "none")
-      if (const auto remedy = set("train.recompute", "selective")) return remedy;
-    if (first.train.recompute != "full" && first.train.recompute != "offload")
-      if (const auto remedy = set("train.recompute", "full")) return remedy;
-    if (first.train.recompute != "offload" && target.is_cuda())
-      if (const auto remedy = set("train.recompute", "offload")) return remedy;
-    const bool one_type = std::all_of(tried.begin(), tried.end(), [&](const PaperTrial& t) {
-      return t.config.optim.type == first.optim.type;
-    });
-    if (target.is_cuda() && one_type && !is_paged(first))
-      if (const auto remedy = set("optim.type", "paged_" + first.optim.type)) return remedy;
-  }
-  const int64_t layers = model.config.num_hidden_layers;
-  const auto stream = [&]() -> std::optional<Remedy> {
-    const Config& now = tried.front().config;
-    if (!target.is_cuda() || now.quant.type != "nf4" || streamed_layers(now, layers) > 0) return {};
-    const auto fewest = fewest_streamed(layers, [&](int64_t n) {
-      set_all(tried, "model.streamed_layers", std::to_string(n));
-      return fits().has_value();
-    });
-    return set("model.streamed_layers", std::to_string(fewest.value_or(layers)));
-  };
-  // Smaller batches are of no use where the base alone is too large.
-  if (predict_memory(model, tried, target, capacity).load_peak() > capacity)
-    if (const auto remedy = stream()) return remedy;
-  if (first.lora.present) {
-    while (tried.size() > 1) {
-      tried.resize((tried.size() + 1) / 2);
-      std::erase_if(sets, [](const std::string& s) { return s.starts_with("parallel."); });
-      sets.push_back("parallel.trials_per_gpu=" + std::to_string(tried.size()));
-      if (const auto remedy = fits()) return remedy;
-    }
-    while (divide_batch(tried, sets))
-      if (const auto remedy = fits()) return remedy;
-  }
-  if (first.quant.type != "nf4")
-    if (const auto remedy = set("quant.type", "nf4")) return remedy;
-  if (!first.quant.double_quant)
-    if (const auto remedy = set("quant.double_quant", "true")) return remedy;
-  if (const auto remedy = stream()) return remedy;
-  while (first.lora.present && tried.front().config.data.seq_len > 256) {
-    const int64_t length = tried.front().config.data.seq_len / 2;
-    for (PaperTrial& t : tried)
-      for (std::vector<int64_t>* lengths : {&t.train_lengths, &t.usual_lengths})
-        for (int64_t& n : *lengths) n = std::min(n, length);
-    if (const auto remedy = set("data.seq_len", std::to_string(length))) return remedy;
-  }
-  return {};
 }
 
 }  // namespace qlab

@@ -1,7 +1,6 @@
 // What a run will need: its own code, from loading to the optimizer, on a meta device, where
 // nothing is computed and the allocator keeps accounts. No formula beside the program.
 #pragma once
-#include <functional>
 #include <optional>
 #include <span>
 #include <string>
@@ -9,6 +8,7 @@
 
 #include "core/profile.h"
 #include "experiments/config.h"
+#include "experiments/cost_model.h"
 #include "experiments/gpus.h"
 #include "experiments/stepper.h"
 #include "nn/load.h"
@@ -58,8 +58,11 @@ struct RunPlan {
   int64_t paged_out = 0;          // bytes of optimizer states in host memory, predicted
   int64_t peak = 0;               // of the allocator, predicted
   int64_t host_peak = 0;          // of host memory beside a GPU, predicted
-  double step_seconds = 0;        // of a usual one, predicted by experiments/cost_model.h
+  StepSeconds seconds;            // of usual micro-batches, predicted by experiments/cost_model.h
+  double step_seconds = 0;        // of a whole optimizer step
 };
+/// Micro-batches of an optimizer step: the most that any of the gang takes.
+int64_t micro_batches(std::span<const PaperTrial> gang);
 /// What train.recompute (not auto), quant.resident and the model's placement of the first trial ask
 /// for, and use_spare_memory().
 RunPlan asked_plan(const ModelSource& model, std::span<const PaperTrial> gang, Device target);
@@ -74,7 +77,8 @@ struct MemoryPrediction {
   std::string moment;                  // of the peak
   std::vector<LiveTensor> at_peak;     // what lives then, the largest first
   int64_t held_expanded = 0;           // of the base, in the compute dtype (quant.resident)
-  std::vector<ProfileLine> work;       // of a usual training micro-batch and an update
+  std::vector<ProfileLine> work;       // of a usual training micro-batch
+  std::vector<ProfileLine> update;     // of the optimizers, after a step's micro-batches
   int64_t streamed_bytes = 0;          // of the base, in host memory
   int64_t host_peak = 0;               // of the host, for a GPU's run: what loading stages
   int64_t paged_out = 0;               // of the optimizers' states, in host memory
@@ -101,17 +105,6 @@ MemoryPrediction predict_memory(const ModelSource& model, std::span<const PaperT
                                 Device target, std::optional<int64_t> capacity = {},
                                 const std::optional<RunPlan>& plan = {});
 
-/// The smallest number of streamed layers that fits, if all of them do.
-std::optional<int64_t> fewest_streamed(int64_t layers, const std::function<bool(int64_t)>& fits);
-
-/// Settings under which a run fits, and what it then needs.
-struct Remedy {
-  std::vector<std::string> sets;  // "train.recompute=full"
-  int64_t peak;
-};
-/// The mildest change of the gang's configurations that fits into `capacity`; nothing when even all
-/// of them together do not.
-std::optional<Remedy> cheapest_fit(const ModelSource& model, std::span<const PaperTrial> gang,
-                                   Device target, int64_t capacity);
+StepSeconds predicted_seconds(const MemoryPrediction& prediction, const Rates& rates);
 
 }  // namespace qlab

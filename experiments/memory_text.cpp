@@ -9,9 +9,13 @@ namespace {
 
 using Json = nlohmann::json;
 
+bool host_fits(const MemoryQuestion& question, const MemoryPrediction& prediction) {
+  return prediction.host_peak <= question.target.host.value_or(MemoryLimits::none);
+}
 bool fits(const MemoryQuestion& question, const MemoryPrediction& prediction) {
-  const std::optional<int64_t>& capacity = question.target.capacity;
-  return !capacity || prediction.peak() <= *capacity;
+  const int64_t limit = std::min(question.target.capacity.value_or(MemoryLimits::none),
+                                 question.budget.value_or(MemoryLimits::none));
+  return prediction.peak() <= limit && host_fits(question, prediction);
 }
 
 std::string row(const std::string& what, int64_t bytes, const std::string& note = "") {
@@ -87,22 +91,39 @@ std::string memory_text(const MemoryQuestion& question, const Config& config,
   }
   text += row("workspace", at(peak, Category::workspace));
   text += row("peak", p.peak());
-  if (p.host_peak > 0) text += row("on the host", p.host_peak);
+  if (p.host_peak > 0)
+    text += row("on the host", p.host_peak,
+                host_fits(question, p) ? ""
+                                       : "does not fit: the host has " +
+                                             format_bytes(question.target.host.value_or(0)));
   if (question.target.gpu) {
     const GpuSpec& gpu = *question.target.gpu;
     text += row("CUDA context and libraries", gpu.context_bytes, gpu.context_note);
     const int64_t left = gpu.usable() - p.peak();
     text += left >= 0
-                ? row("free of " + format_bytes(gpu.memory_bytes), left, "fits")
+                ? row("free of " + format_bytes(gpu.memory_bytes), left,
+                      fits(question, p) ? "fits" : "")
                 : row("too much for " + format_bytes(gpu.memory_bytes), -left, "does not fit");
-    if (left < 0) text += remedy_text(remedy);
   }
+  if (const auto& budget = question.budget) {
+    const int64_t left = *budget - p.peak();
+    text += left >= 0 ? row("left of train.memory_budget", left)
+                      : row("too much for train.memory_budget", -left, "does not fit");
+    if (left < 0) text += fmt::format("  the least that this run can take is {}\n", needed_text(p));
+  }
+  if (!fits(question, p)) text += remedy_text(remedy);
   if (p.trainable_params > 0) {
     if (config.train.recompute == "auto") text += "\nplan: " + describe(question.plan) + "\n";
-    text += fmt::format("\na micro-batch of {} tokens in about {:.3g} s ({})\n",
-                        with_commas(question.tokens), question.plan.step_seconds,
-                        question.target.rates.measured ? "from rates measured on this GPU"
-                                                       : "from rates of other hardware");
+    text += fmt::format(
+        "\na step in about {:.3g} s: {} of {} tokens, {:.3g} s{}; the update, "
+        "{:.3g} s ({})\n",
+        question.plan.step_seconds,
+        config.train.grad_accum == 1 ? "one micro-batch"
+                                     : fmt::format("{} micro-batches", config.train.grad_accum),
+        with_commas(question.tokens), question.plan.seconds.micro,
+        config.train.grad_accum == 1 ? "" : " each", question.plan.seconds.update,
+        question.target.rates.measured ? "from rates measured on this GPU"
+                                       : "from rates of other hardware");
   }
   text += "\nthe largest tensors then\n";
   for (size_t i = 0; i < std::min<size_t>(5, p.at_peak.size()); ++i) {
@@ -134,9 +155,11 @@ Json memory_json(const MemoryQuestion& question, const MemoryPrediction& p,
                {"peak_moment", p.moment},
                {"plan", describe(question.plan)},
                {"step_seconds", question.plan.step_seconds},
+               {"micro_batch_seconds", question.plan.seconds.micro},
+               {"update_seconds", question.plan.seconds.update},
                {"step_tokens", question.tokens},
                {"step_bytes", p.step_bytes},
-               {"host_peak_bytes", p.host_peak},
+               {"host_bytes", p.host_peak},
                {"streamed_layers", question.plan.streamed_layers},
                {"streamed_bytes", p.streamed_bytes},
                {"paged_out_bytes", p.paged_out}};
@@ -146,6 +169,13 @@ Json memory_json(const MemoryQuestion& question, const MemoryPrediction& p,
     json["memory_bytes"] = gpu.memory_bytes;
     json["context_bytes"] = gpu.context_bytes;
     json["context_measured"] = gpu.measured;
+  }
+  if (question.budget) json["budget_bytes"] = *question.budget;
+  if (question.target.host) {
+    json["host_memory_bytes"] = *question.target.host;
+    json["host_fits"] = host_fits(question, p);
+  }
+  if (question.target.gpu || question.budget || question.target.host) {
     json["fits"] = fits(question, p);
     if (remedy) json["fits_with"] = {{"set", remedy->sets}, {"peak_bytes", remedy->peak}};
   }

@@ -4,7 +4,7 @@
 #include <optional>
 #include <string>
 
-#include "experiments/planner.h"
+#include "experiments/remedy.h"
 
 namespace qlab {
 
@@ -14,8 +14,9 @@ struct MemoryQuestion {
   MemoryTarget target;
   int64_t footprint = 0;  // Hugging Face's get_memory_footprint
   RunPlan plan;
-  int64_t tokens = 0;   // of a usual micro-batch
-  std::string assumed;  // what was assumed about the data, or ""
+  std::optional<int64_t> budget;  // train.memory_budget, where it is what the run may take
+  int64_t tokens = 0;             // of a usual micro-batch
+  std::string assumed;            // what was assumed about the data, or ""
 };
 
 std::string memory_text(const MemoryQuestion& question, const Config& config,

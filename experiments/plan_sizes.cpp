@@ -114,7 +114,7 @@ class Sizes {
     }
     if (last_too_fast != nullptr) *last_too_fast = too_fast;
     std::vector<Recompute> policy = policy_at(enough, layers_), kept = policy;
-    kept.back() = Recompute::none;  // as keep_last_layer()
+    kept.back() = Recompute::none;  // as use_spare_memory()
     return fits(plan, kept, tokens) ? kept : policy;
   }
 

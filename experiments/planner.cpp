@@ -11,7 +11,7 @@
 namespace qlab {
 namespace {
 
-constexpr int64_t unlimited = std::numeric_limits<int64_t>::max();
+constexpr int64_t unlimited = MemoryLimits::none;
 
 const char* name_of_recompute(Recompute recompute) {
   switch (recompute) {
@@ -27,195 +27,74 @@ const char* name_of_recompute(Recompute recompute) {
   return "?";
 }
 
-void foresee(RunPlan& plan, const MemoryPrediction& prediction, const Rates& rates) {
-  plan.peak = prediction.peak();
-  plan.host_peak = prediction.host_peak;
-  plan.paged_out = prediction.paged_out;
-  plan.step_seconds = predicted_seconds(prediction.work, rates);
-}
-
-class Search {
- public:
-  Search(const ModelSource& model, std::span<const PaperTrial> gang, Device target,
-         const Rates& rates, std::optional<int64_t> capacity)
-      : model_(model), gang_(gang), target_(target), rates_(rates), capacity_(capacity) {}
-
-  RunPlan run(int64_t budget) {
-    const ModelConfig& wish = gang_.front().config.model;
-    const int64_t layers = model_.config.num_hidden_layers;
-    const int64_t leanest = leanest_policy(target_, layers);
-    streamed_layers_ = streamed_layers(gang_.front().config, layers);
-    const std::string& embeddings = wish.embeddings;
-    // Bringing embeddings along costs less than putting layers aside.
-    host_embeddings_ = embeddings == "host";
-    if (embeddings == "auto" && target_.is_cuda() && !model_.config.tie_word_embeddings)
-      host_embeddings_ = predict(plan_at(2 * layers)).peak() > budget;
-    const MemoryPrediction least = predict(kept(plan_at(leanest)));
-    if (least.peak() <= budget) return row(budget, leanest);
-    for (const int64_t corner : {2 * layers, layers})  // peaks fall, but for a little at corners
-      if (predict(plan_at(corner)).peak() <= budget) return row(budget, corner);
-    if (wish.streamed_layers.text != "auto" || !target_.is_cuda()) refuse(least, budget);
-    return streaming(budget, leanest);
-  }
-
- private:
-  /// With as few layers streamed as let a corner of the row fit, whichever corner is the fastest.
-  RunPlan streaming(int64_t budget, int64_t leanest) {
-    const int64_t layers = model_.config.num_hidden_layers;
-    RunPlan best;
-    for (int64_t corner = leanest; corner >= 0; corner -= layers) {
-      RunPlan plan = kept(plan_at(corner));  // the same whatever is streamed
-      const auto fewest = fewest_streamed(layers, [&](int64_t n) {
-        plan.streamed_layers = n;
-        return predict(plan).peak() <= budget;
-      });
-      if (!fewest) continue;
-      streamed_layers_ = *fewest;
-      plan = row(budget, corner);
-      if (best.layers.empty() || plan.step_seconds < best.step_seconds) best = std::move(plan);
-    }
-    streamed_layers_ = layers;
-    if (best.layers.empty()) refuse(predict(kept(plan_at(leanest))), budget);
-    return best;
-  }
-
-  /// The fastest of the row up to plan `fits`, which fits.
-  RunPlan row(int64_t budget, int64_t fits) const {
-    const int64_t layers = model_.config.num_hidden_layers;
-    int64_t too_large = -1;
-    while (fits - too_large > 1) {
-      const int64_t middle = (fits + too_large) / 2;
-      (predict(plan_at(middle)).peak() <= budget ? fits : too_large) = middle;
-    }
-    // Time per byte is the same for all layers, so that the best plan either keeps as much as it
-    // can, or stops at a corner and holds expanded weights with what is left.
-    RunPlan best;
-    for (const int64_t i : {fits, layers, 2 * layers}) {
-      if (i < fits) continue;
-      RunPlan plan = filled(i, budget);
-      if (best.layers.empty() || plan.step_seconds < best.step_seconds) best = std::move(plan);
-    }
-    return best;
-  }
-
-  MemoryPrediction predict(const RunPlan& plan) const {
-    return predict_memory(model_, gang_, target_, capacity_, plan);
-  }
-
-  RunPlan plan_at(int64_t i) const {
-    RunPlan plan;
-    plan.layers = policy_at(i, model_.config.num_hidden_layers);
-    plan.host_embeddings = host_embeddings_;
-    plan.streamed_layers = streamed_layers_;
-    return plan;
-  }
-
-  RunPlan kept(const RunPlan& plan) const {
-    MemoryPrediction own = predict(plan);
-    return use_spare_memory(plan, own, [&](const RunPlan& p) { return predict(p); });
-  }
-
-  RunPlan filled(int64_t i, int64_t budget) const {
-    const MemoryBudget& wish = gang_.front().config.quant.resident;
-    RunPlan plan = kept(plan_at(i));
-    MemoryPrediction prediction = predict(plan);
-    if (wish.text != "0" && target_.is_cuda()) {
-      const int64_t most = wish.text == "auto" ? unlimited : parse_bytes(wish.text).value_or(0);
-      RunPlan holding = plan;
-      holding.resident = std::min(most, budget - prediction.peak());
-      MemoryPrediction held = predict(holding);
-      if (held.peak() <= budget) plan = std::move(holding), prediction = std::move(held);
-    }
-    foresee(plan, prediction, rates_);
-    return plan;
-  }
-
-  [[noreturn]] void refuse(const MemoryPrediction& least, int64_t budget) const {
-    std::string parts;
-    const CategoryBytes& bytes = least.highest().at_peak;
-    for (int i = 0; i < category_count; ++i)
-      if (bytes[static_cast<size_t>(i)] > 0)
-        parts +=
-            fmt::format("{}{} {}", parts.empty() ? "" : ", ", name_of(static_cast<Category>(i)),
-                        format_bytes(bytes[static_cast<size_t>(i)]));
-    throw OutOfMemory(fmt::format(
-        "{} is too little (train.memory_budget, or what the device has): with every layer computed "
-        "again{} this run needs {} ({}); give that much, or set a smaller train.batch_size (with "
-        "more train.grad_accum), "
-        "data.seq_len or parallel.trials_per_gpu",
-        format_bytes(budget),
-        streamed_layers_ == 0
-            ? ""
-            : fmt::format(" and {} of them streamed from host memory", streamed_layers_),
-        format_bytes(least.peak()), parts));
-  }
-
-  const ModelSource& model_;
-  std::span<const PaperTrial> gang_;
-  Device target_;
-  const Rates& rates_;
-  std::optional<int64_t> capacity_;  // within which states are paged
-  bool host_embeddings_ = false;
-  int64_t streamed_layers_ = 0;
-};
-
-/// With states on the device, or moving where that is faster or the only way.
-RunPlan search(const ModelSource& model, std::span<const PaperTrial> gang, Device target,
-               int64_t budget, const Rates& rates) {
-  const auto run = [&](std::optional<int64_t> capacity) {
-    return Search(model, gang, target, rates, capacity).run(budget);
-  };
-  if (std::none_of(gang.begin(), gang.end(), [](const auto& t) { return is_paged(t.config); }))
-    return run({});
-  RunPlan paged = run(budget);
-  if (paged.paged_out == 0) return paged;
-  try {
-    RunPlan kept = run({});
-    return kept.step_seconds <= paged.step_seconds ? kept : paged;
-  } catch (const OutOfMemory&) {
-    return paged;
-  }
+/// What this run needs at its peak, what makes that up, and what would lessen it.
+[[noreturn]] void refuse(const RunPlan& least, const MemoryPrediction& need, int64_t budget) {
+  throw OutOfMemory(fmt::format(
+      "{} is too little (train.memory_budget, or what the device has): the leanest plan ({}) needs "
+      "{}; give that much, or set {}",
+      format_bytes(budget), describe(least), needed_text(need), advice_for(need)));
 }
 
 }  // namespace
 
+std::string needed_text(const MemoryPrediction& need) {
+  std::string parts;
+  const CategoryBytes& bytes = need.highest().at_peak;
+  for (int i = 0; i < category_count; ++i)
+    if (bytes[static_cast<size_t>(i)] > 0)
+      parts += fmt::format("{}{} {}", parts.empty() ? "" : ", ", name_of(static_cast<Category>(i)),
+                           format_bytes(bytes[static_cast<size_t>(i)]));
+  return fmt::format("{} at its peak, {} ({})", format_bytes(need.peak()), need.moment, parts);
+}
+
+std::string advice_for(const MemoryPrediction& need) {
+  if (need.moment.starts_with("evaluation")) return "a smaller data.eval_seq_len";
+  if (need.moment.starts_with("loading")) return "quant.type: nf4, or a smaller model.path";
+  return "a smaller train.batch_size (with more train.grad_accum), data.seq_len, lora.r or "
+         "parallel.trials_per_gpu";
+}
+
 RunPlan plan_run(const ModelSource& model, std::span<const PaperTrial> gang, Device target,
-                 int64_t budget, const Rates& rates) {
+                 const MemoryLimits& limits, const Rates& rates) {
   const Config& first = gang.front().config;
   if (first.train.recompute == "auto") {
-    const RunPlan one = search(model, gang, target, budget, rates);
-    const auto find = [&](std::span<const PaperTrial> own) -> std::optional<RunPlan> {
-      try {
-        return search(model, own, target, budget, rates);
-      } catch (const OutOfMemory&) {
-        return {};
-      }
-    };
-    RunPlan plan = plan_by_size(model, gang, target, budget, one, find);
-    const std::optional<int64_t> capacity =
-        plan.paged_out > 0 ? std::optional(budget) : std::nullopt;
-    foresee(plan, predict_memory(model, gang, target, capacity, plan), rates);
-    return plan.peak <= budget ? plan : one;
+    PlanSearch search(model, gang, target, limits, rates);
+    if (const std::optional<RunPlan> one = search.fastest()) {
+      const auto find = [&](std::span<const PaperTrial> own) {
+        return PlanSearch(model, own, target, limits, rates).fastest();
+      };
+      RunPlan plan = plan_by_size(model, gang, target, limits.budget, *one, find);
+      if (plan.leaner.empty()) return *one;
+      const std::optional<int64_t> capacity =
+          plan.paged_out > 0 ? std::optional(limits.budget) : std::nullopt;
+      foresee(plan, predict_memory(model, gang, target, capacity, plan), gang, rates);
+      return plan.peak <= limits.budget && plan.host_peak <= limits.host ? plan : *one;
+    }
+    if (limits.host < unlimited) {
+      // What the device has room for says what the host lacks.
+      const RunPlan plan = plan_run(model, gang, target, limits.budget, rates);
+      check_host_memory(plan, limits.host);
+      return plan;
+    }
+    MemoryPrediction need;
+    const RunPlan least = search.leanest(need);
+    refuse(least, need, limits.budget);
   }
   RunPlan plan = asked_plan(model, gang, target);
-  const MemoryPrediction prediction = predict_memory(model, gang, target, budget, plan);
-  foresee(plan, prediction, rates);
+  const MemoryPrediction prediction = predict_memory(model, gang, target, limits.budget, plan);
+  foresee(plan, prediction, gang, rates);
   return plan;
 }
 
 RunPlan plan_or_leanest(const ModelSource& model, std::span<const PaperTrial> gang, Device target,
-                        int64_t budget, const Rates& rates) {
+                        const MemoryLimits& limits, const Rates& rates) {
   try {
-    return plan_run(model, gang, target, budget, rates);
+    return plan_run(model, gang, target, limits, rates);
   } catch (const OutOfMemory&) {
-    std::vector<PaperTrial> leanest(gang.begin(), gang.end());
-    for (PaperTrial& t : leanest) {
-      t.config.train.recompute = target.is_cuda() ? "offload" : "full";
-      if (target.is_cuda() && !model.config.tie_word_embeddings) t.config.model.embeddings = "host";
-      if (target.is_cuda() && t.config.model.streamed_layers.text == "auto")
-        t.config.model.streamed_layers.text = "all";
-    }
-    return plan_run(model, leanest, target, budget, rates);
+    PlanSearch search(model, gang, target, limits.budget, rates);
+    if (std::optional<RunPlan> plan = search.fastest()) return *plan;  // the host has too little
+    MemoryPrediction need;
+    return search.leanest(need);
   }
 }
 

@@ -1,27 +1,32 @@
-// Which plan of a run is the fastest that fits a memory budget: what each layer keeps or computes
-// again, how much of the base is held expanded, and, where nothing else fits, how many layers are
-// streamed from the host. Where examples differ in length the plan is the fastest for a usual
-// micro-batch that leaves room for the largest, and larger ones compute more again. Candidates are
-// run on meta; the budget is met to the byte, the time is that of experiments/cost_model.h.
+// The plan of a run: what its configuration asks for or, with train.recompute: auto, the fastest
+// that fits a memory budget (experiments/plan_search.h). Where
+// examples differ in length larger micro-batches than usual may compute more again
+// (experiments/plan_sizes.h).
 #pragma once
 #include <span>
 #include <string>
 #include <vector>
 
-#include "experiments/cost_model.h"
-#include "experiments/memory_prediction.h"
+#include "experiments/plan_search.h"
 
 namespace qlab {
 
 /// The plan that `train.recompute` and `quant.resident` of the gang's first trial ask for; with
-/// recompute: auto the fastest whose peak stays within `budget`. Throws OutOfMemory with the least
-/// that is needed, and what makes it up, when none does.
+/// recompute: auto the fastest within `limits`. Throws OutOfMemory with the least that is needed,
+/// and what makes it up, when none is; what the device has room for and the host has not is said as
+/// by check_host_memory().
 RunPlan plan_run(const ModelSource& model, std::span<const PaperTrial> gang, Device target,
-                 int64_t budget, const Rates& rates);
+                 const MemoryLimits& limits, const Rates& rates);
 
-/// plan_run() for a forecast: where nothing fits, the leanest plan, whose peak exceeds `budget`.
+/// plan_run() for a forecast: where nothing fits, the plan that the host has no room for, or else
+/// the leanest.
 RunPlan plan_or_leanest(const ModelSource& model, std::span<const PaperTrial> gang, Device target,
-                        int64_t budget, const Rates& rates);
+                        const MemoryLimits& limits, const Rates& rates);
+
+/// "8.91 GB at its peak, training step: backward model.layers.31 (weights 4.54 GB, ...)"
+std::string needed_text(const MemoryPrediction& need);
+/// Settings that would lessen it, by what the peak is.
+std::string advice_for(const MemoryPrediction& need);
 
 /// What a run may take in all of an allocator that has `capacity` (none: no end):
 /// train.memory_budget where that is less. Without one other programs are left a little of a GPU.

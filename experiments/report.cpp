@@ -42,14 +42,15 @@ std::string csv(const Results& results) {
   std::vector<std::string> cells{"trial"};
   for (const std::string& key : results.keys) cells.push_back(csv_cell(key));
   cells.push_back("seed");
-  for (const Column& column : summary_columns()) cells.push_back(column.name);
+  const std::vector<Column> columns = shown_columns(results);
+  for (const Column& column : columns) cells.push_back(column.name);
   cells.push_back("status");
   std::string out = fmt::format("{}\n", fmt::join(cells, ","));
   for (const TrialResult& trial : results.trials) {
     cells = {csv_cell(trial.name)};
     for (const std::string& value : trial.swept) cells.push_back(csv_cell(value));
     cells.push_back(trial.seed);
-    for (const Column& column : summary_columns()) {
+    for (const Column& column : columns) {
       const auto& value = trial.*column.value;
       cells.push_back(value ? shortest(*value) : "");
     }
@@ -70,7 +71,9 @@ std::string thousands(double x) {
 /// A measured value for people.
 std::string readable(const std::string& column, std::optional<double> value) {
   if (!value) return "";
-  if (column == "peak_bytes") return format_bytes(static_cast<int64_t>(*value));
+  if (column == "stalled_seconds") return fmt::format("{:.4f}", *value);
+  if (column == "peak_bytes" || column == "moved_bytes")
+    return format_bytes(static_cast<int64_t>(*value));
   if (column.ends_with("loss") || column == "eval_loss_0") return fmt::format("{:.4f}", *value);
   return thousands(*value);
 }
@@ -110,13 +113,14 @@ std::string markdown(const Results& results) {
   Rows rows{{"trial"}};
   for (const std::string& key : results.keys) rows[0].push_back(key);
   rows[0].push_back("seed");
-  for (const Column& column : summary_columns()) rows[0].push_back(column.name);
+  const std::vector<Column> columns = shown_columns(results);
+  for (const Column& column : columns) rows[0].push_back(column.name);
   rows[0].push_back("status");
   for (const TrialResult* trial : ranked(results)) {
     std::vector<std::string> row{trial->name};
     row.insert(row.end(), trial->swept.begin(), trial->swept.end());
     row.push_back(trial->seed);
-    for (const Column& column : summary_columns()) {
+    for (const Column& column : columns) {
       row.push_back(readable(column.name, trial->*column.value));
     }
     row.push_back(trial->status);
@@ -225,19 +229,19 @@ ReportResult write_report(const std::string& dir) {
 
 std::string summary_table(const std::string& dir) {
   const Results results = read_results(dir);
-  const std::vector<std::string> shown{"trainable_params", "steps",     "train_loss",
-                                       "eval_loss_0",      "eval_loss", "tokens_per_s",
-                                       "peak_bytes",       "gang_size"};
+  const std::vector<std::string> shown{
+      "trainable_params", "steps",      "train_loss", "eval_loss_0", "eval_loss",
+      "tokens_per_s",     "peak_bytes", "gang_size",  "moved_bytes", "stalled_seconds"};
+  std::vector<Column> columns;
+  for (const std::string& name : shown)
+    for (const Column& column : shown_columns(results))
+      if (name == column.name) columns.push_back(column);
   Rows rows{{"trial"}};
-  rows[0].insert(rows[0].end(), shown.begin(), shown.end());
+  for (const Column& column : columns) rows[0].push_back(column.name);
   rows[0].push_back("status");
   for (const TrialResult* trial : ranked(results)) {
     std::vector<std::string> row{trial->name};
-    for (const std::string& name : shown) {
-      for (const Column& column : summary_columns()) {
-        if (name == column.name) row.push_back(readable(name, trial->*column.value));
-      }
-    }
+    for (const Column& column : columns) row.push_back(readable(column.name, trial->*column.value));
     row.push_back(trial->status);
     rows.push_back(std::move(row));
   }

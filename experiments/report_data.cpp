@@ -63,6 +63,10 @@ void read_status(const std::string& file, TrialResult& trial) {
   trial.peak_bytes = number_at(json, "peak_bytes");
   trial.gang_size = number_at(json, "gang_size");
   trial.predicted_peak_bytes = number_at(json, "predicted_peak_bytes");
+  if (const auto paging = json.find("paging"); paging != json.end() && paging->is_object()) {
+    trial.moved_bytes = number_at(*paging, "step_moved_bytes");
+    trial.stalled_seconds = number_at(*paging, "step_stalled_seconds_median");
+  }
 }
 
 /// Mean of the loss over the last tenth of the steps so far, at least one, as far as they are
@@ -197,6 +201,16 @@ const std::vector<Column>& summary_columns() {
                                            {"tokens_per_s", &TrialResult::tokens_per_s},
                                            {"peak_bytes", &TrialResult::peak_bytes},
                                            {"gang_size", &TrialResult::gang_size}};
+  return columns;
+}
+
+std::vector<Column> shown_columns(const Results& results) {
+  std::vector<Column> columns = summary_columns();
+  if (std::any_of(results.trials.begin(), results.trials.end(),
+                  [](const TrialResult& t) { return t.moved_bytes.has_value(); })) {
+    columns.push_back({"moved_bytes", &TrialResult::moved_bytes});
+    columns.push_back({"stalled_seconds", &TrialResult::stalled_seconds});
+  }
   return columns;
 }
 

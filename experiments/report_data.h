@@ -20,7 +20,8 @@ struct TrialResult {
   std::string seed;
   std::vector<std::string> swept;  // as Results::keys
   std::optional<double> trainable_params, steps, trained_tokens, train_loss, eval_loss, eval_loss_0,
-      best_eval_loss, tokens_per_s, peak_bytes, gang_size, predicted_peak_bytes;
+      best_eval_loss, tokens_per_s, peak_bytes, gang_size, predicted_peak_bytes, moved_bytes,
+      stalled_seconds;
   std::vector<LossPoint> train, eval;
   MemoryLines memory;
 };
@@ -50,6 +51,9 @@ struct Column {
   std::optional<double> TrialResult::*value;
 };
 const std::vector<Column>& summary_columns();
+/// With those of paged optimizers behind them, where a trial has one: the bytes that a step moves
+/// over the bus, and the median of the seconds that its update waits for them.
+std::vector<Column> shown_columns(const Results& results);
 std::optional<double> metric_of(const Results& results, const TrialResult& trial);
 
 /// Best metric first, trials without one last.

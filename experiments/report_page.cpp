@@ -93,6 +93,8 @@ Json trial_json(const TrialResult& trial) {
             {"status", trial.status},      {"error", trial.error},         {"swept", trial.swept},
             {"train", curve(trial.train)}, {"memory", memory_json(trial)}};
   for (const Column& column : summary_columns()) json[column.name] = number(trial.*column.value);
+  json["moved_bytes"] = number(trial.moved_bytes);
+  json["stalled_seconds"] = number(trial.stalled_seconds);
   json["eval"] = Json::array();
   for (const LossPoint& p : trial.eval) json["eval"].push_back({p.step, p.tokens, p.loss});
   return json;

@@ -7,7 +7,8 @@ const char* const report_script = R"js(
 const data = JSON.parse(document.getElementById('data').textContent);
 const el = (id) => document.getElementById(id);
 const measured = ['eval_loss_0', 'eval_loss', 'best_eval_loss', 'train_loss', 'tokens_per_s',
-  'peak_bytes', 'trainable_params', 'steps', 'trained_tokens', 'gang_size'];
+  'peak_bytes', 'trainable_params', 'steps', 'trained_tokens', 'gang_size',
+  ...(data.trials.some((t) => t.moved_bytes !== null) ? ['moved_bytes', 'stalled_seconds'] : [])];
 const isLoss = (column) => column.includes('loss');
 const metric = measured.includes(data.metric) ? data.metric : 'eval_loss';
 const better = (a, b) => data.goal === 'maximize' ? a > b : a < b;
@@ -28,7 +29,8 @@ function bytes(x) {
 function show(column, x) {
   if (x === null || x === undefined) return '';
   if (isLoss(column)) return x.toFixed(4);
-  if (column === 'peak_bytes') return bytes(x);
+  if (column === 'peak_bytes' || column === 'moved_bytes') return bytes(x);
+  if (column === 'stalled_seconds') return x.toFixed(4) + ' s';
   return Math.round(x).toLocaleString('en-US');
 }
 function shortNumber(x) {

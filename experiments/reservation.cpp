@@ -111,19 +111,26 @@ std::vector<int64_t> largest_evaluation(const Dataset& data, int64_t batch_token
   return lengths;
 }
 
-void count_usual_step(Stepper& stepper, std::span<const Participant> gang) {
+std::vector<ProfileLine> count_usual_step(Stepper& stepper, std::span<const Participant> gang) {
   stepper.forget_plans();
+  const WorkCounter counter;
   stepper.reserve(usual_batch(gang), true);
+  return counter.lines();
 }
 
 LargestStep reserve_steps(Llama& model, Stepper& stepper, std::span<const Participant> gang,
                           int64_t resident) {
   if (largest_tokens(gang) == 0) return {};
   const BatchBuilder largest = shortened(gang, largest_tokens(gang));
-  LargestStep step{stepper.reserve(largest, true), true};
+  LargestStep step;
+  {
+    const WorkCounter counter;
+    step.plan = stepper.reserve(largest, true);
+    step.work = counter.lines();
+  }
   const auto reserve_too = [&](const BatchBuilder& batch, bool train) {
     const StepPlan& plan = stepper.reserve(batch, train);
-    if (plan.bytes > step.plan.bytes) step = {plan, train};
+    if (plan.bytes > step.plan.bytes) step.plan = plan, step.train = train;
   };
   for (const LeanerPolicy& leaner : stepper.leaner())
     reserve_too(shortened(gang, leaner.above), true);

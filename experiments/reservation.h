@@ -4,6 +4,7 @@
 #include <span>
 #include <vector>
 
+#include "core/profile.h"
 #include "data/dataset.h"
 #include "experiments/stepper.h"
 
@@ -29,7 +30,8 @@ std::vector<int64_t> largest_evaluation(const Dataset& data, int64_t batch_token
 /// The step that needs the most memory.
 struct LargestStep {
   StepPlan plan;
-  bool train = true;  // or an evaluation
+  bool train = true;              // or an evaluation
+  std::vector<ProfileLine> work;  // of the largest training micro-batch, before weights were held
 };
 
 /// Reserves what the largest training and evaluation steps need, or throws OutOfMemory; then holds
@@ -40,7 +42,7 @@ struct LargestStep {
 /// policy, or where there is none the reservation grows before that step.
 LargestStep reserve_steps(Llama& model, Stepper& stepper, std::span<const Participant> gang,
                           int64_t resident);
-/// Plans a usual training step of the gang, for a WorkCounter; on a meta device.
-void count_usual_step(Stepper& stepper, std::span<const Participant> gang);
+/// The work of a usual training micro-batch of the gang, which is planned once more.
+std::vector<ProfileLine> count_usual_step(Stepper& stepper, std::span<const Participant> gang);
 
 }  // namespace qlab

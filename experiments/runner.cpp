@@ -17,6 +17,7 @@
 #include "experiments/forecast.h"
 #include "experiments/gangs.h"
 #include "experiments/planner.h"
+#include "experiments/remedy.h"
 #include "experiments/report.h"
 #include "generated/version.h"
 #include "nn/adapter_file.h"
@@ -100,7 +101,7 @@ std::vector<Planned> plan_trials(const Sweep& sweep, const std::string& dir, Dev
     for (const char* key : {"data.train", "data.eval"}) check_exists(c, key);
     const ModelSource& model =
         *at_key(c, "model.path", [&] { return &library.model(c.model.path); });
-    check_positions(c, model.config.max_position_embeddings);
+    check_positions(c, most_positions(c.model.path, model.config));
     const std::vector<Adapter::Shape> targets = at_key(
         c, "lora.targets", [&] { return adapted_shapes(model.config, lora_spec(c)); }, true);
     check_start(c, targets);
@@ -256,14 +257,17 @@ class Runner {
   /// the plan.
   RunPlan check_fits(const std::vector<Planned>& gang) {
     const RunPlan plan = fitting_plan(gang);
-    // A base that is loaded already has its part of it.
-    if (!force_ && device_.is_cuda())
-      check_host_memory(plan, available_memory(Device::cpu()) +
-                                  memory_account(Device::cpu()).total + library_.streamed_bytes());
+    check_host_memory(plan, host_memory());
     return plan;
   }
 
  private:
+  /// Beside a GPU; a base that is loaded already has its part of it.
+  int64_t host_memory() const {
+    const std::optional<int64_t> host = target_here(device_).host;
+    return force_ || !host ? MemoryLimits::none : *host + library_.streamed_bytes();
+  }
+
   RunPlan fitting_plan(const std::vector<Planned>& gang) {
     const MemoryTarget target = target_here(device_);
     std::vector<PaperTrial> papers;
@@ -273,10 +277,12 @@ class Runner {
         force_ ? std::nullopt : allocator_limit(first, device_, target.capacity);
     const int64_t capacity = limit.value_or(std::numeric_limits<int64_t>::max());
     const ModelSource& model = library_.model(first.model.path);
-    const RunPlan plan = plan_run(model, papers, device_,
-                                  memory_budget(first, device_, target.capacity), target.rates);
+    const RunPlan plan =
+        plan_run(model, papers, device_,
+                 {memory_budget(first, device_, target.capacity), host_memory()}, target.rates);
     if (plan.peak <= capacity) return plan;
-    const auto remedy = cheapest_fit(model, papers, device_, capacity);
+    const auto remedy =
+        cheapest_fit(model, papers, device_, {capacity, host_memory()}, target.rates);
     std::string sets;
     if (remedy)
       for (const std::string& set : remedy->sets) sets += " --set " + set;

@@ -1,6 +1,7 @@
 #include "experiments/setup.h"
 
 #include <cmath>
+#include <limits>
 
 namespace qlab {
 namespace {
@@ -68,6 +69,11 @@ int64_t streamed_layers(const Config& config, int64_t layers) {
   return count;
 }
 
+int64_t most_positions(const std::string& path, const LlamaConfig& config) {
+  return path.starts_with("synthetic:") ? std::numeric_limits<int64_t>::max()
+                                        : config.max_position_embeddings;
+}
+
 DType compute_dtype(const Config& config, Device device) {
   const bool bf16 = supports_bf16(device);
   if (config.quant.compute_dtype == "auto") {
@@ -131,9 +137,9 @@ const Dataset& Library::eval_set(const Config& config) {
 const Dataset& Library::dataset(const Config& config, const std::string& path, int64_t seq_len,
                                 const SyntheticSet& synthetic) {
   const LlamaConfig& llama = model(config.model.path).config;
-  if (seq_len > llama.max_position_embeddings)
-    fail("a sequence length of {} exceeds the {} positions of {}", seq_len,
-         llama.max_position_embeddings, config.model.path);
+  if (const int64_t most = most_positions(config.model.path, llama); seq_len > most)
+    fail("a sequence length of {} exceeds the {} positions of {}", seq_len, most,
+         config.model.path);
   const bool random = path == "synthetic";
   const std::string key = fmt::format("{}|{}|{}|{}|{}|{}", config.model.path, path, seq_len,
                                       config.data.completion_only, config.data.chat_template,

@@ -24,6 +24,9 @@ bool is_paged(const Config& config);
 Recompute recompute_of(const Config& config);
 /// What model.streamed_layers asks for of a model of so many; auto: none.
 int64_t streamed_layers(const Config& config, int64_t layers);
+/// The longest sequence that a model takes. Random weights have learnt no positions: any length,
+/// with the angles of the model's own rotary embedding.
+int64_t most_positions(const std::string& path, const LlamaConfig& config);
 /// What quant.compute_dtype means on the device. Unless said: fp32 on the CPU, bf16 on a GPU, fp16
 /// on one that has no bf16. In a prediction (meta) the GPU it is made for decides.
 DType compute_dtype(const Config& config, Device device);

@@ -13,8 +13,8 @@ namespace qlab {
 /// norms and softmax do not count.
 double model_flops(const LlamaConfig& config, int64_t length);
 
-/// The datasheet's dense bf16 FLOP/s (fp16 where there is no bf16) of a GPU by the name that its driver
-/// gives; 0 when unknown.
+/// The datasheet's dense bf16 FLOP/s (fp16 where there is no bf16) of a GPU by the name that its
+/// driver gives; 0 when unknown.
 double peak_flops(const std::string& device_name);
 
 }  // namespace qlab

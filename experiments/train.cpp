@@ -166,6 +166,10 @@ void TrialRun::end_update() {
     if (!skipped) line["grad_norm"] = norm;
     if (scales_loss_) line["loss_scale"] = factor;
     if (scales_loss_) line["skipped_steps"] = progress_.loss_scale.skipped;
+    if (is_paged(config_)) {
+      line["moved_bytes"] = traffic_.bytes;
+      line["stalled_seconds"] = traffic_.stalled_seconds;
+    }
     files_.append_metrics(line);
   }
 }
@@ -301,7 +305,11 @@ RunPlan Gang::make_plan() const {
   const std::optional<int64_t> capacity = target_here(device).capacity;
   int64_t budget = memory_budget(first, device, capacity);
   if (is_paged(first) && capacity && first.train.memory_budget.text == "auto") budget = *capacity;
-  RunPlan plan = plan_run(source, gang, device, budget, rates_of(device));
+  MemoryLimits limits = budget;
+  if (const auto host = target_here(device).host) limits.host = *host + model_.streamed_bytes();
+  const std::optional<RunPlan> within =
+      PlanSearch(source, gang, device, limits, rates_of(device)).fastest();
+  RunPlan plan = within ? *within : plan_run(source, gang, device, budget, rates_of(device));
   for (TrialRun* t : running())
     t->files_.log(fmt::format("plan: {}; {} at the peak", describe(plan), format_bytes(plan.peak)));
   return plan;
@@ -329,11 +337,7 @@ void Gang::reserve() {
     return t->progress_.step < t->total_steps_;
   });
   plan.resident = prediction.held_expanded;
-  int64_t micro_batches = 0;
-  for (const TrialRun* t : trials)
-    micro_batches = std::max(micro_batches, t->config_.train.grad_accum);
-  const double seconds =
-      static_cast<double>(micro_batches) * predicted_seconds(prediction.work, rates_of(device));
+  const double seconds = predicted_seconds(prediction, rates_of(device)).of(micro_batches(papers));
   for (TrialRun* t : trials)
     t->predicted_ = {prediction.load_peak(), prediction.training_peak(steps), seconds,
                      describe(plan)};

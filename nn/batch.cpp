@@ -5,6 +5,7 @@
 
 #include "core/ops/cross_entropy.h"
 #include "core/ops/rows.h"
+#include "core/profile.h"
 
 namespace qlab {
 
@@ -112,6 +113,7 @@ Batch BatchBuilder::to(Device device, const Tensor* embeddings) const {
   const Shape shape = embedded_shape(*embeddings);
   if (device.is_meta()) {
     batch.embedded = view_of(nullptr, shape, embeddings->dtype(), device);
+    const OpScope scope("embedding rows", device, {0, bytes_of_all(batch.embedded)});
   } else {
     const Tensor rows = Tensor::empty(shape, embeddings->dtype(), Device::cpu());
     embed(rows, *embeddings);

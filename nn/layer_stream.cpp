@@ -108,8 +108,12 @@ void LayerStream::fetch(size_t layer) {
 
 void LayerStream::arrive(Slot& slot) {
   if (!std::exchange(slot.on_the_way, false)) return;
-  const OpScope scope("streamed layer", pass_, {0, bytes_of_all(slot.block)});
-  if (pass_.is_cuda()) slot.arrived->wait();
+  {
+    const OpScope scope("streamed layer", pass_, {0, bytes_of_all(slot.block)});
+    if (pass_.is_cuda()) slot.arrived->wait();
+  }
+  // It was sent for when the layer before was needed, and can overlap with what came since.
+  WorkCounter::next_part();
 }
 
 void LayerStream::need(size_t layer) {

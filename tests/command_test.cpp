@@ -8,6 +8,7 @@
 #include <thread>
 
 #include "core/device.h"
+#include "tests/support/tiny_model.h"
 #include "tests/support/training.h"
 
 namespace qlab::test {
@@ -139,9 +140,11 @@ TEST_F(CommandTest, ErrorsNameThePlace) {
                  {"run.yaml:1: model.path: gone.gguf"});
   expect_refused({"train", replaced("r: 4", "targets: [c_attn]")},
                  {"run.yaml:3: lora.targets: no module matches c_attn"});
-  expect_refused({"train", run_file(), "--set", "data.seq_len=600"},
+  const TemporaryFolder model;
+  const std::string here = "model.path=" + write_model(model, 2, false);
+  expect_refused({"train", run_file(), "--set", here, "--set", "data.seq_len=600"},
                  {"--set data.seq_len=600: data.seq_len: 600 exceeds the 512 positions"});
-  expect_refused({"train", replaced("eval_seq_len: 64", "eval_seq_len: 600")},
+  expect_refused({"train", replaced("eval_seq_len: 64", "eval_seq_len: 600"), "--set", here},
                  {"run.yaml:2: data.eval_seq_len: 600 exceeds the 512 positions"});
   expect_refused_run("load_in_8bit: true\n", {"run.yaml:4: quant.type", "int8", "set nf4"});
   expect_refused({"sweep", folder_.write("sweep.yaml", "base: " + run_file() +

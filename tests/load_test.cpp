@@ -5,11 +5,9 @@
 #include <gtest/gtest.h>
 
 #include <cmath>
-#include <nlohmann/json.hpp>
 
 #include "core/ops/copy.h"
-#include "data/safetensors.h"
-#include "tests/support/files.h"
+#include "tests/support/tiny_model.h"
 
 namespace qlab::test {
 namespace {
@@ -44,38 +42,6 @@ TEST(SyntheticWeights, DependOnNameAndPlaceAlone) {
   // A draw makes eight values, none of them the same for all.
   for (size_t lane = 1; lane < 8; ++lane) EXPECT_NE(all[lane], all[0]) << lane;
   EXPECT_EQ(weights("a_norm.weight", {3}), std::vector<float>(3, 1.0f));
-}
-
-/// The tiny model as a directory, whose configuration says `layers`; `extras` lie beside its
-/// tensors.
-std::string write_model(const TemporaryFolder& folder, int64_t layers, bool tied,
-                        const std::vector<std::string>& extras = {}) {
-  LlamaConfig c = synthetic_config("tiny");
-  c.tie_word_embeddings = tied;
-  std::vector<std::pair<std::string, Tensor>> tensors;
-  Llama(c, {WeightFormat::bf16}, DType::bf16, Device::cpu(),
-        [&](const std::string& name, const Shape& shape) {
-          tensors.emplace_back(name, Tensor::zeros(shape, DType::bf16, Device::cpu()));
-          return tensors.back().second;
-        });
-  for (const std::string& name : extras)
-    tensors.emplace_back(name, Tensor::zeros({4}, DType::bf16, Device::cpu()));
-  write_safetensors(folder / "model.safetensors", tensors);
-  folder.write("config.json", nlohmann::json{{"model_type", "llama"},
-                                             {"architectures", {"LlamaForCausalLM"}},
-                                             {"vocab_size", c.vocab_size},
-                                             {"hidden_size", c.hidden_size},
-                                             {"intermediate_size", c.intermediate_size},
-                                             {"num_hidden_layers", layers},
-                                             {"num_attention_heads", c.num_attention_heads},
-                                             {"num_key_value_heads", c.num_key_value_heads},
-                                             {"head_dim", c.head_dim},
-                                             {"max_position_embeddings", c.max_position_embeddings},
-                                             {"rms_norm_eps", c.rms_norm_eps},
-                                             {"rope_theta", c.rope_theta},
-                                             {"tie_word_embeddings", tied}}
-                                  .dump());
-  return folder.path();
 }
 
 TEST(OpenModel, RefusesTensorsThatTheConfigurationLeavesOut) {

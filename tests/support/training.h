@@ -43,6 +43,18 @@ struct Outcome {
     }
     return found;
   }
+  /// The metrics without how pages moved, which is a matter of memory and of time.
+  std::string numbers() const {
+    std::string text;
+    std::istringstream lines(metrics);
+    for (std::string line; std::getline(lines, line);) {
+      auto json = nlohmann::json::parse(line);
+      json.erase("moved_bytes");
+      json.erase("stalled_seconds");
+      text += json.dump() + "\n";
+    }
+    return text;
+  }
 };
 
 class TrainingTest : public testing::TestWithParam<Device> {
@@ -105,7 +117,7 @@ class TrainingTest : public testing::TestWithParam<Device> {
   }
   static void expect_same(const Outcome& a, const Outcome& b) {
     EXPECT_EQ(a.state, b.state) << a.error << b.error;
-    EXPECT_EQ(a.metrics, b.metrics);
+    EXPECT_EQ(a.numbers(), b.numbers());
     EXPECT_TRUE(a.adapter == b.adapter) << "the adapters differ";
   }
 

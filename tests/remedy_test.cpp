@@ -1,0 +1,149 @@
+// What to change where a run does not fit: the fastest of what is enough, and nothing needless.
+#include "experiments/remedy.h"
+
+#include <gmock/gmock.h>
+
+#include "experiments/gpus.h"
+#include "experiments/setup.h"
+
+namespace qlab::test {
+namespace {
+
+using testing::Contains;
+using testing::ElementsAre;
+using testing::HasSubstr;
+using testing::StartsWith;
+
+struct Asked {
+  Config config;
+  ModelSource model;
+  MemoryLimits limits;
+  Rates rates;
+
+  Asked(const std::string& name, std::vector<std::string> sets, const MemoryLimits& within,
+        const std::string& gpu = "h100-80gb")
+      : model(open_model("synthetic:" + name)), limits(within), rates(gpu_rates(gpu)) {
+    sets.insert(sets.end(), {"model.path=synthetic:" + name, "data.train=synthetic"});
+    config = load_config("", sets);
+  }
+  std::optional<Remedy> remedy() const {
+    const std::vector<PaperTrial> gang = {assumed_trial(config, Device::cuda())};
+    return cheapest_fit(model, gang, Device::cuda(), limits, rates);
+  }
+  /// With settings made: whether it fits, as a run would see it.
+  bool fits(const std::vector<std::string>& sets) const {
+    Config c = config;
+    for (const std::string& set : sets) {
+      const size_t equals = set.find('=');
+      set_key(c, set.substr(0, equals), YAML::Load(set.substr(equals + 1)), "");
+    }
+    const std::vector<PaperTrial> gang = {assumed_trial(c, Device::cuda())};
+    const int64_t budget = c.train.recompute == "auto"
+                               ? memory_budget(c, Device::cuda(), limits.budget)
+                               : limits.budget;
+    try {
+      const RunPlan plan = plan_run(model, gang, Device::cuda(), {budget, limits.host}, rates);
+      return plan.peak <= budget && plan.host_peak <= limits.host;
+    } catch (const OutOfMemory&) {
+      return false;
+    }
+  }
+  void expect_minimal(const Remedy& remedy) const {
+    EXPECT_TRUE(fits(remedy.sets));
+    for (const std::string& left_out : remedy.sets) {
+      // A micro-batch and how many of them there are is one change.
+      if (left_out.starts_with("train.grad_accum")) continue;
+      std::vector<std::string> fewer = remedy.sets;
+      std::erase(fewer, left_out);
+      EXPECT_FALSE(fits(fewer)) << left_out << " is needless";
+    }
+  }
+};
+
+TEST(Remedy, IsTheFastestSingleSetting) {
+  const GpuSpec gpu = find_gpu("rtx4090");
+  const Asked asked("llama-3.1-8b", {"lora.r=16", "train.batch_size=4", "data.seq_len=2048"},
+                    gpu.usable(), gpu.name);
+  const auto remedy = asked.remedy();
+  ASSERT_TRUE(remedy);
+  EXPECT_THAT(remedy->sets, ElementsAre("train.recompute=auto"));
+  EXPECT_LE(remedy->peak, gpu.usable());
+  asked.expect_minimal(*remedy);
+  for (const char* set : {"train.recompute=full", "train.recompute=offload"}) {
+    ASSERT_TRUE(asked.fits({set}));
+    Asked alone = asked;
+    set_key(alone.config, "train.recompute", YAML::Load(std::string(set).substr(16)), "");
+    const std::vector<PaperTrial> gang = {assumed_trial(alone.config, Device::cuda())};
+    EXPECT_GE(plan_run(asked.model, gang, Device::cuda(), gpu.usable(), asked.rates).step_seconds,
+              remedy->step_seconds)
+        << set;
+  }
+}
+
+// States that can leave, where neither they nor what else there is would be enough alone.
+TEST(Remedy, PairsWhatIsNotEnoughAlone) {
+  const std::vector<std::string> sets = {"lora.r=256", "train.batch_size=4", "data.seq_len=2048",
+                                         "model.streamed_layers=0"};
+  const Asked roomy("llama-3.1-8b", sets, MemoryLimits::none);
+  const std::vector<PaperTrial> gang = {assumed_trial(roomy.config, Device::cuda())};
+  Config lean = roomy.config;
+  lean.train.recompute = "offload", lean.model.embeddings = "host";
+  const std::vector<PaperTrial> leanest = {assumed_trial(lean, Device::cuda())};
+  const int64_t least =
+      plan_run(roomy.model, leanest, Device::cuda(), MemoryLimits::none, roomy.rates).peak;
+  const Asked asked("llama-3.1-8b", sets, least - 500'000'000);
+  const auto remedy = asked.remedy();
+  ASSERT_TRUE(remedy);
+  EXPECT_GE(remedy->sets.size(), 2u);
+  EXPECT_THAT(remedy->sets, Contains("optim.type=paged_adamw"));
+  asked.expect_minimal(*remedy);
+}
+
+TEST(Remedy, SmallerMicroBatchesKeepTheNumbers) {
+  const Asked asked("llama-3.1-8b",
+                    {"lora.r=16", "train.batch_size=16", "data.seq_len=4096", "data.eval=\"\""},
+                    12'000'000'000);
+  const auto remedy = asked.remedy();
+  ASSERT_TRUE(remedy);
+  EXPECT_THAT(remedy->sets, Contains(StartsWith("train.batch_size=")));
+  EXPECT_THAT(remedy->sets, Contains(StartsWith("train.grad_accum=")));
+  EXPECT_THAT(remedy->sets, testing::Not(Contains(StartsWith("data."))));
+  asked.expect_minimal(*remedy);
+}
+
+// A shorter training sequence is of no use there.
+TEST(Remedy, ShortensEvaluationWhereThatIsThePeak) {
+  const Asked asked("llama-3.1-8b",
+                    {"lora.r=16", "train.batch_size=1", "data.seq_len=256", "data.eval=synthetic",
+                     "data.eval_seq_len=131072", "model.streamed_layers=0"},
+                    8'000'000'000);
+  const auto remedy = asked.remedy();
+  ASSERT_TRUE(remedy);
+  EXPECT_THAT(remedy->sets, Contains(StartsWith("data.eval_seq_len=")));
+  EXPECT_THAT(remedy->sets, testing::Not(Contains(StartsWith("data.seq_len="))));
+  asked.expect_minimal(*remedy);
+}
+
+// Of the base alone, as few layers as fit.
+TEST(Remedy, StreamsAsFewLayersAsFit) {
+  const Asked asked("llama-2-7b", {}, 3'000'000'000);
+  const auto remedy = asked.remedy();
+  ASSERT_TRUE(remedy);
+  ASSERT_THAT(remedy->sets, ElementsAre(StartsWith("model.streamed_layers=")));
+  const int count = std::stoi(remedy->sets.front().substr(22));
+  EXPECT_GT(count, 2);
+  EXPECT_FALSE(asked.fits({fmt::format("model.streamed_layers={}", count - 1)}));
+}
+
+TEST(Remedy, KeepsToTheHostsMemory) {
+  const Asked free("llama-2-7b", {"lora.r=16", "train.batch_size=1"}, 3'500'000'000);
+  const auto streams = free.remedy();
+  ASSERT_TRUE(streams);
+  const Asked bound("llama-2-7b", {"lora.r=16", "train.batch_size=1"},
+                    {3'500'000'000, int64_t{300} << 20});
+  const auto none = bound.remedy();
+  EXPECT_FALSE(none) << none->sets.front();
+}
+
+}  // namespace
+}  // namespace qlab::test
