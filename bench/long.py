@@ -3,9 +3,10 @@
     python bench/long.py [--qlab build/qlab] [--filter REGEX] [--seconds N] [--device cuda]
 
 Each row is one command within a time limit, the cheapest first:
-  train    `qlab train`: seconds from its start to the end of the first step, the median step (of
-           status.json where it has one, otherwise the last one's), the allocator's highest total,
-           and of paged optimizer states the bytes moved and how long the step waited for them
+  train    `qlab train`: seconds from its start to the end of the first step, status.json's median
+           step (which leaves out the first three; of fewer steps their mean), the allocator's
+           highest total, and of paged optimizer states the bytes moved and how long the step
+           waited for them
   memory   `qlab memory`: seconds until it has answered, the median of three calls
 A row with `checkpoint` reads 16-bit weights from files that were just written, so that they are in
 the page cache; they are of random values, and have as many positions as the row's sequences need.
@@ -69,8 +70,7 @@ def train(options, row, model, folder):
         raise Failed(f"not done after {row['limit']} s" if late else status.get("error") or text)
     keys = row["set"]
     tokens = keys["train.batch_size"] * keys["data.seq_len"] * keys.get("train.grad_accum", 1)
-    step = status.get("step_seconds_median") or \
-        arrivals[-1] - (arrivals[-2] if len(arrivals) > 1 else begin)
+    step = status.get("step_seconds_median") or status["seconds"] / status["steps"]
     return {"tokens": keys["data.seq_len"], "step_tokens": tokens, "step_seconds": step,
             "tokens_per_s": tokens / step, "start_seconds": arrivals[0] - begin,
             "seconds": time.perf_counter() - begin,

@@ -76,7 +76,7 @@ class LongTest(unittest.TestCase):
         self.assertIn("FAILED a: ", result.stderr)
         self.assertIn("100000", result.stderr)
         self.assertEqual(self.results()["a"], old["a"])
-        self.assertEqual(self.results()["b"]["set"]["lora.r"], 8)
+        self.assertEqual(self.results()["b"]["set"]["lora.r"], 8, result.stdout + result.stderr)
 
     def test_limits_and_the_filter(self):
         endless = row("endless", limit=2, set={"train.steps": 1000000})
