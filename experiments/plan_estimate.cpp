@@ -43,10 +43,16 @@ RunPlan PlanChoice::plan(int64_t layers) const {
 PlanEstimate::PlanEstimate(const ModelSource& model, std::span<const PaperTrial> gang,
                            Device target, const Rates& rates, bool holds, bool streams)
     : rates_(rates), layers_(model.config.num_hidden_layers), micro_batches_(micro_batches(gang)) {
+  const bool trains = gang.front().config.lora.present;
+  const auto exact = [&](const RunPlan& plan) {
+    return predict_memory(model, gang, target, {}, plan);
+  };
   const auto predict = [&](const PlanChoice& choice, int64_t resident = 0) {
     RunPlan plan = choice.plan(layers_);
     plan.resident = resident;
-    return predict_memory(model, gang, target, {}, plan);
+    MemoryPrediction own = exact(plan);
+    if (trains && choice.selective > 0) use_spare_memory(plan, own, exact);
+    return own;
   };
   const MemoryPrediction none = predict({});
   base_ = sum(none.phases.front().held);
@@ -54,7 +60,6 @@ PlanEstimate::PlanEstimate(const ModelSource& model, std::span<const PaperTrial>
   host_load_ = none.host_peak;
   const int64_t again = target.is_cuda() ? layers_ : 0;
   corners_[0] = corner(none);
-  const bool trains = gang.front().config.lora.present;
   corners_[1] = trains ? corner(predict({layers_, 0, 0})) : corners_[0];
   corners_[2] = trains ? corner(predict({layers_, layers_, 0})) : corners_[0];
   corners_[3] = trains ? corner(predict({layers_, layers_, again})) : corners_[0];
