@@ -4,7 +4,13 @@
 #include <cmath>
 
 namespace qlab {
+namespace {
 
+/// Policies in a row, each slower and leaner than the one before: with L layers, policy i <= L
+/// computes the cheap slots of its first i layers again, L + i also the whole of its first i, 2 L +
+/// i puts the inputs of its first i aside on the host. What is recomputed comes first: backward,
+/// which begins at the last layer, has then given back what the others kept before it fills a
+/// layer's slots again.
 std::vector<Recompute> policy_at(int64_t i, int64_t layers) {
   std::vector<Recompute> policy(static_cast<size_t>(layers), Recompute::none);
   const auto at = [&](int64_t n) { return policy.begin() + n; };
@@ -14,20 +20,19 @@ std::vector<Recompute> policy_at(int64_t i, int64_t layers) {
   return policy;
 }
 
+/// The last one's number; on a CPU the host is the device.
 int64_t leanest_policy(Device target, int64_t layers) {
   return (target.is_cuda() ? 3 : 2) * layers;
 }
 
-namespace {
-
 class Sizes {
  public:
-  Sizes(const ModelSource& model, std::span<const PaperTrial> gang, Device target, int64_t budget,
-        const RunPlan& one)
+  Sizes(const ModelSource& model, std::span<const PaperTrial> gang, Device target,
+        const MemoryLimits& limits, const RunPlan& one)
       : model_(model),
         gang_(gang),
         target_(target),
-        budget_(budget),
+        limits_(limits),
         one_(one),
         layers_(model.config.num_hidden_layers),
         leanest_(leanest_policy(target, layers_)),
@@ -91,17 +96,18 @@ class Sizes {
   MemoryPrediction predicted(RunPlan plan, const std::vector<Recompute>& layers,
                              int64_t tokens) const {
     const std::optional<int64_t> capacity =
-        plan.paged_out > 0 ? std::optional(budget_) : std::nullopt;
+        plan.paged_out > 0 ? std::optional(limits_.budget) : std::nullopt;
     plan.layers = layers;
     plan.leaner.clear();
     if (tokens < largest_) plan.leaner = {{tokens, policy_at(leanest_, layers_)}};
     return predict_memory(model_, gang_, target_, capacity, plan);
   }
   int64_t excess(const MemoryPrediction& need, const RunPlan& plan) const {
-    return need.peak() + std::max<int64_t>(need.paged_out - plan.paged_out, 0) - budget_;
+    return need.peak() + std::max<int64_t>(need.paged_out - plan.paged_out, 0) - limits_.budget;
   }
   bool fits(const RunPlan& plan, const std::vector<Recompute>& layers, int64_t tokens) const {
-    return excess(predicted(plan, layers, tokens), plan) <= 0;
+    const MemoryPrediction need = predicted(plan, layers, tokens);
+    return excess(need, plan) <= 0 && need.host_peak <= limits_.host;
   }
 
   /// The first in the row of policies behind `too_fast` with which so many tokens fit.
@@ -121,7 +127,7 @@ class Sizes {
   const ModelSource& model_;
   std::span<const PaperTrial> gang_;
   Device target_;
-  int64_t budget_;
+  MemoryLimits limits_;
   const RunPlan& one_;
   int64_t layers_, leanest_, usual_, largest_;
 };
@@ -129,13 +135,13 @@ class Sizes {
 }  // namespace
 
 RunPlan plan_by_size(const ModelSource& model, std::span<const PaperTrial> gang, Device target,
-                     int64_t budget, const RunPlan& one, const FindPlan& find) {
+                     const MemoryLimits& limits, const RunPlan& one, const FindPlan& find) {
   if (usual_tokens(gang) >= largest_tokens(gang)) return one;
   const bool keeps_all = std::count(one.layers.begin(), one.layers.end(), Recompute::none) ==
                          static_cast<std::ptrdiff_t>(one.layers.size());
   const bool holds = target.is_cuda() && gang.front().config.quant.resident.text != "0";
   if (keeps_all && one.paged_out == 0 && !holds) return one;
-  return Sizes(model, gang, target, budget, one).run(find);
+  return Sizes(model, gang, target, limits, one).run(find);
 }
 
 }  // namespace qlab

@@ -54,22 +54,26 @@ std::string advice_for(const MemoryPrediction& need) {
          "parallel.trials_per_gpu";
 }
 
+std::optional<RunPlan> fastest_plan(const ModelSource& model, std::span<const PaperTrial> gang,
+                                    Device target, const MemoryLimits& limits, const Rates& rates) {
+  const auto find = [&](std::span<const PaperTrial> own) {
+    return PlanSearch(model, own, target, limits, rates).fastest();
+  };
+  const std::optional<RunPlan> one = find(gang);
+  if (!one || usual_tokens(gang) >= largest_tokens(gang)) return one;
+  RunPlan plan = plan_by_size(model, gang, target, limits, *one, find);
+  const std::optional<int64_t> capacity =
+      plan.paged_out > 0 ? std::optional(limits.budget) : std::nullopt;
+  foresee(plan, predict_memory(model, gang, target, capacity, plan), gang, rates);
+  return plan.peak <= limits.budget && plan.host_peak <= limits.host ? plan : one;
+}
+
 RunPlan plan_run(const ModelSource& model, std::span<const PaperTrial> gang, Device target,
                  const MemoryLimits& limits, const Rates& rates) {
   const Config& first = gang.front().config;
   if (first.train.recompute == "auto") {
-    PlanSearch search(model, gang, target, limits, rates);
-    if (const std::optional<RunPlan> one = search.fastest()) {
-      const auto find = [&](std::span<const PaperTrial> own) {
-        return PlanSearch(model, own, target, limits, rates).fastest();
-      };
-      RunPlan plan = plan_by_size(model, gang, target, limits.budget, *one, find);
-      if (plan.leaner.empty()) return *one;
-      const std::optional<int64_t> capacity =
-          plan.paged_out > 0 ? std::optional(limits.budget) : std::nullopt;
-      foresee(plan, predict_memory(model, gang, target, capacity, plan), gang, rates);
-      return plan.peak <= limits.budget && plan.host_peak <= limits.host ? plan : *one;
-    }
+    if (std::optional<RunPlan> plan = fastest_plan(model, gang, target, limits, rates))
+      return *plan;
     if (limits.host < unlimited) {
       // What the device has room for says what the host lacks.
       const RunPlan plan = plan_run(model, gang, target, limits.budget, rates);
@@ -77,7 +81,7 @@ RunPlan plan_run(const ModelSource& model, std::span<const PaperTrial> gang, Dev
       return plan;
     }
     MemoryPrediction need;
-    const RunPlan least = search.leanest(need);
+    const RunPlan least = PlanSearch(model, gang, target, limits, rates).leanest(need);
     refuse(least, need, limits.budget);
   }
   RunPlan plan = asked_plan(model, gang, target);
@@ -91,10 +95,10 @@ RunPlan plan_or_leanest(const ModelSource& model, std::span<const PaperTrial> ga
   try {
     return plan_run(model, gang, target, limits, rates);
   } catch (const OutOfMemory&) {
-    PlanSearch search(model, gang, target, limits.budget, rates);
-    if (std::optional<RunPlan> plan = search.fastest()) return *plan;  // the host has too little
+    if (std::optional<RunPlan> plan = fastest_plan(model, gang, target, limits.budget, rates))
+      return *plan;  // the host has too little
     MemoryPrediction need;
-    return search.leanest(need);
+    return PlanSearch(model, gang, target, limits.budget, rates).leanest(need);
   }
 }
 

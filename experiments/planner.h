@@ -1,6 +1,5 @@
 // The plan of a run: what its configuration asks for or, with train.recompute: auto, the fastest
-// that fits a memory budget (experiments/plan_search.h). Where
-// examples differ in length larger micro-batches than usual may compute more again
+// that fits a memory budget (experiments/plan_search.h), for micro-batches of each size
 // (experiments/plan_sizes.h).
 #pragma once
 #include <span>
@@ -17,6 +16,10 @@ namespace qlab {
 /// by check_host_memory().
 RunPlan plan_run(const ModelSource& model, std::span<const PaperTrial> gang, Device target,
                  const MemoryLimits& limits, const Rates& rates);
+
+/// With recompute: auto the fastest plan within `limits`, or nothing.
+std::optional<RunPlan> fastest_plan(const ModelSource& model, std::span<const PaperTrial> gang,
+                                    Device target, const MemoryLimits& limits, const Rates& rates);
 
 /// plan_run() for a forecast: where nothing fits, the plan that the host has no room for, or else
 /// the leanest.

@@ -308,7 +308,7 @@ RunPlan Gang::make_plan() const {
   MemoryLimits limits = budget;
   if (const auto host = target_here(device).host) limits.host = *host + model_.streamed_bytes();
   const std::optional<RunPlan> within =
-      PlanSearch(source, gang, device, limits, rates_of(device)).fastest();
+      fastest_plan(source, gang, device, limits, rates_of(device));
   RunPlan plan = within ? *within : plan_run(source, gang, device, budget, rates_of(device));
   for (TrialRun* t : running())
     t->files_.log(fmt::format("plan: {}; {} at the peak", describe(plan), format_bytes(plan.peak)));
