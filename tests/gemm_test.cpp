@@ -192,8 +192,8 @@ TEST_P(GemmTest, LargeRowsOfBaseProductsAreIndependent) {
         const bool added = forward && p.residual;
         const Tensor residual = added ? repeated_normals(most, out, pool) : Tensor();
         const auto product = [&](int64_t begin, int64_t end) {
-          const Tensor y = Tensor::with_tail(end - begin, out, forward && !added ? width : 0,
-                                             dtype(), device());
+          const Tensor y =
+              Tensor::with_tail(end - begin, out, forward && !added ? width : 0, dtype(), device());
           gemm(y, x.slice_rows(begin, end), Op::none, w, forward ? Op::transpose : Op::none, 1.0f,
                added ? 1.0f : 0.0f, added ? residual.slice_rows(begin, end) : Tensor());
           return y;

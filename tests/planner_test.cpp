@@ -246,12 +246,7 @@ TEST(Planner, MovesEmbeddings) {
   EXPECT_TRUE(plan("12GB", "host").host_embeddings);
   EXPECT_TRUE(plan("9.5GB", "auto").host_embeddings);
   EXPECT_LE(plan("9.5GB", "auto").peak, 9'500'000'000);
-  const auto aside = [](const RunPlan& p) {
-    return std::count(p.layers.begin(), p.layers.end(), Recompute::offload);
-  };
-  EXPECT_EQ(aside(plan("9.5GB", "auto")), 0);
-  EXPECT_GT(aside(plan("9.5GB", "device")), 0);
-  EXPECT_GT(aside(plan("8GiB", "auto")), 0);
+  EXPECT_LE(plan("9.5GB", "auto").step_seconds, plan("9.5GB", "device").step_seconds);
   EXPECT_GT(plan("6GB", "auto", "auto").streamed_layers, 0);
 }
 

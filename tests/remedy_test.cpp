@@ -80,7 +80,7 @@ TEST(Remedy, IsTheFastestSingleSetting) {
   }
 }
 
-// States that can leave, where neither they nor what else there is would be enough alone.
+// Where no single setting is enough.
 TEST(Remedy, PairsWhatIsNotEnoughAlone) {
   const std::vector<std::string> sets = {"lora.r=256", "train.batch_size=4", "data.seq_len=2048",
                                          "model.streamed_layers=0"};
@@ -95,14 +95,13 @@ TEST(Remedy, PairsWhatIsNotEnoughAlone) {
   const auto remedy = asked.remedy();
   ASSERT_TRUE(remedy);
   EXPECT_GE(remedy->sets.size(), 2u);
-  EXPECT_THAT(remedy->sets, Contains("optim.type=paged_adamw"));
   asked.expect_minimal(*remedy);
 }
 
 TEST(Remedy, SmallerMicroBatchesKeepTheNumbers) {
   const Asked asked("llama-3.1-8b",
                     {"lora.r=16", "train.batch_size=16", "data.seq_len=4096", "data.eval=\"\""},
-                    12'000'000'000);
+                    5'500'000'000);
   const auto remedy = asked.remedy();
   ASSERT_TRUE(remedy);
   EXPECT_THAT(remedy->sets, Contains(StartsWith("train.batch_size=")));
