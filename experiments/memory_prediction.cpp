@@ -146,7 +146,13 @@ RunPlan use_spare_memory(RunPlan plan, MemoryPrediction& own,
   once.expanded_once =
       std::find_if_not(plan.layers.begin(), plan.layers.end(), again) - plan.layers.begin();
   if (once.expanded_once == 0) return plan;
-  const int64_t more = predict(once).step_bytes - own.step_bytes;
+  const MemoryPrediction all = predict(once);
+  const auto bytes = [](const MemoryPrediction& p) {
+    return std::accumulate(p.work.begin(), p.work.end(), 0.0,
+                           [](double sum, const ProfileLine& l) { return sum + l.work.bytes; });
+  };
+  if (bytes(all) >= bytes(own)) return plan;  // nothing is expanded
+  const int64_t more = all.step_bytes - own.step_bytes;
   // Of which each layer below the topmost finds an input's bytes more.
   if (more > 0)
     once.expanded_once -=

@@ -151,7 +151,8 @@ std::string describe(const std::vector<Recompute>& layers) {
 std::string describe(const RunPlan& plan) {
   std::string text = describe(plan.layers);
   if (plan.expanded_once > 0)
-    text += fmt::format("; layers 0-{} expand weights once for both", plan.expanded_once - 1);
+    text += fmt::format("; the weights of the first {} expanded once for second run and backward",
+                        plan.expanded_once);
   for (size_t i = 0; i < plan.leaner.size(); ++i)
     text +=
         fmt::format("; {} more than {}{} {}", i == 0 ? "in micro-batches of" : "of",

@@ -196,7 +196,8 @@ TEST_P(PagingTest, ABudgetHoldsWithoutAPlanner) {
 
 // On a CPU its pages would be in the same memory.
 TEST_P(PagingTest, IsARemedyForGpusAlone) {
-  const Config c = with("adamw", {"train.recompute=full"});
+  const Config c =
+      with("adamw", {"train.recompute=full", "lora.r=4096", "quant.compute_dtype=fp32"});
   Library library;
   const std::vector<PaperTrial> gang = {paper_trial(c, library, device())};
   const int64_t limit = need(c) * 9 / 10;
