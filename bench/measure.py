@@ -101,7 +101,9 @@ def our_kernels(build, part, chosen, folder, seconds):
         row |= {key: float(f"{benchmark[key]:.6g}") for key in COUNTERS if key in benchmark}
         if mine.match(row["name"]):
             rows.append(row)
-    return rows, result["context"]
+    # Of this machine, not of the measurement.
+    hidden = ("executable", "host_name", "flags")
+    return rows, {key: value for key, value in result["context"].items() if key not in hidden}
 
 
 def our_steps(build, chosen, folder, seconds):

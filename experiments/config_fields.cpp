@@ -38,14 +38,14 @@ std::vector<Field> make_fields() {
        QLAB_SLOT(model.embeddings),
        "where the input embeddings lie; host: a micro-batch brings its rows along, which saves the "
        "GPU the whole table where lm_head is not tied to it; auto: device, or host where "
-       "recompute auto needs it",
+       "recompute auto finds that faster",
        none,
        {"auto", "device", "host"}},
       {.key = "model.streamed_layers",
        .slot = QLAB_SLOT(model.streamed_layers),
        .meaning = "how many decoder layers keep their weights in page-locked host memory, from "
                   "where they come in every pass, while the layer before is computed: a number, or "
-                  "all; auto: 0, or as many as recompute auto needs where nothing else fits",
+                  "all; auto: 0, or as many as make recompute auto the fastest",
        .effect = none},
       {.key = "quant.type",
        .slot = QLAB_SLOT(quant.type),

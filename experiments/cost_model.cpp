@@ -75,10 +75,13 @@ std::string plain(const std::string& name) {  // "NVIDIA GeForce RTX 4090" as "r
 Rates gpu_rates(const std::string& name) {
   const std::string text = plain(name);
   const Sheet& h100 = sheets[0];
-  for (const Sheet& sheet : sheets)
-    if (text.find(sheet.name) != std::string::npos)
+  for (const Sheet& sheet : sheets) {
+    const size_t at = text.find(sheet.name), end = at + std::string_view(sheet.name).size();
+    const bool longer = at != text.npos && end < text.size() && std::isdigit(text[end]) != 0;
+    if (at != text.npos && !longer)  // an L40 is no L4
       return {h100_products * sheet.tflops / h100.tflops, h100_copy * sheet.gbytes / h100.gbytes,
               3e-6, &sheet == &h100, h100_bus * sheet.bus / h100.bus};
+  }
   return {h100_products, h100_copy, 3e-6, false, h100_bus};
 }
 

@@ -56,8 +56,7 @@ int run(int argc, char** argv) {
   add_run(train_app, sweep, common);
   train_app->add_flag("--profile", sweep.profile,
                       "print where the time of the fourth step (or of a shorter run's last) goes "
-                      "on a GPU, operation "
-                      "by operation");
+                      "on a GPU, operation by operation");
   train_app->callback([&] { code = qlab::run_train_command(sweep, common); });
 
   std::string path;

@@ -14,6 +14,15 @@ int64_t shortened(int64_t length, const std::string& value) {
   return std::min(length, static_cast<int64_t>(std::stoll(value)));
 }
 
+/// So many of them, evenly spread.
+std::vector<int64_t> spread(const std::vector<int64_t>& lengths, size_t count) {
+  if (count >= lengths.size()) return lengths;
+  std::vector<int64_t> some;
+  for (size_t i = 0; i < count; ++i)
+    some.push_back(lengths[(2 * i + 1) * lengths.size() / (2 * count)]);
+  return some;
+}
+
 /// The gang with changes made to every trial, on paper.
 std::vector<PaperTrial> changed(std::span<const PaperTrial> gang,
                                 const std::vector<Change>& changes) {
@@ -26,12 +35,14 @@ std::vector<PaperTrial> changed(std::span<const PaperTrial> gang,
         out.resize(std::min(out.size(), static_cast<size_t>(std::stoll(value))));
       for (PaperTrial& t : out) {
         set_key(t.config, key, YAML::Load(value), "");
-        for (std::vector<int64_t>* lengths : {&t.train_lengths, &t.usual_lengths}) {
-          if (key == "train.batch_size")
-            lengths->resize(std::min(lengths->size(), static_cast<size_t>(std::stoll(value))));
-          if (key == "data.seq_len")
-            for (int64_t& n : *lengths) n = shortened(n, value);
+        if (key == "train.batch_size") {
+          const auto count = static_cast<size_t>(std::stoll(value));
+          t.train_lengths.resize(std::min(t.train_lengths.size(), count));  // longest first
+          t.usual_lengths = spread(t.usual_lengths, count);
         }
+        if (key == "data.seq_len")
+          for (std::vector<int64_t>* lengths : {&t.train_lengths, &t.usual_lengths})
+            for (int64_t& n : *lengths) n = shortened(n, value);
         if (key == "data.eval_seq_len")
           for (int64_t& n : t.eval_lengths) n = shortened(n, value);
       }

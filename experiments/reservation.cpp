@@ -134,7 +134,7 @@ LargestStep reserve_steps(Llama& model, Stepper& stepper, std::span<const Partic
   };
   for (const LeanerPolicy& leaner : stepper.leaner())
     reserve_too(shortened(gang, leaner.above), true);
-  if (!stepper.leaner().empty()) reserve_too(usual_batch(gang), true);
+  reserve_too(usual_batch(gang), true);
   Filler filler;
   for (const Participant& p : gang) {
     BatchBuilder batch;

@@ -306,7 +306,10 @@ RunPlan Gang::make_plan() const {
   int64_t budget = memory_budget(first, device, capacity);
   if (is_paged(first) && capacity && first.train.memory_budget.text == "auto") budget = *capacity;
   MemoryLimits limits = budget;
-  if (const auto host = target_here(device).host) limits.host = *host + model_.streamed_bytes();
+  if (const auto host = target_here(device).host) {
+    limits.host = *host + model_.streamed_bytes();  // what is there already counts in the plan
+    for (const TrialRun* t : running()) limits.host += t->optimizer_->moments().bytes_on_host();
+  }
   const std::optional<RunPlan> within =
       fastest_plan(source, gang, device, limits, rates_of(device));
   RunPlan plan = within ? *within : plan_run(source, gang, device, budget, rates_of(device));

@@ -6,8 +6,8 @@
 //   p = p (1 - lr wd), after the update;  absmax = max |m| or |v| of the block
 //   code = the map's entry nearest to m / absmax, moved one towards m's sign where signs differ
 // Smaller tensors keep m and v in fp32, by the same formula. g is clipped, and a step whose norm is
-// not finite is skipped, as in optim/adamw.h. One launch updates all adapters of
-// all trials that train together.
+// not finite is skipped, as in optim/adamw.h. One launch updates all adapters of all trials that
+// train together.
 #pragma once
 #include <vector>
 
