@@ -7,6 +7,7 @@
 #include "core/ops/copy.h"
 #include "experiments/cost_model.h"
 #include "tests/support/error_of.h"
+#include "tests/support/replay.h"
 #include "tests/support/training.h"
 
 namespace qlab::test {
@@ -66,14 +67,7 @@ TEST_P(HostSlotsTest, CopiesAndTheirNeighboursWaitForEachOther) {
         fill_zero(seen[s]);
       }
     };
-    for (int pass = 0; pass < 3; ++pass) issue();
-    expect_seen();
-    if (!device().is_cuda()) continue;
-    const cuda::Graph graph(issue);
-    for (int pass = 0; pass < 3; ++pass) graph.launch();
-    expect_seen();
-    issue();
-    expect_seen();
+    issue_and_replay(device(), issue, expect_seen);
   }
 }
 

@@ -9,6 +9,7 @@
 #include "experiments/planner.h"
 #include "tests/support/error_of.h"
 #include "tests/support/op_test.h"
+#include "tests/support/replay.h"
 #include "tests/support/tiny_llama.h"
 #include "tests/support/training.h"
 
@@ -118,14 +119,7 @@ TEST_P(LayerStreamTest, CopiesAndReadersWaitForEachOther) {
         fill_zero(seen[i]);
       }
     };
-    for (int pass = 0; pass < 3; ++pass) issue();
-    expect_seen();
-    if (!device().is_cuda()) continue;
-    const cuda::Graph graph(issue);
-    for (int pass = 0; pass < 3; ++pass) graph.launch();
-    expect_seen();
-    issue();
-    expect_seen();
+    issue_and_replay(device(), issue, expect_seen);
   }
 }
 
