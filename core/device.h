@@ -80,6 +80,8 @@ void* allocate_pinned(size_t bytes);  // page-locked host memory; nullptr when i
 void release_pinned(void* pointer);
 /// Copies in stream order, either direction; asynchronous for pinned host memory.
 void copy_async(void* destination, const void* source, size_t bytes);
+/// The same from the host, where `source` may be pageable: it has been read when this returns.
+void upload(void* destination, const void* source, size_t bytes);
 /// Rows of `row_bytes`, pitches in bytes; in stream order.
 void copy_rows(void* destination, size_t destination_pitch, const void* source, size_t source_pitch,
                size_t row_bytes, size_t rows);

@@ -13,12 +13,14 @@
 #include "core/arena.h"
 #include "core/error.h"
 #include "core/host_memory.h"
+#include "core/host_pages.h"
 #include "core/layout.h"
 
 namespace qlab {
 namespace {
 
 constexpr int64_t alignment = 256;
+constexpr int64_t large_block = int64_t{16} << 20;  // of the host: rounded up to 2 MiB
 int64_t align(int64_t bytes) { return (bytes + alignment - 1) / alignment * alignment; }
 
 struct FreeList {
@@ -144,7 +146,8 @@ void* try_to_allocate(Device device, int64_t bytes) {
   if (device.is_cuda()) return cuda::allocate(static_cast<size_t>(bytes), device.index);
   // Linux hands out more than it has; ask before a large block, so that the error is ours.
   if (bytes > (int64_t{1} << 28) && bytes > available_host_memory()) return nullptr;
-  return std::aligned_alloc(alignment, static_cast<size_t>(bytes));
+  const auto size = static_cast<size_t>(bytes);
+  return bytes < large_block ? std::aligned_alloc(alignment, size) : allocate_pages(size);
 }
 
 void* allocate_on(Device device, int64_t bytes) {

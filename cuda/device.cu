@@ -213,14 +213,6 @@ void* allocate(size_t bytes, int index) {
 // Runs in destructors, also while the process ends: a status has nowhere to go.
 void release(void* pointer, int) { cudaFree(pointer); }
 
-void* allocate_pinned(size_t bytes) {
-  void* pointer = nullptr;
-  const cudaError_t status = cudaHostAlloc(&pointer, bytes == 0 ? 1 : bytes, cudaHostAllocDefault);
-  return pointer_or_null(pointer, status, "cudaHostAlloc");
-}
-
-void release_pinned(void* pointer) { cudaFreeHost(pointer); }
-
 void copy_async(void* destination, const void* source, size_t bytes) {
   if (bytes == 0) return;
   check(cudaMemcpyAsync(destination, source, bytes, cudaMemcpyDefault, current_stream()),

@@ -46,6 +46,7 @@ void release(void*, int) { missing(); }
 void* allocate_pinned(size_t) { missing(); }
 void release_pinned(void*) { missing(); }
 void copy_async(void*, const void*, size_t) { missing(); }
+void upload(void*, const void*, size_t) { missing(); }
 void copy_rows(void*, size_t, const void*, size_t, size_t, size_t) { missing(); }
 void fill_zero(void*, size_t, size_t, size_t) { missing(); }
 void synchronize() { missing(); }

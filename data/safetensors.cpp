@@ -173,7 +173,10 @@ Tensor SafetensorsFile::read(const std::string& name, DType dtype) const {
   const Bytes source = bytes(name);
   Tensor tensor = Tensor::empty(to_shape(e.shape, where), dtype, Device::cpu());
   if (e.dtype == stored_name(dtype)) {
-    if (!source.empty()) std::memcpy(tensor.raw(), source.data(), source.size());
+    parallel_for(static_cast<int64_t>(source.size()), 1 << 20, [&](int64_t begin, int64_t end) {
+      std::memcpy(static_cast<std::byte*>(tensor.raw()) + begin, source.data() + begin,
+                  static_cast<size_t>(end - begin));
+    });
     return tensor;
   }
   const std::optional<Encoding> encoding = float_encoding(e.dtype);

@@ -1,5 +1,7 @@
 #include "core/ops/copy.h"
 
+#include <cstring>
+
 #include "tests/support/op_test.h"
 
 namespace qlab::test {
@@ -88,6 +90,51 @@ TEST_P(CopyTest, FillsWithZeros) {
   for (const double value : values(wide.slice_cols(8, 30))) EXPECT_EQ(value, 0);
   expect_same_bits(wide.slice_cols(0, 8), guard.slice_cols(0, 8));
   expect_same_bits(wide.slice_cols(30, 40), guard.slice_cols(30, 40));
+}
+
+// Longer than a part of what is copied by parts, and no whole number of them; the source may change
+// as soon as copy() returns.
+TEST(Copy, LargeUploadsToCudaAreReadBeforeTheyReturn) {
+  std::vector<Device> devices{Device::cpu()};
+  if (cuda::device_count() > 0) devices.push_back(Device::cuda());
+  for (const Device device : devices) {
+    constexpr int64_t count = (int64_t{45} << 20) / 4 + 12345;
+    Tensor source = Tensor::empty({count}, DType::f32, Device::cpu());
+    const Tensor first = Tensor::empty({count}, DType::f32, device), second = first.clone();
+    auto* const values = source.data<float>();
+    for (int64_t i = 0; i < count; ++i) values[i] = static_cast<float>(i % 16777213);
+    copy(first, source);
+    for (int64_t i = 0; i < count; ++i) values[i] = static_cast<float>(-(i % 16777199));
+    copy(second, source);
+    std::fill(values, values + count, 0.0f);
+    const std::vector<float> a = first.to_vector<float>(), b = second.to_vector<float>();
+    int64_t wrong = 0;
+    for (int64_t i = 0; i < count; ++i)
+      wrong += a[static_cast<size_t>(i)] != static_cast<float>(i % 16777213) ||
+               b[static_cast<size_t>(i)] != static_cast<float>(-(i % 16777199));
+    EXPECT_EQ(wrong, 0) << device.str();
+  }
+}
+
+// Page-locked memory of either kind (large blocks are locked after they were touched) copies there
+// and back, and can be had again.
+TEST(Copy, CudaPinnedBlocksOfAnySize) {
+  if (cuda::device_count() == 0) GTEST_SKIP() << "needs a GPU and a build with CUDA";
+  for (const int64_t bytes : {1000, 33 << 20, (100 << 20) + 7, 33 << 20}) {
+    auto* const block = static_cast<char*>(cuda::allocate_pinned(static_cast<size_t>(bytes)));
+    ASSERT_NE(block, nullptr);
+    for (int64_t i = 0; i < bytes; ++i) block[i] = static_cast<char>(i % 251);
+    const Tensor there = Tensor::empty({bytes}, DType::u8, Device::cuda());
+    cuda::copy_async(there.raw(), block, static_cast<size_t>(bytes));
+    synchronize(Device::cuda());
+    std::memset(block, 0, static_cast<size_t>(bytes));
+    cuda::copy_async(block, there.raw(), static_cast<size_t>(bytes));
+    synchronize(Device::cuda());
+    int64_t wrong = 0;
+    for (int64_t i = 0; i < bytes; ++i) wrong += block[i] != static_cast<char>(i % 251);
+    EXPECT_EQ(wrong, 0) << bytes;
+    cuda::release_pinned(block);
+  }
 }
 
 TEST(Copy, RejectsWhatDoesNotFit) {

@@ -24,7 +24,10 @@ void copy(const Tensor& destination, const Tensor& source) {
   const size_t row = source.cols() * size, rows = source.rows();
   const size_t to_pitch = destination.pitch() * size, from_pitch = source.pitch() * size;
   if (destination.device().is_cuda() || source.device().is_cuda()) {
-    if (destination.contiguous() && source.contiguous())
+    const bool whole = destination.contiguous() && source.contiguous();
+    if (whole && source.device().is_cpu())
+      cuda::upload(destination.raw(), source.raw(), row * rows);
+    else if (whole)
       cuda::copy_async(destination.raw(), source.raw(), row * rows);
     else
       cuda::copy_rows(destination.raw(), to_pitch, source.raw(), from_pitch, row, rows);
