@@ -119,15 +119,16 @@ def step_table(raw):
     for row in json.loads(ROWS.read_text()):
         for name, result in found.get(row["name"], {}).items():
             if "error" in result:
-                rows.append([row["name"], name, result["error"], "", "", "", ""])
+                rows.append([row["name"], name, result["error"], "", "", "", "", ""])
                 continue
             seconds = result["step_seconds"]
             rows.append([row["name"], name, f"{result['tokens_per_s']:,.0f}",
                          f"{1e3 * seconds:.2f}", f"{result.get('noise_percent', 0):.1f} %",
                          f"{1e-9 * result['peak_bytes']:.2f}",
-                         f"{1e-12 * model_flops(row) / seconds:.1f}"])
-    return table(["row", "who", "tokens/s", "ms a step", "noise", "peak, GB", "model TFLOP/s"],
-                 rows)
+                         f"{1e-12 * model_flops(row) / seconds:.1f}",
+                         "yes" if result.get("graphs_off_equal") else "-"])
+    return table(["row", "who", "tokens/s", "ms a step", "noise", "peak, GB", "model TFLOP/s",
+                  "bits of graphs off"], rows)
 
 
 def long_table(raw):

@@ -1,17 +1,24 @@
 """Our side of the step benchmark: `qlab train` on the rows of bench/step_rows.json.
 
-    python bench/steps.py [--qlab build/qlab] [--rows REGEX] [--steps N] [--output FILE]
+    python bench/steps.py [--qlab build/qlab] [--rows REGEX] [--steps N] [--check few|all|none]
+                          [--output FILE]
 
 Every token is trained, as by the peers. A step's time is status.json's step_seconds_median, which
 leaves out the first steps, where it is there; otherwise the median time between the lines of
 metrics.jsonl, one of which is written after every step. The first steps are not counted. The peak
 is status.json's peak_bytes: the highest total of the allocator, through which all memory comes.
+
+A row of few tokens is then trained once more without CUDA graphs: the adapters of both runs must be
+the same files. With --check all every row is, over 20 steps. A row whose adapters differ has no
+figures, and the program ends with 1.
 """
 
 import argparse
+import hashlib
 import json
 import pathlib
 import re
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -22,6 +29,7 @@ from peers import support
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 UNCOUNTED = 4  # steps: launches are prepared and clocks rise
+CHECKED = 20  # steps, after which adapters are compared
 
 
 def configuration(row, extra, steps):
@@ -76,20 +84,41 @@ def run(qlab, row, extra, steps, device, limit):
             return {"error": status.get("error") or " | ".join(text) or
                     f"exit status {process.returncode}"}
         return times_of(row, status, arrivals) | {"start_seconds": arrivals[0] - begin,
+                                                  "adapter_sha256": adapters(folder),
                                                   "config": configuration(row, extra, steps)}
+
+
+def adapters(folder):
+    """The SHA-256 of each trial's adapter, in the order of their directories."""
+    found = sorted(folder.glob("out/trials/*/adapter/adapter_model.safetensors"))
+    return [hashlib.sha256(path.read_bytes()).hexdigest() for path in found]
+
+
+def checked(result, train):
+    """The result with `graphs_off_equal`; `train` runs the same row without graphs."""
+    if "error" in result:
+        return result
+    plain = train()
+    if "error" in plain:
+        return {"error": "without graphs: " + plain["error"]}
+    if not result["adapter_sha256"] or result["adapter_sha256"] != plain["adapter_sha256"]:
+        return {"error": "its adapter is not that of the run without graphs",
+                "adapter_sha256": result["adapter_sha256"], "graphs_off_equal": False}
+    return result | {"graphs_off_equal": True}
 
 
 def times_of(row, status, arrivals):
     tokens = row.get("gang", 1) * row["batch"] * row["length"]
     result = {"peak_bytes": status["peak_bytes"], "device": status.get("device")}
     differences = [b - a for a, b in zip(arrivals, arrivals[1:])][UNCOUNTED:]
+    apart = bool(differences) and statistics.median(differences) > 0  # not seen several at once
     if status.get("step_seconds_median"):
         result |= {"step_seconds": status["step_seconds_median"], "timed_by": "status.json"}
-    elif differences:
+    elif apart:
         result |= {"step_seconds": support.spread(differences)[0], "timed_by": "metrics.jsonl"}
     else:
         return {"error": f"{len(arrivals)} steps are too few: {UNCOUNTED} are not counted"}
-    if differences:
+    if apart:
         result |= {"noise_percent": support.spread(differences)[1],
                    "seconds": [round(d, 5) for d in differences]}
     if "mfu" in status:
@@ -101,7 +130,10 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--qlab", default=str(ROOT / "build/qlab"))
     parser.add_argument("--rows", default="", help="only rows whose name this expression finds")
-    parser.add_argument("--steps", type=int, help="24 for few tokens, 12 for many")
+    parser.add_argument("--steps", type=int,
+                        help="20, but 12 where a row of many tokens is not checked")
+    parser.add_argument("--check", choices=["few", "all", "none"], default="few",
+                        help="which rows are trained without graphs as well")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--limit", type=int, default=120, help="seconds for one training")
     parser.add_argument("--output")
@@ -114,14 +146,23 @@ def main():
             if support.time_is_up():
                 print(f"{row['name']}/{ours} left out: QLAB_BENCH_SECONDS have passed")
                 continue
-            small = "gang" not in row and row["batch"] * row["length"] <= 4096
-            steps = options.steps or (24 if small else 12)
-            result = run(options.qlab, row, extra, steps, options.device, options.limit)
+            few = "gang" not in row and row["batch"] * row["length"] <= 4096
+            check = options.check == "all" or (options.check == "few" and few)
+            steps = options.steps or (CHECKED if few or check else 12)
+
+            def train(keys):
+                return run(options.qlab, row, keys, steps, options.device, options.limit)
+
+            result = train(extra)
+            if check:
+                result = checked(result, lambda: train(extra | {"train.graphs": False}))
             rows.append({"name": f"{row['name']}/{ours}", **result})
             failed += "error" in result
             print(rows[-1]["name"], result.get("error") or
                   f"{result['tokens_per_s']:.1f} tokens/s, {1e3 * result['step_seconds']:.2f} ms "
-                  f"a step, peak {1e-9 * result['peak_bytes']:.3f} GB", flush=True)
+                  f"a step, peak {1e-9 * result['peak_bytes']:.3f} GB"
+                  + (", adapter as without graphs" if "graphs_off_equal" in result else ""),
+                  flush=True)
     if options.output:
         pathlib.Path(options.output).write_text(json.dumps({"rows": rows}) + "\n")
     sys.exit(1 if failed else 0)

@@ -1,0 +1,75 @@
+"""bench/steps.py with a stand-in for qlab: adapters with and without graphs are compared."""
+
+import json
+import pathlib
+import subprocess
+import sys
+import tempfile
+import unittest
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+
+# Its adapter is the configuration without train.graphs, and with BY_GRAPHS all of it.
+FAKE = """#!/usr/bin/env python3
+import json, pathlib, sys
+config = json.loads(pathlib.Path(sys.argv[2]).read_text())
+trial = pathlib.Path(sys.argv[sys.argv.index("--out") + 1]) / "trials/0"
+(trial / "adapter").mkdir(parents=True)
+base = config.get("base", config)
+with open(trial.parents[3] / "runs.txt", "a") as runs:
+    print(base["train"]["steps"], base["train"].get("graphs", True), file=runs)
+if not BY_GRAPHS:
+    base["train"].pop("graphs", None)
+(trial / "adapter/adapter_model.safetensors").write_text(json.dumps(config))
+(trial / "metrics.jsonl").write_text("{}\\n" * base["train"]["steps"])
+(trial / "status.json").write_text(json.dumps(
+    {"status": "finished", "peak_bytes": 1, "step_seconds_median": 0.5}))
+"""
+
+
+class StepsTest(unittest.TestCase):
+    maxDiff = None
+
+    def steps(self, *options, by_graphs=False):
+        """The exit status, the rows, and each run's (steps, graphs)."""
+        with tempfile.TemporaryDirectory() as name:
+            folder = pathlib.Path(name)
+            fake = folder / "qlab"
+            fake.write_text(FAKE.replace("BY_GRAPHS", str(by_graphs)))
+            fake.chmod(0o755)
+            result = subprocess.run(
+                [sys.executable, ROOT / "bench/steps.py", "--qlab", fake, "--output",
+                 folder / "rows.json", *options], capture_output=True, text=True,
+                env={"TMPDIR": name, "PATH": "/usr/bin:/bin"})
+            self.assertEqual(result.stderr, "")
+            rows = json.loads((folder / "rows.json").read_text())["rows"]
+            runs = [tuple(line.split()) for line in (folder / "runs.txt").read_text().splitlines()]
+            return result.returncode, rows, runs
+
+    def test_rows_of_few_tokens_are_trained_without_graphs_as_well(self):
+        status, rows, runs = self.steps("--rows", "^smollm2-4x512-none$")
+        self.assertEqual(status, 0)
+        self.assertEqual(runs, [("20", "True"), ("20", "False")])
+        self.assertIs(rows[0]["graphs_off_equal"], True)
+        self.assertEqual([len(digest) for digest in rows[0]["adapter_sha256"]], [64])
+        self.assertEqual(rows[0]["tokens_per_s"], 4 * 512 / 0.5)
+
+    def test_a_mismatch_fails_the_call(self):
+        status, rows, _ = self.steps("--rows", "^smollm2-4x512-none$", by_graphs=True)
+        self.assertEqual(status, 1)
+        self.assertIs(rows[0]["graphs_off_equal"], False)
+        self.assertIn("not that of the run without graphs", rows[0]["error"])
+        self.assertNotIn("tokens_per_s", rows[0])
+
+    def test_the_others_when_asked(self):
+        for options, expected in (((), [("12", "True")]),
+                                  (("--check", "all"), [("20", "True"), ("20", "False")]),
+                                  (("--check", "all", "--steps", "9"),
+                                   [("9", "True"), ("9", "False")])):
+            status, rows, runs = self.steps("--rows", "^8b-8x2048-full$", *options)
+            self.assertEqual((status, runs), (0, expected))
+            self.assertEqual("graphs_off_equal" in rows[0], bool(options))
+
+
+if __name__ == "__main__":
+    unittest.main()
