@@ -73,16 +73,17 @@ def styles(names):
     return result
 
 
-def plot(times, title):
-    """times: {(pass, shape): {M: {implementation: us}}}, `dense` among the implementations."""
-    names = {name for table in times.values() for row in table.values() for name in row}
+def plot(rows, title):
+    """rows: {(pass, shape): {M: {implementation: {"ratio": time over the dense layer's}}}}"""
+    names = {name for table in rows.values() for row in table.values() for name in row}
     style = styles(names - {"dense", "torch"})
     parts = []
     for row, direction in enumerate(("forward", "dx")):
         for col, shape in enumerate(SHAPES):
-            table = times.get((direction, shape), {})
-            ratios = {m: {name: us / baseline(row_) for name, us in row_.items() if name in style}
-                      for m, row_ in sorted(table.items()) if baseline(row_)}
+            table = rows.get((direction, shape), {})
+            ratios = {m: {name: entry["ratio"] for name, entry in row_.items()
+                          if name in style and entry["ratio"]}
+                      for m, row_ in sorted(table.items())}
             values = [r for row_ in ratios.values() for r in row_.values()]
             if not values:
                 continue
@@ -107,9 +108,3 @@ def plot(times, title):
                 "<text ", f'<text transform="rotate(-90 16 {TOP + PANEL_H + 20})" '),
             text(LEFT + PANEL_W + GAP / 2, height - 36, "M (rows of x)", 12)]
     return "\n".join(head + parts + legend + ["</svg>"]) + "\n"
-
-
-def baseline(row):
-    """The dense layer: the faster of our call of cuBLASLt and PyTorch's of cuBLAS."""
-    known = [row[name] for name in ("dense", "torch") if name in row]
-    return min(known) if known else None

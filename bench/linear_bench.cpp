@@ -190,16 +190,26 @@ std::vector<int64_t> rows(Device device) {
   return {1, 4, 16, 64, 256, 1024, 2048, 4096, 8192, 16384};
 }
 
+/// From as many rows on, long products run at what the power allows, and each kernel is timed in
+/// turns with `dense`.
+int64_t least_paired_rows(Device device) { return device.is_cuda() ? 1024 : 512; }
+
 void register_shape(const Shape& shape, Device device) {
+  const LinearKernel& dense = *std::ranges::find(kernels(), "dense", &LinearKernel::name);
   for (const bool forward : {true, false})
     for (const int64_t m : rows(device))
       for (const LinearKernel& kernel : kernels()) {
         const LinearShape linear{shape[0], shape[1], m, forward};
         if (!kernel.supports(linear, device)) continue;
+        const bool paired = m >= least_paired_rows(device) && kernel.name != dense.name;
         add(device,
             fmt::format("linear/{}/{}x{}/m{}/{}", forward ? "forward" : "dx", shape[0], shape[1], m,
                         kernel.name),
-            [=] { return make_case(kernel, linear, device); });
+            [=] {
+              Case c = make_case(kernel, linear, device);
+              if (paired) c.beside = std::make_shared<const Case>(make_case(dense, linear, device));
+              return c;
+            });
       }
 }
 

@@ -32,7 +32,8 @@ BENCH = ROOT / "bench"
 OPERATIONS = {"kernels": "dequantize|quantize|lora|rms_norm|swiglu|rope|cross_entropy|adamw",
               "linear": "linear", "attention": "attention"}
 OUR_SHARE = 0.6
-COUNTERS = ("us", "noise_percent", "GB/s", "copy_percent", "TFLOP/s", "product_percent")
+COUNTERS = ("us", "noise_percent", "GB/s", "copy_percent", "TFLOP/s", "product_percent",
+            "beside_us", "over_beside")
 
 
 def nested(keys):

@@ -152,29 +152,37 @@ def cpu_table(raw):
     return table(["row", "who", "tokens/s", "s a step"], rows)
 
 
-def linear_times(raw):
-    """{(pass, shape): {M: {implementation: us}}}"""
-    times = {}
+def linear_rows(raw):
+    """{(pass, shape): {M: {implementation: {"us", "ratio"}}}}: the ratio to the dense layer is that
+    of pairs timed in turns where there are any, otherwise to the faster dense one."""
+    rows = {}
     for case, found in by_case(raw, "linear", "linear/").items():
         direction, shape, m = case.split("/")
-        row = {name: r["us"] for name, r in found.items() if "us" in r}
-        times.setdefault((direction, shape), {})[int(m[1:])] = row
-    return times
+        timed = {name: r for name, r in found.items() if "us" in r}
+        base = min((timed[name]["us"] for name in ("dense", "torch") if name in timed),
+                   default=None)
+        rows.setdefault((direction, shape), {})[int(m[1:])] = {
+            name: {"us": r["us"], "ratio": r.get("over_beside", base and r["us"] / base)}
+            for name, r in timed.items()}
+    return rows
 
 
 def linear_table(raw):
     parts = []
-    for (direction, shape), rows in linear_times(raw).items():
+    for (direction, shape), rows in linear_rows(raw).items():
         if shape not in crossover.SHAPES:
             continue
         names = sorted({name for row in rows.values() for name in row} - {"dense"})
         body = []
         for m, row in sorted(rows.items()):
-            base = crossover.baseline(row)
-            body.append([str(m), shown(row.get("dense"))] +
-                        [f"{shown(row[name])} ({row[name] / base:.2f})" if name in row else "-"
-                         for name in names])
-        parts.append(f"{direction}, {shape}: microseconds (over the faster dense one)\n\n" +
+            def cell(name):
+                if name not in row:
+                    return "-"
+                ratio = row[name]["ratio"]
+                return shown(row[name]["us"]) + (f" ({ratio:.2f})" if ratio else "")
+            body.append([str(m), shown(row.get("dense", {}).get("us"))] +
+                        [cell(name) for name in names])
+        parts.append(f"{direction}, {shape}: microseconds (over the dense one)\n\n" +
                      table(["M", "dense"] + names, body))
     return "\n\n".join(parts)
 
@@ -279,10 +287,10 @@ def main():
         (options.docs / f"performance-{name}.svg").write_text(svg)
         content[name] = f"![{title}](performance-{name}.svg)\n\n{content[name]}"
 
-    times = linear_times(raw)
-    if times:
+    rows = linear_rows(raw)
+    if rows:
         device = raw["linear"]["calls"][-1]["gpu"].get("name") or "GPU"
-        show("linear", crossover.plot(times, f"NF4 linear layer on {device}"),
+        show("linear", crossover.plot(rows, f"NF4 linear layer on {device}"),
              "Time over dense bf16 against M")
     budgets = memory_report.budget_plot(budget_runs)
     if budgets:

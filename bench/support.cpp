@@ -8,6 +8,7 @@
 #include <deque>
 #include <limits>
 #include <map>
+#include <optional>
 #include <random>
 
 #include "bench/ceilings.h"
@@ -98,6 +99,13 @@ void report(benchmark::State& state, const Case& c, const Timing& timing) {
   const double seconds = timing.median();
   state.counters["us"] = seconds * 1e6;
   state.counters["noise_percent"] = timing.noise_percent();
+  if (c.beside) {
+    std::vector<double> ratios;
+    for (size_t i = 0; i < timing.seconds.size(); ++i)
+      ratios.push_back(timing.seconds[i] / timing.beside_seconds[i]);
+    state.counters["beside_us"] = median_of(timing.beside_seconds) * 1e6;
+    state.counters["over_beside"] = median_of(ratios);
+  }
   if (c.bytes > 0) {
     state.counters["GB/s"] = c.bytes / seconds * 1e-9;
     state.counters["copy_percent"] = 100 * c.bytes / seconds / ceilings(c.device).copy;
@@ -274,37 +282,69 @@ double Timing::noise_percent() const {
   return 100 * median_of(deviations) / middle;
 }
 
+namespace {
+
+/// Checks a case and takes samples of its calls, one after another.
+class Sampler {
+ public:
+  explicit Sampler(const Case& c) : case_(c), caller_(c) {
+    caller_.check();
+    if (by_host()) {
+      once();
+      return;
+    }
+    double one = std::numeric_limits<double>::infinity();
+    for (int i = 0; i < 3; ++i) one = std::min(one, on_device([&] { caller_.run(1); }));
+    calls_ = calls_per_sample(c, one);
+    if (c.clock == Clock::stream) return;
+    graph_.emplace([&] { caller_.run(calls_); });
+    for (int i = 0; i < 2; ++i) next();
+  }
+
+  /// Seconds of a call.
+  double next() {
+    if (by_host()) return once();
+    return on_device([&] {
+             if (graph_)
+               graph_->launch();
+             else
+               caller_.run(calls_);
+           }) /
+           calls_;
+  }
+
+ private:
+  bool by_host() const { return case_.clock == Clock::host || case_.device.is_cpu(); }
+  double once() {
+    return host_seconds(case_.device, [&] { caller_.run(1); });
+  }
+  double on_device(const std::function<void()>& work) {
+    if (!stopwatch_) stopwatch_.emplace();
+    stopwatch_->start();
+    work();
+    return stopwatch_->seconds();
+  }
+
+  const Case& case_;
+  Caller caller_;
+  int calls_ = 1;
+  std::optional<cuda::Stopwatch> stopwatch_;
+  std::optional<cuda::Graph> graph_;
+};
+
+}  // namespace
+
 Timing time_calls(const Case& c, const std::function<bool()>& more,
                   const std::function<void(double)>& sample) {
-  Caller caller(c);
-  caller.check();
+  Sampler own(c);
+  std::optional<Sampler> beside;
+  if (c.beside) beside.emplace(*c.beside);
   Timing timing;
-  const auto take = [&](double seconds) {
-    timing.seconds.push_back(seconds);
-    sample(seconds);
-  };
-  if (c.clock == Clock::host || c.device.is_cpu()) {
-    const auto once = [&] { return host_seconds(c.device, [&] { caller.run(1); }); };
-    once();
-    while (more()) take(once());
-    return timing;
+  while (more()) {
+    if (beside) timing.beside_seconds.push_back(beside->next());
+    timing.seconds.push_back(own.next());
+    sample(timing.seconds.back());
   }
-  cuda::Stopwatch stopwatch;
-  const auto seconds_of = [&](const std::function<void()>& work) {
-    stopwatch.start();
-    work();
-    return stopwatch.seconds();
-  };
-  double one = std::numeric_limits<double>::infinity();
-  for (int i = 0; i < 3; ++i) one = std::min(one, seconds_of([&] { caller.run(1); }));
-  const int calls = calls_per_sample(c, one);
-  if (c.clock == Clock::stream) {
-    while (more()) take(seconds_of([&] { caller.run(calls); }) / calls);
-    return timing;
-  }
-  const cuda::Graph graph([&] { caller.run(calls); });
-  for (int i = 0; i < 2; ++i) seconds_of([&] { graph.launch(); });
-  while (more()) take(seconds_of([&] { graph.launch(); }) / calls);
   return timing;
 }
 

@@ -6,6 +6,7 @@
 #include <benchmark/benchmark.h>
 
 #include <functional>
+#include <memory>
 #include <string>
 #include <vector>
 
@@ -60,10 +61,14 @@ struct Case {
   std::function<std::string(const std::vector<Tensor>& results)> check = {};
   double bytes = 0, flops = 0;  // of one call, read and written; 0: no rate is reported
   Clock clock = Clock::graph;
+  /// What it is set beside, where a ratio of two benchmarks would be that of two states of a GPU
+  /// whose power is limited: their samples take turns.
+  std::shared_ptr<const Case> beside = {};
 };
 
 struct Timing {
-  std::vector<double> seconds;  // of one call, sample by sample
+  std::vector<double> seconds;         // of one call, sample by sample
+  std::vector<double> beside_seconds;  // of Case::beside, each right before
   double median() const;
   double noise_percent() const;  // median absolute deviation
 };

@@ -17,12 +17,13 @@ SKIPPED = 77
 SMALL = {
     "cpu": r"attention/|rms_norm/|swiglu/|rope/|cross_entropy/|adamw/"
            r"|(de)?quantize/576x576/b64/nested/bf16|(de)?quantize/1536x576/b256/plain"
-           r"|lora/both/576x576/m256/r(0|16|16-dropout)/|linear/(forward|dx)/576x576/m(1|64)/",
+           r"|lora/both/576x576/m256/r(0|16|16-dropout)/|linear/(forward|dx)/576x576/m(1|512)/",
     "cuda": r"attention/.*/(1x512|4x512|packed)[^/]*/|rms_norm/.*/(512|2048)x|swiglu/.*/(512|2048)x"
             r"|rope/.*/(512|2048)x|cross_entropy/512x49152|adamw/4884480/"
             r"|(de)?quantize/(1024|4096|6144)x4096/b64/nested|(de)?quantize/14336x4096/b(32|4096)/"
             r"|lora/both/4096x4096/m512/r(0|16|16-dropout|64)/"
-            r"|linear/(forward|dx)/(4096x4096|192x576)/m(1|64)/"}
+            r"|linear/(forward|dx)/(4096x4096|192x576)/m(1|64)/"
+            r"|linear/dx/192x576/m1024/"}
 
 
 def operation(name):
@@ -47,6 +48,10 @@ def problems(everything, chosen, status, rows):
     found = [f"{row['name']}: {row['error_message']}" for row in rows if row.get("error_occurred")]
     timed = {row["name"] for row in rows if row.get("us", 0) > 0}
     found += [f"{name} was not timed" for name in chosen if name not in timed]
+    pairs = [row["name"].split("/")[5] for row in rows
+             if 0 < row.get("over_beside", 0) < 100 and row.get("beside_us", 0) > 0]
+    if "scratch" not in pairs or "dense" in pairs:
+        found += [f"linear layers timed in turns with dense: {', '.join(pairs) or 'none'}"]
     for what, of in (("operation", lambda names: set(map(operation, names)) - {"ceiling"}),
                      ("kernel of linear layers", kernels)):
         found += [f"no case of the {what} {name}" for name in sorted(of(everything) - of(chosen))]

@@ -45,7 +45,9 @@ def check(entry, results):
             raise ValueError(f"{side} is {entry[side]}, the raw file says {value}")
     ours, peer = values["ours"], values["peer"]
     ratio = None
-    if ours is not None and peer is not None:
+    if entry["formula"] == "median of pairs":
+        ratio = figure(results, entry["from"]["ours"] | {"field": "over_beside"})
+    elif ours is not None and peer is not None:
         ratio = ours / peer if entry["formula"] == "ours/peer" else peer / ours
     if not close(ratio, entry["ratio"]):
         raise ValueError(f"ratio is {entry['ratio']}, recomputed {ratio}")

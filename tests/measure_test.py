@@ -87,6 +87,27 @@ class MergeTest(unittest.TestCase):
         entry = headline.entry_of({"kernels": self.file}, TARGET)
         self.assertEqual((entry["ours"], entry["ratio"], entry["met"]), (None, None, False))
 
+    def test_pairs_take_the_place_of_two_rows(self):
+        pair = rows(mma=6, scratch=5, dense=1)
+        pair[0] |= {"over_beside": 1.5, "beside_us": 4.1}
+        pair[1] |= {"over_beside": 1.25, "beside_us": 4.2}
+        target = TARGET | {"ratio": "ours/peer", "bound": "at most", "target": 1.3,
+                           "ours": TARGET["ours"] | {"not": ["dense"]},
+                           "peer": {"self": TARGET["peer"] | {"name": CASE + "/dense"}}}
+        self.call(pair)
+        entry = headline.entry_of({"kernels": self.file}, target)
+        self.assertEqual([entry[key] for key in ("ours", "peer", "ratio", "met", "formula")],
+                         [5, 4.2, 1.25, True, "median of pairs"])
+        self.assertEqual(entry["from"]["peer"]["field"], "beside_us")
+        self.call(rows(mma=6, scratch=5, dense=1))
+        entry = headline.entry_of({"kernels": self.file}, target)
+        self.assertEqual((entry["ratio"], entry["formula"]), (5, "ours/peer"))
+        linear = [row | {"name": "linear/dx/8x8/m1024/" + row["name"].split("/")[-1], "call": 0}
+                  for row in pair]
+        table = report.linear_rows({"linear": {"ours": linear}})["dx", "8x8"][1024]
+        self.assertEqual({name: row["ratio"] for name, row in table.items()},
+                         {"mma": 1.5, "scratch": 1.25, "dense": 1})
+
     def test_ceilings_stay_with_the_rows_of_their_call(self):
         self.call(rows(qlab=1, other__qlab=5), rows(bnb=2))
         self.call(rows(qlab=3))
