@@ -37,7 +37,8 @@ std::vector<RowChunk> row_chunks(const Batch& batch) {
   for (const Segment& s : batch.segments)
     for (int64_t begin = s.begin; begin < s.end; begin += row_unit) {
       const int64_t end = std::min(begin + row_unit, s.end);
-      if (!chunks.empty() && end - chunks.back().begin <= row_unit)
+      const bool fits = !chunks.empty() && end - chunks.back().begin <= row_unit;
+      if (fits || (begin > s.begin && end - begin == 1))
         chunks.back().end = end;
       else
         chunks.push_back({begin, end});

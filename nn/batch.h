@@ -48,7 +48,8 @@ struct Batch {
 /// this partition, however a step is planned.
 inline constexpr int64_t row_unit = 8192;
 
-/// Pieces of a batch of at most row_unit rows, made of whole units of its segments.
+/// Pieces of a batch of at most row_unit rows, made of whole units of its segments. A unit of one
+/// row joins the unit before it: of products with one row no bits are promised (docs/design.md).
 struct RowChunk {
   int64_t begin, end;
 };

@@ -200,6 +200,25 @@ TEST_P(LlamaTest, ChunksOfRowsChangeNoBit) {
   }
 }
 
+// Of one row a GPU's products promise no bits, so the last unit of a segment is not computed alone;
+// a segment that is one row trains nothing.
+TEST(RowChunks, AUnitOfOneRowJoinsTheOneBefore) {
+  Batch batch;
+  const auto add = [&](int64_t rows) {
+    const int64_t begin = batch.segments.empty() ? 0 : batch.segments.back().end;
+    batch.segments.push_back({begin, begin + rows, 0, 0, nullptr, false});
+    return begin + rows;
+  };
+  const int64_t first = add(row_unit + 1), second = add(1), third = add(2 * row_unit + 1);
+  const std::vector<int64_t> expected = {0, first, second, second + row_unit, third};
+  std::vector<int64_t> bounds = {0};
+  for (const RowChunk& chunk : row_chunks(batch)) {
+    EXPECT_EQ(chunk.begin, bounds.back());
+    bounds.push_back(chunk.end);
+  }
+  EXPECT_EQ(bounds, expected);
+}
+
 // Rows that come with the batch are the rows of the table.
 TEST_P(LlamaTest, EmbeddingsMayLieOnTheHost) {
   LlamaConfig untied = synthetic_config("tiny");
