@@ -34,7 +34,7 @@ Variable Tape::record(const char* op, Tensor result, const std::vector<Variable>
   for (const Slot& slot : slots)
     if (slot.value.defined()) slot.value.storage()->set_slot(slot.name);
   const auto dropped = [&](const Slot& slot) {
-    return !policy_ || policy_(slot.name) == SlotPolicy::recompute;
+    return !keeps_slots_ || (policy_ ? policy_(slot.name) : slot.policy) == SlotPolicy::recompute;
   };
   if (mode_ == Mode::refill) {
     Node& node = nodes_.at(cursor_++);
@@ -60,6 +60,13 @@ Variable Tape::record(const char* op, Tensor result, const std::vector<Variable>
   return {std::move(result), nodes_.back().output_};
 }
 
+Tensor Tape::kept(std::string_view slot) const {
+  if (mode_ != Mode::refill) return {};
+  for (const Slot& own : nodes_.at(cursor_).slots_)
+    if (own.name == slot) return own.value;
+  return {};
+}
+
 Variable Tape::recompute(const std::function<Variable(const Variable&)>& forward,
                          const Variable& input, HostSlots* host, bool scratch) {
   QLAB_CHECK(mode_ == Mode::normal, "recompute regions do not nest");
@@ -67,6 +74,7 @@ Variable Tape::recompute(const std::function<Variable(const Variable&)>& forward
   const size_t first = nodes_.size();
   if (host != nullptr) host->put(regions_.size(), input.value);
   mode_ = Mode::drop;
+  keeps_slots_ = host == nullptr;
   Variable output = forward(input);
   mode_ = Mode::normal;
   if (host != nullptr) host->wait();

@@ -29,6 +29,7 @@ enum class SlotPolicy : uint8_t { keep, recompute };
 struct Slot {
   const char* name;  // "rms_norm.x"
   Tensor value;
+  SlotPolicy policy = SlotPolicy::recompute;  // unless the tape has another for that name
 };
 
 /// Who adds a node's first result to the gradient that other uses of its first input have left:
@@ -73,7 +74,7 @@ class Tape {
 
   /// A tape that does not record computes values only (evaluation, generation).
   explicit Tape(bool recording = true) : recording_(recording) {}
-  /// Which slots a recompute region keeps; none unless set.
+  /// Which slots a recompute region keeps; what each of them says unless set.
   void set_policy(Policy policy) { policy_ = std::move(policy); }
 
   /// A tensor that is given; with requires_grad its gradient can be read by gradient().
@@ -89,7 +90,8 @@ class Tape {
   /// Runs `forward` and keeps only its input; its slots are filled again, by running it once more,
   /// when backward needs them. Bits do not change: the same operations run on the same values.
   /// With `host` the input itself waits there, in the block of the region's number; it leaves
-  /// beside the region's own work, and comes back beside the backward pass of the region behind.
+  /// beside the region's own work, and comes back beside the backward pass of the region behind;
+  /// no slot is kept then.
   /// With `scratch` the second run keeps for backward what operations offer by keep_scratch().
   Variable recompute(const std::function<Variable(const Variable&)>& forward, const Variable& input,
                      HostSlots* host = nullptr, bool scratch = false);
@@ -105,6 +107,11 @@ class Tape {
     if (std::exchange(next_unwanted_, false)) return false;
     return mode_ != Mode::refill || nodes_.at(cursor_).read_again_;
   }
+  /// Whether of the slots of the next operation only those that say `keep` stay.
+  bool keeps_few() const { return mode_ == Mode::drop && keeps_slots_; }
+  /// Where a region is run once more: what the slot of the next operation that is recorded has
+  /// kept from the first run, or nothing.
+  Tensor kept(std::string_view slot) const;
   /// The next operation that asks is told that nobody reads its result.
   void leave_next_result() { next_unwanted_ = true; }
 
@@ -144,6 +151,7 @@ class Tape {
   int variables_ = 0;
   Mode mode_ = Mode::normal;
   bool next_unwanted_ = false;
+  bool keeps_slots_ = true;     // of the region that is run
   bool keeps_scratch_ = false;  // of the region that is run once more
   Tensor next_scratch_;
   size_t cursor_ = 0;  // next node to refill

@@ -166,8 +166,9 @@ std::vector<Field> make_fields() {
       {"train.recompute",
        QLAB_SLOT(train.recompute),
        "what the backward pass computes again: selective, the outputs of norms and SwiGLU; full, "
-       "all but each layer's input; offload, the same with those inputs in host memory; auto, for "
-       "each layer what is fastest within train.memory_budget",
+       "all but each layer's input and its adapters' narrow products A x; offload, all but the "
+       "inputs, which wait in host memory; auto, for each layer what is fastest within "
+       "train.memory_budget",
        none,
        {"none", "selective", "full", "offload", "auto"}},
       {.key = "train.memory_budget",

@@ -28,9 +28,10 @@ Stepper::Stepper(const Llama& model, const RecomputePolicy& policy, bool graphs,
 
 Tensor Stepper::step(const Batch& batch, bool train, size_t policy) {
   Tape tape(train);
-  const Variable hidden = model_.hidden(tape, batch, policies_[policy], nullptr, &host_);
+  Variable hidden = model_.hidden(tape, batch, policies_[policy], nullptr, &host_);
   WorkCounter::next_part();
   const Variable nll = model_.loss(tape, batch, hidden);
+  hidden.value = Tensor();  // backward does not read it, and has its peak soon
   WorkCounter::next_part();
   if (train) tape.backward(nll);
   model_.end_step();

@@ -5,6 +5,7 @@
 #include "core/ops/add.h"
 #include "core/ops/copy.h"
 #include "core/ops/gemm.h"
+#include "core/profile.h"
 #include "nn/adapter_products.h"
 #include "nn/fold.h"
 
@@ -29,6 +30,13 @@ struct Layout {
   std::vector<SegmentParts> segments;  // those with an adapter on the group, in units of rows
   int64_t width = 0;                   // columns in all
   int64_t widest = 0;                  // of one segment
+
+  /// Of what a recomputed layer could keep s saves the most time per byte, unless it is wide: to
+  /// make it again x is read once, 27 us of an H100 for 67 MB, or 71 with dropout; a layer's other
+  /// tensors save 0.4 ms for as many bytes.
+  SlotPolicy keeps_s(int64_t k) const {
+    return widest * 16 <= k ? SlotPolicy::keep : SlotPolicy::recompute;
+  }
 };
 
 Layout layout_of(const LinearGroup& group, const Batch& batch) {
@@ -111,17 +119,30 @@ Tensor folded_block(const LinearGroup& group, const Layout& layout, bool expand,
 }
 
 /// The tail of x: zeros wherever a row's own adapter does not write.
-Tensor cleared_tail(const Tensor& x, int64_t k, const Layout& layout, bool all_written) {
+Tensor cleared_tail(const Tensor& x, int64_t k, const Layout& layout, bool written) {
   const Tensor tail = x.slice_cols(k, k + layout.width);
-  if (!all_written) fill_zero(tail);
+  if (!written) fill_zero(tail);
   return tail;
 }
 
-/// Whether one adapter without dropout covers all rows.
+/// The rows of a segment and its columns, of all that stand side by side, or of its own alone.
+Tensor own_columns(const Tensor& tail, const SegmentParts& segment) {
+  return tail.slice_rows(segment.begin, segment.end)
+      .slice_cols(segment.column, segment.column + segment.width);
+}
+Tensor packed_columns(const Tensor& s, const SegmentParts& segment) {
+  return s.slice_rows(segment.begin, segment.end).slice_cols(0, segment.width);
+}
+
+/// Whether one adapter covers all rows and columns.
 bool one_adapter(const Layout& layout, int64_t rows) {
   const SegmentParts &first = layout.segments.front(), &last = layout.segments.back();
-  return first.begin == 0 && last.end == rows && first.column == last.column && !first.dropout() &&
+  return first.begin == 0 && last.end == rows && first.column == last.column &&
          first.width == layout.width;
+}
+/// And a product without dropout writes them all.
+bool all_written(const Layout& layout, int64_t rows) {
+  return one_adapter(layout, rows) && !layout.segments.front().dropout();
 }
 
 /// A of a segment, [width, K], and scale B, [N, width], in the block.
@@ -132,18 +153,36 @@ Tensor stacked_b(const Tensor& block, const SegmentParts& segment, int64_t n, in
   return block.slice_rows(0, n).slice_cols(k + segment.column, k + segment.column + segment.width);
 }
 
-/// s = A dropout(x) into the tail of x [T, K + R].
+void copy_s(const Tensor& to, const Tensor& from) {
+  const OpScope scope("copy of s", to.device(), {0, bytes_of_all(to, from)});
+  copy(to, from);
+}
+
+/// s = A dropout(x) into the tail of x [T, K + R], or from where it was `kept`.
 void fill_s(const Tensor& x, const Tensor& block, const Layout& layout, const LinearGroup& group,
-            const Batch& batch) {
+            const Batch& batch, const Tensor& kept) {
   const int64_t k = group.in_features(), n = group.out_features();
   // Rows of A between the parts are zero, so that a product over all of them clears the columns.
-  const bool written = one_adapter(layout, x.dim(0));
+  const bool written =
+      kept.defined() ? one_adapter(layout, x.dim(0)) : all_written(layout, x.dim(0));
   const Tensor tail = cleared_tail(x, k, layout, written);
+  for (const SegmentParts& segment : layout.segments) {
+    const Tensor s = own_columns(tail, segment);
+    if (kept.defined())
+      copy_s(s, packed_columns(kept, segment));
+    else
+      adapter_forward(s, x.slice_rows(segment.begin, segment.end).slice_cols(0, k),
+                      stacked_a(block, segment, n, k), segment.rows(batch));
+  }
+}
+
+/// s out of the tail of x, that of each segment from column 0 on.
+Tensor copy_of_s(const Tensor& x, const Layout& layout, int64_t k) {
+  const Tensor s = Tensor::empty({x.dim(0), layout.widest}, x.dtype(), x.device());
+  const Tensor tail = x.slice_cols(k, k + layout.width);
   for (const SegmentParts& segment : layout.segments)
-    adapter_forward(tail.slice_rows(segment.begin, segment.end)
-                        .slice_cols(segment.column, segment.column + segment.width),
-                    x.slice_rows(segment.begin, segment.end).slice_cols(0, k),
-                    stacked_a(block, segment, n, k), segment.rows(batch));
+    copy_s(packed_columns(s, segment), own_columns(tail, segment));
+  return s;
 }
 
 Tensor folded_backward(const Tensor& incoming, Node& node, const LinearGroup& group,
@@ -158,7 +197,7 @@ Tensor folded_backward(const Tensor& incoming, Node& node, const LinearGroup& gr
   if (width > 0) {
     wide = g.widened(n + width);
     const Tensor x = node.take("linear.x");  // dx may lie where it lay
-    const bool written = one_adapter(layout, g.dim(0));
+    const bool written = all_written(layout, g.dim(0));
     const Tensor tail = cleared_tail(wide, n, layout, written);
     for (const SegmentParts& segment : layout.segments) {
       const int64_t rows = segment.end - segment.begin, last = segment.column + segment.width;
@@ -188,7 +227,7 @@ Tensor folded_backward(const Tensor& incoming, Node& node, const LinearGroup& gr
 
 Tensor separate_forward(const Tensor& x, const Tensor& y, const LinearGroup& group,
                         const Batch& batch, const Layout& layout, const Tensor& residual,
-                        bool wanted) {
+                        bool wanted, const Tensor& kept) {
   int64_t row = 0;
   for (const Linear& member : group.members) {
     if (!wanted) break;
@@ -199,13 +238,15 @@ Tensor separate_forward(const Tensor& x, const Tensor& y, const LinearGroup& gro
     row = end;
   }
   if (layout.width == 0) return {};
-  const Tensor s = Tensor::empty({x.dim(0), layout.widest}, x.dtype(), x.device());
+  const Tensor s =
+      kept.defined() ? kept : Tensor::empty({x.dim(0), layout.widest}, x.dtype(), x.device());
   for (const SegmentParts& segment : layout.segments)
     for (const AdapterPart& part : segment.parts) {
       const LoraModule& lora = *part.lora;
       const Tensor own = columns(s.slice_rows(segment.begin, segment.end), part);
-      gemm(own, dropped(x.slice_rows(segment.begin, segment.end), part, segment.rows(batch)),
-           Op::none, lora.a_compute, Op::transpose);
+      if (!kept.defined())
+        gemm(own, dropped(x.slice_rows(segment.begin, segment.end), part, segment.rows(batch)),
+             Op::none, lora.a_compute, Op::transpose);
       if (!wanted) continue;
       gemm(y.slice_rows(segment.begin, segment.end).slice_cols(part.row, part.row + part.out()),
            own, Op::none, lora.b_compute, Op::transpose, lora.scale, 1.0f);
@@ -317,6 +358,8 @@ Variable linear(Tape& tape, const Variable& x, const LinearGroup& group, const B
   // Of a region that is run once more only what was recorded may be left out.
   const bool recorded = width > 0 || x.requires_grad() || residual.requires_grad();
   const bool wanted = !recorded || tape.result_wanted();
+  const SlotPolicy s_policy = layout.keeps_s(group.in_features());
+  const Tensor kept = width > 0 ? tape.kept("linear.s") : Tensor();
   std::vector<Slot> slots;
   const std::vector<Nf4Kernel> kernels =
       batch.generating ? fused_kernels(group, x.value) : std::vector<Nf4Kernel>();
@@ -326,15 +369,18 @@ Variable linear(Tape& tape, const Variable& x, const LinearGroup& group, const B
     const Tensor input = with_room(x.value, width);
     const Tensor wide = width > 0 ? input.widened(input.dim(1) + width) : input;
     const Tensor block = folded_block(group, layout, wanted, false, y.dtype(), y.device());
-    if (width > 0) fill_s(wide, block, layout, group, batch);
+    if (width > 0) fill_s(wide, block, layout, group, batch, kept);
     if (wanted)
       gemm(y, wide, Op::none, block.slice_rows(0, n), Op::transpose, 1.0f,
            residual.value.defined() ? 1.0f : 0.0f, residual.value);
-    if (width > 0) slots = {{"linear.x", wide}};
+    const bool keep = width > 0 && s_policy == SlotPolicy::keep && tape.keeps_few();
+    const Tensor s = keep ? copy_of_s(wide, layout, x.value.dim(1)) : kept;
+    if (width > 0) slots = {{"linear.x", wide}, {"linear.s", s, s_policy}};
     if (wanted && !group.resident.defined()) tape.keep_scratch(block);
   } else {
-    const Tensor s = separate_forward(x.value, y, group, batch, layout, residual.value, wanted);
-    if (width > 0) slots = {{"linear.x", x.value}, {"linear.s", s}};
+    const Tensor s =
+        separate_forward(x.value, y, group, batch, layout, residual.value, wanted, kept);
+    if (width > 0) slots = {{"linear.x", x.value}, {"linear.s", s, s_policy}};
   }
   if (wanted) add_biases(y, group);
   Variable result = tape.record(

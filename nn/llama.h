@@ -14,9 +14,9 @@
 namespace qlab {
 
 /// What the backward pass computes again instead of having kept it: nothing; the outputs of norms
-/// and of SwiGLU, elementwise work alone; or whole layers, of which only the input is kept, and
-/// whose MLP takes at most row_unit tokens at a time; or the same with that input put aside on the
-/// host.
+/// and of SwiGLU, elementwise work alone; or whole layers, of which the input is kept and narrow s
+/// of adapters (nn/linear.cpp), and whose MLP takes at most row_unit tokens at a time; or the same
+/// with the input put aside on the host and no s.
 enum class Recompute : uint8_t { none, selective, full, offload };
 
 /// The same for each layer, or one for all. Bits do not depend on it.

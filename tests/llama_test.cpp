@@ -4,6 +4,7 @@
 #include <limits>
 
 #include "core/ops/copy.h"
+#include "core/ops/gemm.h"
 #include "experiments/evaluate.h"
 #include "experiments/generate.h"
 #include "tests/support/tiny_llama.h"
@@ -157,6 +158,68 @@ TEST_P(LlamaTest, RecomputeChangesNoBit) {
         EXPECT_EQ(nll(kept, tokens, a.get(), true), nll(again, tokens, b.get(), true));
       expect_same_bits(a->gradients(), b->gradients());
     }
+}
+
+// A second run multiplies with the weights again, but for down_proj's. It finds the adapters' s,
+// unless they are wide beside their input, or nothing is to stay on the device.
+TEST_P(LlamaTest, RecomputeKeepsNarrowProductsOfAdapters) {
+  LlamaConfig config = synthetic_config("tiny");
+  config.hidden_size = 768, config.intermediate_size = 256, config.head_dim = 64;
+  Llama llama(config, WeightSpec{WeightFormat::nf4}, dtype(), device(), tiny_tensor);
+  const Tokens tokens = random_tokens(33, 5, 11);
+  HostSlots host(device());
+  struct Result {
+    std::unique_ptr<Adapter> adapter;
+    int64_t held = 0, products = 0;  // of s between the passes; in the backward pass
+  };
+  const auto run = [&](const LoraSpec& spec, Recompute recompute) {
+    Result result{trained_adapter(llama, spec)};
+    BatchBuilder builder;
+    builder.add({tokens.sequence()}, result.adapter.get(), true, 1.0f);
+    const Batch batch = builder.to(device());
+    if (recompute == Recompute::offload) {
+      Tape planned;
+      llama.hidden(planned, builder.to(device().meta()), recompute, nullptr, &host);
+      host.reserve();
+    }
+    Tape tape;
+    const Variable h = llama.hidden(tape, batch, recompute, nullptr, &host);
+    for (const auto& [name, bytes] : tape.slots()) {
+      if (recompute >= Recompute::full) {
+        EXPECT_EQ(name, "linear.s");
+      }
+      if (name == "linear.s") result.held += bytes;
+    }
+    const Variable nll = llama.loss(tape, batch, h);
+    const int64_t before = gemm_count();
+    tape.backward(nll);
+    result.products = gemm_count() - before;
+    return result;
+  };
+  for (const bool folded : {false, true})
+    for (const double p : {0.0, 0.2})
+      for (const int64_t r : {3, 20}) {
+        SCOPED_TRACE(fmt::format("dropout {}, r {}, folded {}", p, r, folded));
+        LoraSpec spec;
+        spec.r = r;
+        spec.dropout = p;
+        llama.set_folded(folded);
+        const Result kept = run(spec, Recompute::none);
+        for (const Recompute recompute :
+             {Recompute::selective, Recompute::full, Recompute::offload}) {
+          const Result again = run(spec, recompute);
+          expect_same_bits(kept.adapter->gradients(), again.adapter->gradients());
+          if (recompute == Recompute::selective) continue;
+          const bool stays = r == 3 && recompute == Recompute::full;
+          constexpr int64_t widths = 48 + 16 + 32 + 16;  // of the groups, in steps of 16
+          EXPECT_EQ(again.held,
+                    stays ? 2 * 33 * widths * static_cast<int64_t>(size_of(dtype())) : 0);
+          if (!stays && device().is_cuda()) continue;  // kernels, or the library's products
+          const int64_t base = folded ? 3 : 2 * 6;     // separate: with W, and s with B
+          const int64_t s = stays ? 0 : folded && p == 0 ? 4 : 7;
+          EXPECT_EQ(again.products - kept.products, 2 * (base + s));
+        }
+      }
 }
 
 // Sums over tokens have the same partition whether an MLP runs in chunks or at once.
