@@ -145,6 +145,12 @@ bool all_written(const Layout& layout, int64_t rows) {
   return one_adapter(layout, rows) && !layout.segments.front().dropout();
 }
 
+/// Whether every segment has dropout, of some.
+bool all_dropped(const Layout& layout) {
+  return !layout.segments.empty() && std::all_of(layout.segments.begin(), layout.segments.end(),
+                                                 [](const auto& s) { return s.dropout(); });
+}
+
 /// A of a segment, [width, K], and scale B, [N, width], in the block.
 Tensor stacked_a(const Tensor& block, const SegmentParts& segment, int64_t n, int64_t k) {
   return block.slice_rows(n + segment.column, n + segment.column + segment.width).slice_cols(0, k);
@@ -187,18 +193,19 @@ Tensor copy_of_s(const Tensor& x, const Layout& layout, int64_t k) {
 
 Tensor folded_backward(const Tensor& incoming, Node& node, const LinearGroup& group,
                        const Batch& batch, const Layout& layout, bool has_adapters, Tensor& g) {
-  const int64_t n = group.out_features(), k = group.in_features(), width = layout.width;
+  const int64_t n = group.out_features(), k = group.in_features();
+  // With dropout ds A is added behind a mask: where all tokens have it, ds has no part in dx.
+  const int64_t width = all_dropped(layout) ? 0 : layout.width;
   g = with_room(incoming, width);
   Tensor block = node.take_scratch();
   if (!block.defined())
     block = folded_block(group, layout, node.needs(0), has_adapters, g.dtype(), g.device());
-  Tensor wide = g;
+  const Tensor wide = width > 0 ? g.widened(n + width) : g;
   std::vector<Tensor> apart;  // ds of segments with dropout
-  if (width > 0) {
-    wide = g.widened(n + width);
+  if (layout.width > 0) {
     const Tensor x = node.take("linear.x");  // dx may lie where it lay
-    const bool written = all_written(layout, g.dim(0));
-    const Tensor tail = cleared_tail(wide, n, layout, written);
+    const Tensor tail =
+        width > 0 ? cleared_tail(wide, n, layout, all_written(layout, g.dim(0))) : Tensor();
     for (const SegmentParts& segment : layout.segments) {
       const int64_t rows = segment.end - segment.begin, last = segment.column + segment.width;
       Tensor ds =
@@ -214,7 +221,7 @@ Tensor folded_backward(const Tensor& incoming, Node& node, const LinearGroup& gr
     }
   }
   if (!node.needs(0)) return {};
-  const Tensor dx = matmul_nn(wide, block.slice_cols(0, k));
+  const Tensor dx = matmul_nn(wide, block.slice_rows(0, n + width).slice_cols(0, k));
   size_t next = 0;
   for (const SegmentParts& segment : layout.segments)
     if (segment.dropout())
