@@ -382,7 +382,8 @@ TEST_F(CommandTest, MemoryNeedsNoGpu) {
 TEST_F(CommandTest, MemoryComputesInWhatTheGpuHas) {
   const auto memory = [&](const std::string& compute) {
     return run({"memory", "synthetic:tiny", "--gpu", "t4", "--json", "--set", "lora.r=16", "--set",
-                "lora.dropout=0.1", "--set", "quant.compute_dtype=" + compute});
+                "lora.dropout=0.1", "--set", "train.recompute=full", "--set",
+                "quant.compute_dtype=" + compute});
   };
   const Ended of_auto = memory("auto"), fp16 = memory("fp16"), bf16 = memory("bf16");
   ASSERT_EQ(of_auto.code, 0) << of_auto.err;
@@ -390,8 +391,9 @@ TEST_F(CommandTest, MemoryComputesInWhatTheGpuHas) {
   EXPECT_EQ(bf16.code, 2);
   EXPECT_THAT(bf16.err, AllOf(HasSubstr("quant.compute_dtype: bf16 needs"),
                               HasSubstr("compute capability 7.5"), HasSubstr("set fp16 or auto")));
-  const Ended ampere = run({"memory", "synthetic:tiny", "--gpu", "a100-40gb", "--json", "--set",
-                            "lora.r=16", "--set", "lora.dropout=0.1"});
+  const Ended ampere =
+      run({"memory", "synthetic:tiny", "--gpu", "a100-40gb", "--json", "--set", "lora.r=16",
+           "--set", "lora.dropout=0.1", "--set", "train.recompute=full"});
   EXPECT_NE(nlohmann::json::parse(ampere.out)["peak_bytes"],
             nlohmann::json::parse(fp16.out)["peak_bytes"]);
 }

@@ -244,9 +244,10 @@ TEST(Planner, MovesEmbeddings) {
   };
   EXPECT_FALSE(plan("60GB", "auto").host_embeddings);
   EXPECT_TRUE(plan("12GB", "host").host_embeddings);
-  EXPECT_TRUE(plan("9.5GB", "auto").host_embeddings);
-  EXPECT_LE(plan("9.5GB", "auto").peak, 9'500'000'000);
-  EXPECT_LE(plan("9.5GB", "auto").step_seconds, plan("9.5GB", "device").step_seconds);
+  EXPECT_TRUE(plan("7.5GB", "auto").host_embeddings);  // on the device they do not fit
+  EXPECT_LE(plan("7.5GB", "auto").peak, 7'500'000'000);
+  for (const char* where : {"device", "host"})
+    EXPECT_LE(plan("9.5GB", "auto").step_seconds, plan("9.5GB", where).step_seconds * 1.001);
   EXPECT_GT(plan("6GB", "auto", "auto").streamed_layers, 0);
 }
 
