@@ -6,7 +6,6 @@
 #include <numeric>
 
 #include "core/ops/copy.h"
-#include "experiments/reservation.h"
 #include "experiments/setup.h"
 #include "nn/adapter_file.h"
 
@@ -72,20 +71,6 @@ struct PaperRun {
 };
 
 }  // namespace
-
-int64_t largest_tokens(std::span<const PaperTrial> gang) {
-  int64_t tokens = 0;
-  for (const PaperTrial& t : gang)
-    tokens = std::accumulate(t.train_lengths.begin(), t.train_lengths.end(), tokens);
-  return tokens;
-}
-
-int64_t usual_tokens(std::span<const PaperTrial> gang) {
-  int64_t tokens = 0;
-  for (const PaperTrial& t : gang)
-    tokens = std::accumulate(t.usual_lengths.begin(), t.usual_lengths.end(), tokens);
-  return tokens;
-}
 
 PaperTrial assumed_trial(const Config& config, Device target) {
   PaperTrial trial{config, {}, {}, {}};

@@ -10,7 +10,7 @@
 #include "experiments/config.h"
 #include "experiments/cost_model.h"
 #include "experiments/gpus.h"
-#include "experiments/stepper.h"
+#include "experiments/reservation.h"
 #include "nn/load.h"
 
 namespace qlab {
@@ -23,9 +23,6 @@ struct PaperTrial {
   Config config;
   std::vector<int64_t> train_lengths, eval_lengths, usual_lengths;
 };
-/// Of a gang: the largest micro-batch, and a usual one.
-int64_t largest_tokens(std::span<const PaperTrial> gang);
-int64_t usual_tokens(std::span<const PaperTrial> gang);
 /// Full batches of data.seq_len, as synthetic data has them.
 PaperTrial assumed_trial(const Config& config, Device target);
 /// The longest examples of its own data, which is read.

@@ -4,26 +4,13 @@
 #include <limits>
 
 #include "experiments/setup.h"
+#include "nn/layer_stream.h"
 
 namespace qlab {
 namespace {
 
-constexpr int64_t stream_slots = 2;  // of nn/layer_stream.cpp
-
 std::vector<ProfileLine> one_line(const char* operation, double bytes) {
   return {{operation, 1, 0, {0, bytes}, 0}};
-}
-
-int64_t tokens_of(std::span<const PaperTrial> gang) {
-  int64_t tokens = 0;
-  for (const PaperTrial& t : gang)
-    for (const int64_t n : t.train_lengths) tokens += n;
-  return tokens;
-}
-
-/// Whether layer l is one of those, spread evenly (nn/llama.cpp).
-bool is_streamed(int64_t l, int64_t streamed, int64_t layers) {
-  return (l + 1) * streamed / layers > l * streamed / layers;
 }
 
 }  // namespace
@@ -69,7 +56,7 @@ PlanEstimate::PlanEstimate(const ModelSource& model, std::span<const PaperTrial>
   const auto bytes =
       static_cast<int64_t>(size_of(compute_dtype(gang.front().config, target.meta())));
   table_ = model.config.vocab_size * model.config.hidden_size * bytes;
-  rows_ = (trains ? tokens_of(gang) : 0) * model.config.hidden_size * bytes;
+  rows_ = (trains ? largest_tokens(gang) : 0) * model.config.hidden_size * bytes;
   rows_seconds_ = predicted_seconds(one_line("embedding rows", static_cast<double>(rows_)), rates);
   if (streams) {
     std::vector<PaperTrial> base(1, gang.front());
@@ -114,7 +101,7 @@ double PlanEstimate::along(const PlanChoice& choice, const std::array<double, ki
 }
 
 int64_t PlanEstimate::held_by_base(const PlanChoice& choice) const {
-  const int64_t away = std::max<int64_t>(choice.streamed - stream_slots, 0);
+  const int64_t away = std::max<int64_t>(choice.streamed - LayerStream::most_slots, 0);
   return base_ - away * layer_ - (choice.host_embeddings ? table_ : 0);
 }
 
@@ -148,10 +135,10 @@ double PlanEstimate::pass_seconds(const PlanChoice& choice, size_t pass, double 
     seconds += std::max(part.stream, part.bus);
     part = {};
   };
-  int64_t there = pass == 0 ? 0 : stream_slots;  // left by the forward pass
+  int64_t there = pass == 0 ? 0 : LayerStream::most_slots;  // left by the forward pass
   for (int64_t i = 0; i < layers_; ++i) {
     const int64_t l = pass == 0 ? i : layers_ - 1 - i;
-    if (is_streamed(l, choice.streamed, layers_) && --there < 0) {
+    if (LayerStream::is_streamed(l, choice.streamed, layers_) && --there < 0) {
       part.bus += copy_;
       end_part();
     }

@@ -35,13 +35,6 @@ std::vector<int64_t> sorted_lengths(const Dataset& data) {
   return lengths;
 }
 
-int64_t largest_tokens(std::span<const Participant> gang) {
-  int64_t tokens = 0;
-  for (const Participant& p : gang)
-    for (const int64_t length : p.train_lengths) tokens += length;
-  return tokens;
-}
-
 /// The gang's largest micro-batch with every sequence shortened in proportion, `tokens` in all.
 BatchBuilder shortened(std::span<const Participant> gang, int64_t tokens) {
   const int64_t all = largest_tokens(gang);

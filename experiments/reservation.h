@@ -18,6 +18,22 @@ struct Participant {
   std::vector<int64_t> usual_lengths;  // of a usual micro-batch
 };
 
+/// Tokens of a gang's largest micro-batch, and of a usual one; of Participant or PaperTrial.
+template <class Gang>
+int64_t largest_tokens(const Gang& gang) {
+  int64_t tokens = 0;
+  for (const auto& t : gang)
+    for (const int64_t length : t.train_lengths) tokens += length;
+  return tokens;
+}
+template <class Gang>
+int64_t usual_tokens(const Gang& gang) {
+  int64_t tokens = 0;
+  for (const auto& t : gang)
+    for (const int64_t length : t.usual_lengths) tokens += length;
+  return tokens;
+}
+
 /// Lengths of the `count` longest examples; a micro-batch that spans several epochs holds examples
 /// more than once.
 std::vector<int64_t> longest_examples(const Dataset& data, int64_t count);

@@ -8,7 +8,6 @@
 namespace qlab {
 namespace {
 
-constexpr size_t most_slots = 2;
 constexpr int64_t alignment = 256;
 
 int64_t aligned(int64_t bytes) { return (bytes + alignment - 1) / alignment * alignment; }
@@ -59,7 +58,7 @@ size_t LayerStream::add(const std::vector<Tensor*>& parts) {
   const Tensor host = host_block(bytes);
   const size_t layer = layers_.size();
   layers_.push_back(host);
-  if (slots_.size() < most_slots) {
+  if (static_cast<int64_t>(slots_.size()) < most_slots) {
     const MemoryTag tag(Category::weights);
     const MemoryName name("slot of streamed layers");
     Slot& slot = *slots_.emplace_back(std::make_unique<Slot>());

@@ -12,6 +12,12 @@ namespace qlab {
 
 class LayerStream {
  public:
+  static constexpr int64_t most_slots = 2;
+  /// Whether layer l is one of `streamed`, which are spread evenly over `layers`.
+  static bool is_streamed(int64_t l, int64_t streamed, int64_t layers) {
+    return (l + 1) * streamed / layers > l * streamed / layers;
+  }
+
   explicit LayerStream(Device device);
   ~LayerStream();
   LayerStream(const LayerStream&) = delete;

@@ -83,10 +83,7 @@ Llama::Llama(const LlamaConfig& config, const WeightSpec& spec, DType compute, D
     layer.gate_up_proj.members = {linear("mlp.gate_proj", inter, hidden, config.mlp_bias),
                                   linear("mlp.up_proj", inter, hidden, config.mlp_bias)};
     layer.down_proj.members = {linear("mlp.down_proj", hidden, inter, config.mlp_bias)};
-    const auto streamed_until = [&](int64_t end) {
-      return end * streamed_layers / config.num_hidden_layers;
-    };
-    if (streamed_until(l + 1) > streamed_until(l)) move_to_host(layer);
+    if (LayerStream::is_streamed(l, streamed_layers, config.num_hidden_layers)) move_to_host(layer);
   }
   set_folded(device.target == DeviceType::cuda && compute != DType::f32 &&
              spec.format == WeightFormat::nf4);
