@@ -20,6 +20,8 @@ import sys
 import tempfile
 import time
 
+import measure
+
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 SHAPES = [(4, 256), (1, 256)]
 HIDDEN, KV, INTERMEDIATE, LAYERS, VOCABULARY = 576, 192, 1536, 30, 49152
@@ -111,12 +113,6 @@ def cpu_model():
     return platform.processor()
 
 
-def git_commit():
-    result = subprocess.run(["git", "describe", "--always", "--dirty", "--exclude=*"], cwd=ROOT,
-                            capture_output=True, text=True)
-    return result.stdout.strip()
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--qlab", default=str(ROOT / "build/qlab"))
@@ -137,7 +133,7 @@ def main():
     peer.close()
     version = subprocess.run([options.qlab, "--version"], capture_output=True, text=True)
     result = {"what": "LoRA training step of SmolLM2-135M's shapes, fp32, r 16, all-linear, CPU",
-              "qlab": version.stdout.strip(), "commit": git_commit(),
+              "qlab": version.stdout.strip(), "commit": measure.qlab_commit(options.qlab),
               "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
               "cpu": cpu_model(), "threads": options.threads, "cores": os.cpu_count(),
               "load_before": [round(x, 2) for x in load], "repeats": options.repeats,

@@ -104,7 +104,7 @@ def measured(options, row, end):
             checkpoint.write(folder / "model", row["checkpoint"], row["set"]["data.seq_len"])
         row["limit"] = min(row["limit"], max(1, int(end - time.monotonic())))
         run = {"train": train, "memory": ask_memory}[row["command"]]
-        entry = {"name": name, "commit": measure.commit(),
+        entry = {"name": name, "commit": options.commit,
                  "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")}
         try:
             entry |= run(options, row, model, folder)
@@ -133,6 +133,7 @@ def main():
     parser.add_argument("--device", default="cuda")
     options = parser.parse_args()
     end, path = time.monotonic() + options.seconds, options.results / "long.json"
+    options.commit = measure.qlab_commit(options.qlab)
     failed, begun = 0, 0
     for row in json.loads(options.rows.read_text()):
         if not re.search(options.filter, row["name"]):

@@ -53,6 +53,31 @@ def commit():
     return described.stdout.strip() if described.returncode == 0 else "unknown"
 
 
+def same_commit(a, b):
+    """Of two descriptions, however far they are shortened."""
+    bare = [text.removesuffix("-dirty") for text in (a, b)]
+    prefix = bare[0].startswith(bare[1]) or bare[1].startswith(bare[0])
+    return prefix and a.endswith("-dirty") == b.endswith("-dirty")
+
+
+def commit_of(program, built):
+    """What is recorded as measured: the commit that the program says it was built from, with a
+    warning where that is not what is checked out."""
+    checked_out = commit()
+    if not built or built == "unknown" or same_commit(built, checked_out):
+        return checked_out
+    print(f"WARNING: {program} was built from {built} and {checked_out} is checked out: its figures "
+          f"are recorded as {built}'s; build again to measure what is checked out", file=sys.stderr)
+    return built
+
+
+def qlab_commit(qlab):
+    """commit_of() a qlab."""
+    said = subprocess.run([qlab, "--version"], capture_output=True, text=True).stdout
+    found = re.search(r"\((.*)\)", said)
+    return commit_of(qlab, found[1] if found else "")
+
+
 def run(command, seconds):
     """Both sides begin nothing new once their seconds have passed."""
     print("+", " ".join(str(part) for part in command), flush=True)
@@ -191,9 +216,11 @@ def measure(options, folder):
     share = options.seconds * (1 if options.no_peers else OUR_SHARE)
     with Sampler() as samples:
         if options.part == "step":
+            call["commit"] = qlab_commit(build / "qlab")
             ours = our_steps(build, options.filter, folder, share)
         else:
             ours, call["context"] = our_kernels(build, options.part, options.filter, folder, share)
+            call["commit"] = commit_of(build / "qlab-bench", call["context"].get("qlab_commit"))
     call |= {"state_between": query(*STATE), "state_ours": samples.summary, "peer_versions": {},
              "missing_peers": {}}
     record(options, call, ours, [])  # not lost when the time is up while the peers run

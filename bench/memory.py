@@ -322,13 +322,14 @@ def main():
     files = {True: options.results / "budget.json", False: options.results / "memory.json"}
     known = {kind: read_results(path) for kind, path in files.items()}
     facts = device_facts(options.qlab) if options.device == "cuda" else {}
+    commit = measure.qlab_commit(options.qlab)
     failures, measured, equal, agreeing, left_out = [], 0, 0, 0, 0
     for group in chosen_rows(groups, options.filter):
         begin = time.monotonic()
         if begin >= end:
             left_out += len(group[2])
             continue
-        origin = facts | {"commit": measure.commit(),
+        origin = facts | {"commit": commit,
                   "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat()}
         entries, failed, missing = measure_group(options, group, origin, end - begin)
         kind = group[0] == BUDGET

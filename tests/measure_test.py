@@ -1,5 +1,7 @@
 """bench/measure.py: how a call's rows join the file, and that a ratio comes from one call."""
 
+import contextlib
+import io
 import json
 import os
 import pathlib
@@ -189,8 +191,25 @@ else:
     rows = [{"name": name, "us": 2.0, "noise_percent": 0.5} for name in names]
     rows[-1] |= {"error_occurred": True, "error_message": "left out: the time is up"}
     with open(options["benchmark_out"], "w") as file:
-        json.dump({"context": {}, "benchmarks": rows}, file)
+        json.dump({"context": {"qlab_commit": "0123456789ab"}, "benchmarks": rows}, file)
 """
+
+
+class CommitTest(unittest.TestCase):
+    def test_a_binary_of_another_commit_is_said_and_recorded(self):
+        long = "0adf5e9c1234"
+        for built, checked_out, same in ((long, "0adf5e9", True), ("0adf5e9", long, True),
+                                         (long + "-dirty", "0adf5e9-dirty", True),
+                                         (long + "-dirty", "0adf5e9", False),
+                                         (long, "23c7834", False), ("unknown", "23c7834", True),
+                                         ("", "23c7834", True)):
+            said = io.StringIO()
+            with unittest.mock.patch.dict(os.environ, {"QLAB_COMMIT": checked_out}), \
+                    contextlib.redirect_stderr(said):
+                recorded = measure.commit_of("build/qlab-bench", built)
+            self.assertEqual(recorded, checked_out if same else built, built)
+            self.assertEqual("WARNING: build/qlab-bench was built from" in said.getvalue(),
+                             not same, built)
 
 
 class WholeTest(unittest.TestCase):
@@ -217,6 +236,8 @@ class WholeTest(unittest.TestCase):
         self.assertEqual([row["name"] for row in file["ours"]],
                          ["ceiling/copy", "linear/dx/16x8/m1/mma"])
         self.assertEqual(len(file["calls"]), 1)
+        self.assertEqual(file["calls"][0]["commit"], "0123456789ab")
+        self.assertIn("qlab-bench was built from 0123456789ab", result.stderr)
         self.assertIn("state_ours", file["calls"][0])
 
     def test_a_filter_that_finds_nothing(self):
