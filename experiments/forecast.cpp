@@ -64,22 +64,18 @@ struct GangForecast {
 GangForecast forecast_gang(const ModelSource& model, const std::vector<PaperTrial>& gang,
                            const MemoryTarget& target) {
   GangForecast out;
-  const int64_t budget = memory_budget(gang.front().config, target.device, target.capacity);
+  const int64_t limit = device_limit(gang.front().config, target.device, target.capacity);
   const int64_t host = target.host.value_or(MemoryLimits::none);
-  out.plan = plan_or_leanest(model, gang, target.device, {budget, host}, target.rates);
-  const Config& first = gang.front().config;
-  const auto limit = allocator_limit(first, target.device, target.capacity);
-  const bool planned = first.train.recompute == "auto";
-  out.fits = out.plan.peak <= (planned ? budget : limit.value_or(out.plan.peak));
+  out.plan = plan_or_leanest(model, gang, target.device, {limit, host}, target.rates);
+  out.fits = out.plan.peak <= limit;
   const bool host_fits = out.plan.host_peak <= host;
   if (!host_fits)
     out.note = fmt::format("needs {} of host memory, of {}", format_bytes(out.plan.host_peak),
                            format_bytes(host));
   out.fits = out.fits && host_fits;
   if (out.fits || gang.size() > 1) return out;
-  const bool own_budget = planned && first.train.memory_budget.text != "auto";
-  const int64_t within = own_budget ? budget : target.capacity.value_or(MemoryLimits::none);
-  const auto remedy = cheapest_fit(model, gang, target.device, {within, host}, target.rates);
+  const int64_t capacity = target.capacity.value_or(MemoryLimits::none);
+  const auto remedy = cheapest_fit(model, gang, target.device, {capacity, host}, target.rates);
   out.note += (out.note.empty() ? "" : "; ") +
               (remedy ? fmt::format("would fit with {}", fmt::join(remedy->sets, " "))
                       : "nothing that can be set makes it fit");

@@ -35,20 +35,17 @@ int print_one(const Config& config, Library& library, const MemoryOptions& optio
   if (config.quant.type == "int8")
     question.assumed += (question.assumed.empty() ? "" : "; ") +
                         std::string("int8: its bytes alone are known, a run with it is refused");
-  const int64_t budget = memory_budget(config, target.device, target.capacity);
-  const bool planned = config.lora.present && config.train.recompute == "auto";
-  if (planned && config.train.memory_budget.text != "auto") question.budget = budget;
-  const int64_t host = target.host.value_or(MemoryLimits::none);
-  question.plan = plan_or_leanest(model, gang, target.device, {budget, host}, target.rates);
-  const std::optional<int64_t> limit = allocator_limit(config, target.device, target.capacity);
-  const MemoryPrediction prediction =
-      predict_memory(model, gang, target.device, limit, question.plan);
   const int64_t capacity = target.capacity.value_or(MemoryLimits::none);
+  const int64_t limit = device_limit(config, target.device, target.capacity);
+  if (limit < capacity) question.budget = limit;
+  const int64_t host = target.host.value_or(MemoryLimits::none);
+  question.plan = plan_or_leanest(model, gang, target.device, {limit, host}, target.rates);
+  const MemoryPrediction prediction =
+      predict_memory(model, gang, target.device,
+                     allocator_limit(config, target.device, target.capacity), question.plan);
   std::optional<Remedy> remedy;
-  if (prediction.peak() > std::min(capacity, question.budget.value_or(capacity)) ||
-      prediction.host_peak > host)
-    remedy = cheapest_fit(model, gang, target.device, {question.budget.value_or(capacity), host},
-                          target.rates);
+  if (prediction.peak() > limit || prediction.host_peak > host)
+    remedy = cheapest_fit(model, gang, target.device, {capacity, host}, target.rates);
   if (options.json)
     write_out(memory_json(question, prediction, remedy).dump() + "\n");
   else

@@ -182,7 +182,12 @@ MemoryPrediction predict_memory(const ModelSource& model, std::span<const PaperT
                  plan.streamed_layers);
   out.streamed_bytes = llama->streamed_bytes();
   out.phases.push_back(accounts.phase("load"));
-  if (target.is_cuda()) out.host_peak = host_accounts.phase("load").peak;
+  const auto note_host = [&](const char* name, int64_t pages) {
+    CategoryBytes bytes = host_accounts.phase(name).at_peak;
+    bytes[static_cast<size_t>(Category::optimizer)] += pages;
+    if (sum(bytes) > out.host_peak) out.host_peak = sum(bytes), out.host_at_peak = bytes;
+  };
+  if (target.is_cuda()) note_host("load", 0);
   LargestStep step;
   std::vector<PaperRun> runs;
   std::unique_ptr<Stepper> stepper;
@@ -222,8 +227,7 @@ MemoryPrediction predict_memory(const ModelSource& model, std::span<const PaperT
     out.phases.push_back(accounts.phase("train"));
     for (const PaperRun& run : runs) adapter_tensors(*run.adapter);
     out.phases.push_back(accounts.phase("save"));
-    if (target.is_cuda())
-      out.host_peak = std::max(out.host_peak, host_accounts.phase("run").peak + out.paged_out);
+    if (target.is_cuda()) note_host("run", out.paged_out);
   }
   out.step_bytes = step.plan.bytes;
   for (const PaperTrial& t : gang)

@@ -55,6 +55,7 @@ struct RunPlan {
   int64_t paged_out = 0;          // bytes of optimizer states in host memory, predicted
   int64_t peak = 0;               // of the allocator, predicted
   int64_t host_peak = 0;          // of host memory beside a GPU, predicted
+  CategoryBytes host_at_peak{};   // what makes it up
   StepSeconds seconds;            // of usual micro-batches, predicted by experiments/cost_model.h
   double step_seconds = 0;        // of a whole optimizer step
 };
@@ -78,6 +79,7 @@ struct MemoryPrediction {
   std::vector<ProfileLine> update;     // of the optimizers, after a step's micro-batches
   int64_t streamed_bytes = 0;          // of the base, in host memory
   int64_t host_peak = 0;               // of the host, for a GPU's run: what loading stages
+  CategoryBytes host_at_peak{};        // what makes it up
   int64_t paged_out = 0;               // of the optimizers' states, in host memory
 
   const MemoryPhase& highest() const;

@@ -107,8 +107,13 @@ std::string memory_text(const MemoryQuestion& question, const Config& config,
   }
   if (const auto& budget = question.budget) {
     const int64_t left = *budget - p.peak();
-    text += left >= 0 ? row("left of train.memory_budget", left)
-                      : row("too much for train.memory_budget", -left, "does not fit");
+    const bool spares = config.train.memory_budget.text == "auto" && question.target.capacity;
+    const std::string note =
+        spares ? format_bytes(*question.target.capacity - *budget) + " are left to other programs"
+               : "";
+    text += left >= 0 ? row("left of train.memory_budget", left, note)
+                      : row("too much for train.memory_budget", -left,
+                            "does not fit" + (note.empty() ? "" : ": " + note));
     if (left < 0) text += fmt::format("  the least that this run can take is {}\n", needed_text(p));
   }
   if (!fits(question, p)) text += remedy_text(remedy);

@@ -14,7 +14,7 @@ struct MemoryQuestion {
   MemoryTarget target;
   int64_t footprint = 0;  // Hugging Face's get_memory_footprint
   RunPlan plan;
-  std::optional<int64_t> budget;  // train.memory_budget, where it is what the run may take
+  std::optional<int64_t> budget;  // train.memory_budget, where it is less than the device has
   int64_t tokens = 0;             // of a usual micro-batch
   std::string assumed;            // what was assumed about the data, or ""
 };

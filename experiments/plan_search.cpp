@@ -38,6 +38,7 @@ void foresee(RunPlan& plan, const MemoryPrediction& prediction, std::span<const 
              const Rates& rates) {
   plan.peak = prediction.peak();
   plan.host_peak = prediction.host_peak;
+  plan.host_at_peak = prediction.host_at_peak;
   plan.paged_out = prediction.paged_out;
   plan.seconds = predicted_seconds(prediction, rates);
   plan.step_seconds = plan.seconds.of(micro_batches(gang));
@@ -69,7 +70,8 @@ MemoryPrediction PlanSearch::prediction(const RunPlan& plan) const {
 }
 
 /// Of equally fast plans the one that streams less is better.
-double PlanSearch::score(double seconds, const PlanChoice& choice) const {
+double PlanSearch::score(double seconds, int64_t host, const PlanChoice& choice) const {
+  if (saves_host_) return static_cast<double>(host);
   const double share =
       static_cast<double>(choice.streamed + choice.aside) / static_cast<double>(layers_) +
       (choice.host_embeddings ? 1 : 0);
@@ -84,7 +86,8 @@ void PlanSearch::consider(const PlanChoice& choice, std::optional<Candidate>& be
   if (paged_out > estimate_.paged_bytes() || host > limits_.host) return;
   const int64_t resident = std::clamp<int64_t>(
       limits_.budget - peak, 0, std::min(most_resident(), estimate_.most_resident(choice)));
-  const double own = score(slowness_ * estimate_.seconds(choice, resident, paged_out), choice);
+  const double own =
+      score(slowness_ * estimate_.seconds(choice, resident, paged_out), host, choice);
   if (!best || own < best->score) best = {choice, own};
 }
 
@@ -157,7 +160,7 @@ void PlanSearch::try_out(const PlanChoice& choice) {
   const int64_t held = std::min(plan.resident, estimate_.most_resident(choice));
   const double estimated = estimate_.seconds(choice, held, own.paged_out);
   if (estimated > 0) slowness_ = plan.step_seconds / estimated;
-  const double own_score = score(plan.step_seconds, choice);
+  const double own_score = score(plan.step_seconds, plan.host_peak, choice);
   if (!found_ || own_score < found_score_) found_ = std::move(plan), found_score_ = own_score;
 }
 
@@ -172,6 +175,11 @@ RunPlan PlanSearch::leanest(MemoryPrediction& need) const {
   RunPlan plan = exact(*least, need);
   foresee(plan, need, gang_, rates_);
   return plan;
+}
+
+std::optional<RunPlan> PlanSearch::leanest_on_host() {
+  saves_host_ = true;
+  return fastest();
 }
 
 std::optional<RunPlan> PlanSearch::fastest() {

@@ -30,6 +30,8 @@ class PlanSearch {
 
   /// Nothing where no plan fits.
   std::optional<RunPlan> fastest();
+  /// Of those that fit into the device the one that needs the least of the host.
+  std::optional<RunPlan> leanest_on_host();
   /// The plan that needs the least of the device, and what that is.
   RunPlan leanest(MemoryPrediction& need) const;
 
@@ -43,7 +45,7 @@ class PlanSearch {
   std::optional<Candidate> best_estimate() const;
   void consider(const PlanChoice& choice, std::optional<Candidate>& best) const;
   void try_out(const PlanChoice& choice);
-  double score(double seconds, const PlanChoice& choice) const;
+  double score(double seconds, int64_t host, const PlanChoice& choice) const;
   int64_t most_resident() const;
 
   const ModelSource& model_;
@@ -54,7 +56,7 @@ class PlanSearch {
   int64_t layers_;
   std::vector<int64_t> streamed_;  // choices
   std::vector<bool> host_embeddings_;
-  bool paged_;
+  bool paged_, saves_host_ = false;
   PlanEstimate estimate_;
   std::set<PlanChoice> tried_;
   // How the last exact prediction differed from its estimate.

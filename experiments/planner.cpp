@@ -31,29 +31,21 @@ const char* name_of_recompute(Recompute recompute) {
 [[noreturn]] void refuse(const RunPlan& least, const MemoryPrediction& need, int64_t budget) {
   throw OutOfMemory(fmt::format(
       "{} is too little (train.memory_budget, or what the device has): the leanest plan ({}) needs "
-      "{}; give that much, or set {}",
+      "{}; give that much, or set {}; --force tries it all the same",
       format_bytes(budget), describe(least), needed_text(need), advice_for(need)));
 }
 
-}  // namespace
-
-std::string needed_text(const MemoryPrediction& need) {
+/// "weights 4.54 GB, activations 1.02 GB"
+std::string parts_text(const CategoryBytes& bytes) {
   std::string parts;
-  const CategoryBytes& bytes = need.highest().at_peak;
   for (int i = 0; i < category_count; ++i)
     if (bytes[static_cast<size_t>(i)] > 0)
       parts += fmt::format("{}{} {}", parts.empty() ? "" : ", ", name_of(static_cast<Category>(i)),
                            format_bytes(bytes[static_cast<size_t>(i)]));
-  return fmt::format("{} at its peak, {} ({})", format_bytes(need.peak()), need.moment, parts);
+  return parts;
 }
 
-std::string advice_for(const MemoryPrediction& need) {
-  if (need.moment.starts_with("evaluation")) return "a smaller data.eval_seq_len";
-  if (need.moment.starts_with("loading")) return "quant.type: nf4, or a smaller model.path";
-  return "a smaller train.batch_size (with more train.grad_accum), data.seq_len, lora.r or "
-         "parallel.trials_per_gpu";
-}
-
+/// With recompute: auto, or nothing.
 std::optional<RunPlan> fastest_plan(const ModelSource& model, std::span<const PaperTrial> gang,
                                     Device target, const MemoryLimits& limits, const Rates& rates) {
   const auto find = [&](std::span<const PaperTrial> own) {
@@ -68,6 +60,20 @@ std::optional<RunPlan> fastest_plan(const ModelSource& model, std::span<const Pa
   return plan.peak <= limits.budget && plan.host_peak <= limits.host ? plan : one;
 }
 
+}  // namespace
+
+std::string needed_text(const MemoryPrediction& need) {
+  return fmt::format("{} at its peak, {} ({})", format_bytes(need.peak()), need.moment,
+                     parts_text(need.highest().at_peak));
+}
+
+std::string advice_for(const MemoryPrediction& need) {
+  if (need.moment.starts_with("evaluation")) return "a smaller data.eval_seq_len";
+  if (need.moment.starts_with("loading")) return "quant.type: nf4, or a smaller model.path";
+  return "a smaller train.batch_size (with more train.grad_accum), data.seq_len, lora.r or "
+         "parallel.trials_per_gpu";
+}
+
 RunPlan plan_run(const ModelSource& model, std::span<const PaperTrial> gang, Device target,
                  const MemoryLimits& limits, const Rates& rates) {
   const Config& first = gang.front().config;
@@ -76,9 +82,10 @@ RunPlan plan_run(const ModelSource& model, std::span<const PaperTrial> gang, Dev
       return *plan;
     if (limits.host < unlimited) {
       // What the device has room for says what the host lacks.
-      const RunPlan plan = plan_run(model, gang, target, limits.budget, rates);
-      check_host_memory(plan, limits.host);
-      return plan;
+      if (auto plan = PlanSearch(model, gang, target, limits.budget, rates).leanest_on_host()) {
+        check_host_memory(*plan, limits.host);
+        return *plan;
+      }
     }
     MemoryPrediction need;
     const RunPlan least = PlanSearch(model, gang, target, limits, rates).leanest(need);
@@ -95,7 +102,7 @@ RunPlan plan_or_leanest(const ModelSource& model, std::span<const PaperTrial> ga
   try {
     return plan_run(model, gang, target, limits, rates);
   } catch (const OutOfMemory&) {
-    if (std::optional<RunPlan> plan = fastest_plan(model, gang, target, limits.budget, rates))
+    if (auto plan = PlanSearch(model, gang, target, limits.budget, rates).leanest_on_host())
       return *plan;  // the host has too little
     MemoryPrediction need;
     return PlanSearch(model, gang, target, limits.budget, rates).leanest(need);
@@ -105,14 +112,18 @@ RunPlan plan_or_leanest(const ModelSource& model, std::span<const PaperTrial> ga
 int64_t memory_budget(const Config& config, Device target, std::optional<int64_t> capacity) {
   const int64_t all = capacity.value_or(unlimited);
   const std::string& wish = config.train.memory_budget.text;
-  constexpr int64_t spared = int64_t{1} << 30;
   if (wish != "auto") return std::min(all, parse_bytes(wish).value_or(unlimited));
-  return target.is_cuda() && capacity ? all - std::min(spared, all / 8) : all;
+  return target.is_cuda() && capacity ? all - left_to_others(all) : all;
 }
 
 std::optional<int64_t> allocator_limit(const Config& config, Device target,
                                        std::optional<int64_t> capacity) {
   return is_paged(config) && capacity ? memory_budget(config, target, capacity) : capacity;
+}
+
+int64_t device_limit(const Config& config, Device target, std::optional<int64_t> capacity) {
+  const bool own = config.lora.present && (config.train.recompute == "auto" || is_paged(config));
+  return own ? memory_budget(config, target, capacity) : capacity.value_or(unlimited);
 }
 
 void check_host_memory(const RunPlan& plan, int64_t available) {
@@ -129,10 +140,10 @@ void check_host_memory(const RunPlan& plan, int64_t available) {
   if (plan.streamed_layers > 0)
     advice.emplace_back(fmt::format("model.streamed_layers below {}", plan.streamed_layers));
   throw OutOfMemory(fmt::format(
-      "too little host memory: loading, and what this run keeps beside the GPU, take {} and {} is "
-      "available; free as much{}{}; --force tries all the same",
-      format_bytes(plan.host_peak), format_bytes(available), advice.empty() ? "" : ", or set ",
-      fmt::join(advice, " and ")));
+      "too little host memory: loading, and what this run keeps beside the GPU, take {} ({}) and "
+      "{} is available; free as much{}{}; --force tries all the same",
+      format_bytes(plan.host_peak), parts_text(plan.host_at_peak), format_bytes(available),
+      advice.empty() ? "" : ", or set ", fmt::join(advice, " and ")));
 }
 
 std::string describe(const std::vector<Recompute>& layers) {

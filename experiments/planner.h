@@ -17,12 +17,8 @@ namespace qlab {
 RunPlan plan_run(const ModelSource& model, std::span<const PaperTrial> gang, Device target,
                  const MemoryLimits& limits, const Rates& rates);
 
-/// With recompute: auto the fastest plan within `limits`, or nothing.
-std::optional<RunPlan> fastest_plan(const ModelSource& model, std::span<const PaperTrial> gang,
-                                    Device target, const MemoryLimits& limits, const Rates& rates);
-
-/// plan_run() for a forecast: where nothing fits, the plan that the host has no room for, or else
-/// the leanest.
+/// plan_run() where it is not refused. Otherwise, for a forecast or a run that is forced: what fits
+/// into the device and needs the least of the host, or else the leanest.
 RunPlan plan_or_leanest(const ModelSource& model, std::span<const PaperTrial> gang, Device target,
                         const MemoryLimits& limits, const Rates& rates);
 
@@ -39,6 +35,10 @@ int64_t memory_budget(const Config& config, Device target, std::optional<int64_t
 /// budget is exceeded. Otherwise all.
 std::optional<int64_t> allocator_limit(const Config& config, Device target,
                                        std::optional<int64_t> capacity);
+
+/// What a run's prediction is held against: its budget where it plans or has paged states,
+/// otherwise all.
+int64_t device_limit(const Config& config, Device target, std::optional<int64_t> capacity);
 
 /// Throws OutOfMemory, with what to do, where a GPU's run needs more host memory than `available`:
 /// for loading, embeddings, inputs of layers that are put aside, pages of optimizers.

@@ -80,6 +80,11 @@ class RemedySearch {
     return change.front().substr(0, change.front().find('='));
   }
   const Config& first() const { return gang_.front().config; }
+  /// What the run was told to take, whatever else is changed.
+  int64_t own_budget() const {
+    const bool told = first().train.memory_budget.text != "auto";
+    return told ? device_limit(first(), target_, limits_.budget) : MemoryLimits::none;
+  }
   bool can_move_embeddings() const {
     return target_.is_cuda() && !model_.config.tie_word_embeddings;
   }
@@ -177,11 +182,8 @@ class RemedySearch {
   std::optional<Remedy> fit(const std::vector<Change>& changes) const {
     const std::vector<PaperTrial> tried = changed(gang_, changes);
     const Config& c = tried.front().config;
-    const bool planned = c.train.recompute == "auto";
     // As a run with these settings would have it.
-    const int64_t budget =
-        planned ? memory_budget(c, target_, limits_.budget)
-                : allocator_limit(c, target_, limits_.budget).value_or(limits_.budget);
+    const int64_t budget = std::min(device_limit(c, target_, limits_.budget), own_budget());
     try {
       const RunPlan plan = plan_run(model_, tried, target_, {budget, limits_.host}, rates_);
       if (plan.peak > budget || plan.host_peak > limits_.host) return {};

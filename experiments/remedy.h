@@ -17,8 +17,8 @@ struct Remedy {
 };
 /// Of the gang's configurations. What costs speed alone comes first: of single settings, with
 /// train.recompute: auto among them, the fastest. Then smaller micro-batches and gangs, then what
-/// changes numbers. Nothing when even all of them together do not fit. `limits`: of the allocator,
-/// and of the host.
+/// changes numbers. Nothing when even all of them together do not fit. `limits`: what the
+/// device's allocator and the host have.
 std::optional<Remedy> cheapest_fit(const ModelSource& model, std::span<const PaperTrial> gang,
                                    Device target, const MemoryLimits& limits, const Rates& rates);
 

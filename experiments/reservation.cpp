@@ -60,20 +60,23 @@ BatchBuilder usual_batch(std::span<const Participant> gang) {
   return batch;
 }
 
-// What the largest steps and a reserve for other programs leave free may hold expanded weights.
+// What the largest steps and other programs leave free may hold expanded weights.
 void hold_weights(Llama& model, Stepper& stepper, const BatchBuilder& largest, int64_t resident) {
   const Device device = model.device();
-  constexpr int64_t spared = int64_t{1} << 30, unlimited = std::numeric_limits<int64_t>::max();
+  constexpr int64_t unlimited = std::numeric_limits<int64_t>::max();
   int64_t left = unlimited;
   if (device.target == DeviceType::cuda) {
+    const int64_t held = memory_account(device).total;
     left = available_memory(device);
-    if (left < unlimited) left += model.resident_bytes() - spared;
+    if (left < unlimited - held) left += model.resident_bytes() - left_to_others(left + held);
   }
   if (model.hold_resident(std::min(left, resident), largest.to(device.meta())))
     stepper.forget_plans();
 }
 
 }  // namespace
+
+int64_t left_to_others(int64_t capacity) { return std::min(int64_t{1} << 30, capacity / 8); }
 
 std::vector<int64_t> longest_examples(const Dataset& data, int64_t count) {
   const std::vector<int64_t> sorted = sorted_lengths(data);

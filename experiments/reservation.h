@@ -43,6 +43,10 @@ std::vector<int64_t> usual_examples(const Dataset& data, int64_t count);
 /// Lengths of the longest examples in a batch of evaluate(): no other needs much more memory.
 std::vector<int64_t> largest_evaluation(const Dataset& data, int64_t batch_tokens);
 
+/// Of a GPU's memory what runs leave to other programs, unless they are told how much to take: 1
+/// GiB, of small GPUs an eighth.
+int64_t left_to_others(int64_t capacity);
+
 /// The step that needs the most memory.
 struct LargestStep {
   StepPlan plan;

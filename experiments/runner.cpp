@@ -273,23 +273,21 @@ class Runner {
     std::vector<PaperTrial> papers;
     for (const Planned& p : gang) papers.push_back(paper_trial(p.trial->config, library_, device_));
     const Config& first = papers.front().config;
-    const std::optional<int64_t> limit =
-        force_ ? std::nullopt : allocator_limit(first, device_, target.capacity);
-    const int64_t capacity = limit.value_or(std::numeric_limits<int64_t>::max());
     const ModelSource& model = library_.model(first.model.path);
-    const RunPlan plan =
-        plan_run(model, papers, device_,
-                 {memory_budget(first, device_, target.capacity), host_memory()}, target.rates);
-    if (plan.peak <= capacity) return plan;
+    const MemoryLimits limits{device_limit(first, device_, target.capacity), host_memory()};
+    if (force_) return plan_or_leanest(model, papers, device_, limits, target.rates);
+    const RunPlan plan = plan_run(model, papers, device_, limits, target.rates);
+    if (plan.peak <= limits.budget) return plan;
     const auto remedy =
-        cheapest_fit(model, papers, device_, {capacity, host_memory()}, target.rates);
+        cheapest_fit(model, papers, device_,
+                     {target.capacity.value_or(MemoryLimits::none), host_memory()}, target.rates);
     std::string sets;
     if (remedy)
       for (const std::string& set : remedy->sets) sets += " --set " + set;
     throw OutOfMemory(fmt::format(
         "does not fit: the run would take {} and {} has {}. {}; --force tries all the same",
-        format_bytes(plan.peak), capacity < target.capacity ? "its budget" : target.name,
-        format_bytes(capacity),
+        format_bytes(plan.peak), limits.budget < target.capacity ? "its budget" : target.name,
+        format_bytes(limits.budget),
         remedy ? fmt::format("It fits in {} with{}", format_bytes(remedy->peak), sets)
                : "Nothing that can be set makes it fit"));
   }
@@ -340,7 +338,7 @@ class Runner {
         damaged.emplace_back(&p, error.what());
       }
     }
-    if (!runs.empty()) Gang(library_, model, pointers, callbacks_).run();
+    if (!runs.empty()) Gang(library_, model, pointers, callbacks_, force_).run();
     for (const auto& [planned, error] : damaged) fail_trial(*planned, error);
     for (const auto& r : runs) {
       switch (r->state()) {

@@ -264,12 +264,13 @@ void TrialRun::save_adapter_files() {
   save_adapter(files_.dir() + "/adapter", *adapter_, config_.model.path);
 }
 
-Gang::Gang(Library& library, Llama& model, std::vector<TrialRun*> trials, TrainCallbacks callbacks)
+Gang::Gang(Library& library, Llama& model, std::vector<TrialRun*> trials, TrainCallbacks callbacks,
+           bool force)
     : library_(library),
       trials_(std::move(trials)),
       callbacks_(std::move(callbacks)),
       model_(model),
-      plan_(make_plan()),
+      plan_(make_plan(force)),
       stepper_(model, RecomputePolicy(plan_.layers, plan_.expanded_once),
                trials_.at(0)->config_.train.graphs && !callbacks_.profile, plan_.leaner),
       peak_flops_(model.device().is_cuda() ? peak_flops(device_description(model.device())) : 0) {
@@ -290,7 +291,7 @@ std::vector<PaperTrial> Gang::on_paper() const {
   return gang;
 }
 
-RunPlan Gang::make_plan() const {
+RunPlan Gang::make_plan(bool force) const {
   if (running().empty()) return {};
   const Config& first = trials_.at(0)->config_;
   const ModelSource& source = library_.model(first.model.path);
@@ -306,13 +307,12 @@ RunPlan Gang::make_plan() const {
   int64_t budget = memory_budget(first, device, capacity);
   if (is_paged(first) && capacity && first.train.memory_budget.text == "auto") budget = *capacity;
   MemoryLimits limits = budget;
-  if (const auto host = target_here(device).host) {
+  if (const auto host = target_here(device).host; host && !force) {
     limits.host = *host + model_.streamed_bytes();  // what is there already counts in the plan
     for (const TrialRun* t : running()) limits.host += t->optimizer_->moments().bytes_on_host();
   }
-  const std::optional<RunPlan> within =
-      fastest_plan(source, gang, device, limits, rates_of(device));
-  RunPlan plan = within ? *within : plan_run(source, gang, device, budget, rates_of(device));
+  RunPlan plan =
+      (force ? plan_or_leanest : plan_run)(source, gang, device, limits, rates_of(device));
   for (TrialRun* t : running())
     t->files_.log(fmt::format("plan: {}; {} at the peak", describe(plan), format_bytes(plan.peak)));
   return plan;

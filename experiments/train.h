@@ -124,15 +124,16 @@ struct TrainCallbacks {
 class Gang {
  public:
   /// Trials of one base (equal base_key) and one plan. Throws OutOfMemory when no plan fits
-  /// train.memory_budget.
-  Gang(Library& library, Llama& model, std::vector<TrialRun*> trials, TrainCallbacks callbacks);
+  /// train.memory_budget and the host; with `force` the leanest is taken.
+  Gang(Library& library, Llama& model, std::vector<TrialRun*> trials, TrainCallbacks callbacks,
+       bool force = false);
   /// Until every trial has finished, failed or was interrupted. Throws OutOfMemory before the first
   /// step when the gang does not fit.
   void run();
 
  private:
   std::vector<PaperTrial> on_paper() const;
-  RunPlan make_plan() const;
+  RunPlan make_plan(bool force) const;
   void reserve();
   void evaluate_due();
   void train_step();

@@ -8,6 +8,7 @@
 #include <thread>
 
 #include "core/device.h"
+#include "experiments/gpus.h"
 #include "tests/support/tiny_model.h"
 #include "tests/support/training.h"
 
@@ -349,6 +350,54 @@ TEST_F(CommandTest, WhatCannotFitIsRefusedBeforeAnythingIsWritten) {
   const Ended wrong = run({"train", run_file(), "--device-memory", "much"});
   EXPECT_EQ(wrong.code, 2);
   EXPECT_THAT(wrong.err, HasSubstr("--device-memory much: give bytes"));
+}
+
+TEST_F(CommandTest, ABudgetBelowTheMinimumIsRefusedUnlessForced) {
+  Arguments train = {
+      "train", run_file("train: {steps: 2}\n"), "--device", "cpu",
+      "--set", "train.recompute=auto",          "--set",    "train.memory_budget=100kB"};
+  const Ended refused = run(train);
+  EXPECT_EQ(refused.code, 2);
+  EXPECT_THAT(refused.err, AllOf(HasSubstr("100.00 kB is too little"), HasSubstr("needs"),
+                                 HasSubstr("(weights "), HasSubstr("--force")));
+  EXPECT_TRUE(fs::is_empty(work_));
+  train.push_back("--force");
+  const Ended forced = run(train);
+  EXPECT_EQ(forced.code, 0) << forced.err;
+}
+
+// With recompute: auto a run leaves 1 GiB, of small GPUs an eighth, to other programs.
+TEST_F(CommandTest, MemoryFitsWhereTheRunWouldBeAccepted) {
+  const auto memory = [&](int64_t capacity, const std::vector<std::string>& sets) {
+    const int64_t context = find_gpu("1GiB").context_bytes;
+    Arguments arguments = {"memory",
+                           "synthetic:tiny",
+                           "--json",
+                           "--gpu",
+                           std::to_string(capacity + context),
+                           "--set",
+                           "lora.r=4",
+                           "--set",
+                           "data.train=synthetic"};
+    for (const std::string& set : sets) arguments.insert(arguments.end(), {"--set", set});
+    const Ended ended = run(arguments);
+    EXPECT_EQ(ended.code, 0) << ended.err;
+    return nlohmann::json::parse(ended.out);
+  };
+  const std::string planned = "train.recompute=auto", full = "train.recompute=full";
+  constexpr int64_t plenty = int64_t{1} << 30;
+  const auto too_little = memory(plenty, {planned, "train.memory_budget=1000B"});
+  EXPECT_EQ(too_little["fits"], false);
+  const int64_t least = too_little["peak_bytes"], barely = least + least / 16;
+  const auto refused = memory(barely, {planned});
+  EXPECT_EQ(refused["budget_bytes"], barely - barely / 8);
+  EXPECT_EQ(refused["fits"], false);
+  const auto accepted = memory(least + least / 6, {planned});
+  EXPECT_EQ(accepted["fits"], true);
+  EXPECT_LE(accepted["peak_bytes"], accepted["budget_bytes"]);
+  const int64_t peak = memory(plenty, {full})["peak_bytes"];
+  EXPECT_EQ(memory(peak, {full})["fits"], true);
+  EXPECT_EQ(memory(peak - 1, {full})["fits"], false);
 }
 
 TEST_F(CommandTest, MemoryNeedsNoGpu) {

@@ -390,6 +390,23 @@ TEST(Planner, KeepsToTheHostsMemory) {
                 long_8b.plan({}, {int64_t{5} << 30, int64_t{1} << 30});
               }),
               testing::HasSubstr("too little host memory"));
+  // The least that the host must have, and what makes it up.
+  const Config c = load_config(
+      "", {"model.path=synthetic:llama-3.1-8b", "data.train=synthetic", "train.recompute=auto",
+           "quant.resident=auto", "lora.r=16", "train.batch_size=4", "data.seq_len=2048"});
+  const std::vector<PaperTrial> gang = {assumed_trial(c, Device::cuda())};
+  const ModelSource model = open_model(c.model.path);
+  const Rates rates = gpu_rates("h100-80gb");
+  const auto least = PlanSearch(model, gang, Device::cuda(), budget, rates).leanest_on_host();
+  ASSERT_TRUE(least);
+  EXPECT_LT(least->host_peak, bound.host_peak);
+  EXPECT_EQ(sum(least->host_at_peak), least->host_peak);
+  EXPECT_THAT(
+      error_of([&] {
+        long_8b.plan({}, {budget, int64_t{1} << 20});
+      }),
+      testing::HasSubstr(fmt::format("take {} (activations ", format_bytes(least->host_peak))));
+  EXPECT_LE(long_8b.plan({}, {budget, least->host_peak}).host_peak, least->host_peak);
 }
 
 TEST(Planner, AsksTheHostForRoom) {

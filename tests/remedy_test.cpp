@@ -38,9 +38,7 @@ struct Asked {
       set_key(c, set.substr(0, equals), YAML::Load(set.substr(equals + 1)), "");
     }
     const std::vector<PaperTrial> gang = {assumed_trial(c, Device::cuda())};
-    const int64_t budget = c.train.recompute == "auto"
-                               ? memory_budget(c, Device::cuda(), limits.budget)
-                               : limits.budget;
+    const int64_t budget = device_limit(c, Device::cuda(), limits.budget);
     try {
       const RunPlan plan = plan_run(model, gang, Device::cuda(), {budget, limits.host}, rates);
       return plan.peak <= budget && plan.host_peak <= limits.host;
