@@ -23,6 +23,10 @@ Evaluation evaluate(Stepper& stepper, const Dataset& data, const Adapter* adapte
     }
     BatchBuilder builder;
     builder.add(batch, adapter, false, 0.0f);
+    if (batch.size() > 1 && !stepper.fits(builder, false, true)) {
+      batch_tokens = tokens / 2;
+      continue;
+    }
     const std::vector<float> nll = stepper.run(builder, false);
     size_t row = 0;
     for (const Sequence& s : batch) {

@@ -21,8 +21,9 @@ inline int64_t evaluation_tokens(Device device) {
   return device.target == DeviceType::cuda ? 2048 : 256;
 }
 
-/// Examples go through the model in batches of about `batch_tokens` tokens; the result does not
-/// depend on it. Before each batch `stop` is told how many examples are done, and asked.
+/// Examples go through the model in batches of about `batch_tokens` tokens, or as few as there is
+/// memory for; the result does not depend on it. Before each batch `stop` is told how many examples
+/// are done, and asked.
 Evaluation evaluate(Stepper& stepper, const Dataset& data, const Adapter* adapter,
                     const std::function<bool(size_t done)>& stop = {}, int64_t batch_tokens = 2048);
 

@@ -133,9 +133,16 @@ LargestStep reserve_steps(Llama& model, Stepper& stepper, std::span<const Partic
   reserve_too(usual_batch(gang), true);
   Filler filler;
   for (const Participant& p : gang) {
-    BatchBuilder batch;
-    filler.add(batch, p.eval_lengths, p.adapter, false);
-    if (batch.tokens() > 0) reserve_too(batch, false);
+    std::vector<int64_t> lengths = p.eval_lengths;
+    const auto batch = [&] {
+      BatchBuilder own;
+      filler.add(own, lengths, p.adapter, false);
+      return own;
+    };
+    while (lengths.size() > 1 && !stepper.fits(batch(), false)) lengths.resize(lengths.size() / 2);
+    if (lengths.size() < p.eval_lengths.size())
+      step.eval_tokens = std::min(step.eval_tokens, batch().tokens());
+    if (!lengths.empty()) reserve_too(batch(), false);
   }
   hold_weights(model, stepper, largest, resident);
   return step;

@@ -1,6 +1,7 @@
 // What the steps of a gang need, reserved before the first one. A run and the prediction of its
 // memory go through the same code, the prediction on a meta device.
 #pragma once
+#include <limits>
 #include <span>
 #include <vector>
 
@@ -52,14 +53,17 @@ struct LargestStep {
   StepPlan plan;
   bool train = true;              // or an evaluation
   std::vector<ProfileLine> work;  // of the largest training micro-batch, before weights were held
+  int64_t eval_tokens = std::numeric_limits<int64_t>::max();  // at most in a batch of evaluate()
 };
 
-/// Reserves what the largest training and evaluation steps need, or throws OutOfMemory; then holds
-/// weights expanded, at most `resident` bytes, within what that leaves free. The largest
-/// micro-batch is not known without trying them all; the one made of each trial's longest examples,
-/// everything trained, needs at least about as much. Of each policy but the leanest it is that one
-/// with its sequences shortened. Where a later shape lays out a little larger, it takes a leaner
-/// policy, or where there is none the reservation grows before that step.
+/// An evaluation takes no more memory than training, in smaller batches where that is needed; but
+/// for one example that needs more alone. Reserves what the largest training and evaluation steps
+/// need, or throws OutOfMemory; then holds weights expanded, at most `resident` bytes, within what
+/// that leaves free. The largest micro-batch is not known without trying them all; the one made of
+/// each trial's longest examples, everything trained, needs at least about as much. Of each policy
+/// but the leanest it is that one with its sequences shortened. Where a later shape lays out a
+/// little larger, it takes a leaner policy, or where there is none the reservation grows before
+/// that step.
 LargestStep reserve_steps(Llama& model, Stepper& stepper, std::span<const Participant> gang,
                           int64_t resident);
 /// The work of a usual training micro-batch of the gang, which is planned once more.

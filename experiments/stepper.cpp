@@ -76,6 +76,12 @@ const StepPlan& Stepper::reserve(const BatchBuilder& batch, bool train) {
   return plan;
 }
 
+bool Stepper::fits(const BatchBuilder& batch, bool train, bool growing) {
+  if (!StepMemory::planned()) return true;
+  const int64_t more = shape(batch, train, false).plan.bytes - memory_.bytes();
+  return more <= 0 || (growing && more <= available_memory(model_.device()));
+}
+
 Tensor Stepper::idle() const {
   if (memory_.bytes() == 0) return {};
   return Tensor::from_storage(

@@ -27,6 +27,9 @@ class Stepper {
   /// Plans and reserves, so that the largest micro-batch of a run is refused or accepted at once.
   /// For a model on meta only accounts are kept, and the plan has names.
   const StepPlan& reserve(const BatchBuilder& batch, bool train);
+  /// Whether a step of the batch needs no more than what is reserved; with `growing` than what can
+  /// be had.
+  bool fits(const BatchBuilder& batch, bool train, bool growing = false);
   /// After a change of what the model holds, on which plans and graphs rest.
   void forget_plans();
   /// The reservation, which nobody uses between steps; undefined where there is none.

@@ -330,7 +330,8 @@ void Gang::reserve() {
   std::optional<int64_t> capacity;
   const int64_t free = available_memory(device), held = memory_account(device).total;
   if (free < std::numeric_limits<int64_t>::max() - held) capacity = free + held;
-  reserve_steps(model_, stepper_, gang, plan_.resident);
+  const LargestStep largest = reserve_steps(model_, stepper_, gang, plan_.resident);
+  eval_tokens_ = std::min(largest.eval_tokens, evaluation_tokens(device));
   RunPlan plan = plan_;
   plan.host_embeddings = model_.host_embeddings() != nullptr;
   plan.streamed_layers = model_.streamed_layers();
@@ -388,8 +389,7 @@ void Gang::evaluate_due() {
       tell(done);
       return callbacks_.stop && callbacks_.stop();
     };
-    const Evaluation result =
-        evaluate(stepper_, *t->eval_, t->adapter_.get(), stop, evaluation_tokens(model_.device()));
+    const Evaluation result = evaluate(stepper_, *t->eval_, t->adapter_.get(), stop, eval_tokens_);
     if (result.stopped) return;
     tell(t->eval_->examples.size());
     if (t->fresh_) of_base[t->eval_] = result;

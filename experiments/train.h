@@ -152,6 +152,7 @@ class Gang {
   RunPlan plan_;
   Stepper stepper_;
   int64_t steps_taken_ = 0;
+  int64_t eval_tokens_ = 0;         // of a batch
   std::set<size_t> policies_told_;  // leaner ones, each when it first occurs
   double peak_flops_;               // of the device, 0 where unknown
 };
