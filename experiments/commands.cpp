@@ -8,6 +8,7 @@
 #include <nlohmann/json.hpp>
 
 #include "data/file.h"
+#include "experiments/gpus.h"
 #include "experiments/profile_table.h"
 #include "experiments/report.h"
 #include "experiments/runner.h"
@@ -28,10 +29,7 @@ Device open_device(const CommonOptions& common) {
     compute_capability(device);  // throws where there is no code for this GPU
   }
   if (common.device_memory.empty()) return device;
-  const auto bytes = parse_bytes(common.device_memory);
-  if (!bytes || *bytes == 0)
-    fail("--device-memory {}: give bytes, for example 24GiB or 9.2GB", common.device_memory);
-  limit_memory(device, *bytes);
+  limit_memory(device, parse_device_memory(common.device_memory));
   return device;
 }
 

@@ -67,8 +67,20 @@ GpuSpec find_gpu(const std::string& text) {
           .context_note = not_measured};
 }
 
+int64_t parse_device_memory(const std::string& text) {
+  const auto bytes = parse_bytes(text);
+  if (!bytes || *bytes == 0)
+    fail("--device-memory {}: give bytes, for example 24GiB or 9.2GB", text);
+  return *bytes;
+}
+
+void limit_target(MemoryTarget& target, const std::string& bytes) {
+  target.limit = parse_device_memory(bytes);
+  target.capacity = std::min(*target.limit, target.capacity.value_or(*target.limit));
+}
+
 MemoryTarget target_here(Device device) {
-  MemoryTarget target{device, device_description(device), {}, {}, rates_of(device), {}};
+  MemoryTarget target{device, device_description(device), {}, {}, rates_of(device)};
   const int64_t free = available_memory(device), held = memory_account(device).total;
   constexpr int64_t unlimited = std::numeric_limits<int64_t>::max();
   if (free < unlimited - held) target.capacity = free + held;
@@ -90,7 +102,7 @@ MemoryTarget memory_target(const std::string& gpu, const std::string& device) {
     fail("--gpu {} and --device {}: give one of them", gpu, device);
   if (gpu.empty() && (device != "auto" || cuda::device_count() > 0))
     return target_here(parse_device(device));
-  MemoryTarget target{Device::cuda(), "a GPU (--gpu names one)", {}, {}, gpu_rates(gpu), {}};
+  MemoryTarget target{Device::cuda(), "a GPU (--gpu names one)", {}, {}, gpu_rates(gpu)};
   if (gpu.empty()) return target;
   target.gpu = find_gpu(gpu);
   target.device = Device::gpu(target.gpu->capability);

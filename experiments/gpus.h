@@ -26,11 +26,16 @@ struct MemoryTarget {
   std::optional<GpuSpec> gpu;       // none: a CPU, or a GPU without an end
   std::optional<int64_t> capacity;  // of the allocator; none: no end
   Rates rates;
-  std::optional<int64_t> host;  // memory of the host beside a GPU; none: no end
+  std::optional<int64_t> limit = {};  // of --device-memory, in `capacity` already
+  std::optional<int64_t> host = {};   // memory of the host beside a GPU; none: no end
 };
 /// A GPU by name or bytes (`gpu`), or else a device here (`device`, as --device has it); without
 /// either a GPU without an end.
 MemoryTarget memory_target(const std::string& gpu, const std::string& device);
+/// No more of it than `bytes`, as --device-memory of a run has it.
+void limit_target(MemoryTarget& target, const std::string& bytes);
+/// Bytes of --device-memory; Error for anything else.
+int64_t parse_device_memory(const std::string& text);
 /// A device here, with what its allocator holds and what is free.
 MemoryTarget target_here(Device device);
 

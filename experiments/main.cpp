@@ -100,12 +100,14 @@ int run(int argc, char** argv) {
       ->capture_default_str();
   memory_app->add_option("--device", common.device, "auto, cpu, cuda or cuda:N, as it is now")
       ->capture_default_str();
+  memory_app->add_option("--device-memory", common.device_memory,
+                         "as if the run were told to take no more of the device, for example 9GiB");
   add_common(memory_app, common, false);
   auto* memory_check = memory_app->add_option(
       "--check", memory.check,
       "a results directory or a trial's: the peaks predicted for its trials, and those measured");
-  for (const char* other :
-       {"target", "--gpu", "--host-memory", "--device", "--set", "--table", "--format", "--out"})
+  for (const char* other : {"target", "--gpu", "--host-memory", "--device", "--device-memory",
+                            "--set", "--table", "--format", "--out"})
     memory_check->excludes(memory_app->get_option(other));
   memory_app->callback([&] { code = qlab::run_memory_command(memory, common); });
 

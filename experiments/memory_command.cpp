@@ -55,11 +55,13 @@ int print_one(const Config& config, Library& library, const MemoryOptions& optio
 
 int print_table(const MemoryOptions& options, const CommonOptions& common) {
   const bool asks = !options.gpu.empty() || !options.host_memory.empty() || options.json ||
-                    !common.sets.empty() || common.device != "auto";
+                    !common.sets.empty() || common.device != "auto" ||
+                    !common.device_memory.empty();
   if (!options.target.empty() || asks)
     fail("--table {}: a table states its own models and settings; leave out {}", options.table,
-         options.target.empty() ? "--gpu, --host-memory, --device, --set and --json"
-                                : options.target);
+         options.target.empty()
+             ? "--gpu, --host-memory, --device, --device-memory, --set and --json"
+             : options.target);
   const std::string text =
       format_table(memory_table(options.table, options.measured), options.format);
   if (options.out.empty()) {
@@ -88,6 +90,7 @@ int run_memory_command(const MemoryOptions& options, const CommonOptions& common
   if (!options.out.empty() || options.format != "text")
     fail("--out and --format are for --table; --json writes a prediction for programs");
   MemoryTarget target = memory_target(options.gpu, common.device);
+  if (!common.device_memory.empty()) limit_target(target, common.device_memory);
   if (!options.host_memory.empty()) {
     target.host = parse_bytes(options.host_memory);
     if (!target.host)

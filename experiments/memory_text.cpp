@@ -27,9 +27,18 @@ int64_t at(const CategoryBytes& bytes, Category category) {
   return bytes[static_cast<size_t>(category)];
 }
 
-std::string remedy_text(const std::optional<Remedy>& remedy) {
-  if (!remedy)
-    return "  nothing that qlab can change makes it fit; take a larger GPU or a smaller model\n";
+std::string remedy_text(const MemoryQuestion& question, const MemoryPrediction& p,
+                        const std::optional<Remedy>& remedy) {
+  if (!remedy) {
+    const bool small = p.peak() > question.target.capacity.value_or(MemoryLimits::none);
+    std::string way = small ? "take a larger GPU or a smaller model" : "";
+    if (!small && p.peak() > question.budget.value_or(MemoryLimits::none))
+      way = fmt::format("set train.memory_budget to {} or more", format_bytes(p.peak()));
+    if (!host_fits(question, p))
+      way +=
+          fmt::format("{}give the host {}", way.empty() ? "" : ", and ", format_bytes(p.host_peak));
+    return fmt::format("  nothing else that qlab can change makes it fit: {}\n", way);
+  }
   std::string sets;
   for (const std::string& s : remedy->sets) sets += " --set " + s;
   return fmt::format("  would fit with{}: peak {}\n", sets, format_bytes(remedy->peak));
@@ -105,6 +114,11 @@ std::string memory_text(const MemoryQuestion& question, const Config& config,
                       fits(question, p) ? "fits" : "")
                 : row("too much for " + format_bytes(gpu.memory_bytes), -left, "does not fit");
   }
+  if (const auto& limit = question.target.limit) {
+    const int64_t left = *limit - p.peak();
+    text += left >= 0 ? row("left of --device-memory", left, fits(question, p) ? "fits" : "")
+                      : row("too much for --device-memory", -left, "does not fit");
+  }
   if (const auto& budget = question.budget) {
     const int64_t left = *budget - p.peak();
     const bool spares = config.train.memory_budget.text == "auto" && question.target.capacity;
@@ -116,7 +130,7 @@ std::string memory_text(const MemoryQuestion& question, const Config& config,
                             "does not fit" + (note.empty() ? "" : ": " + note));
     if (left < 0) text += fmt::format("  the least that this run can take is {}\n", needed_text(p));
   }
-  if (!fits(question, p)) text += remedy_text(remedy);
+  if (!fits(question, p)) text += remedy_text(question, p, remedy);
   if (p.trainable_params > 0) {
     if (config.train.recompute == "auto") text += "\nplan: " + describe(question.plan) + "\n";
     text += fmt::format(
@@ -180,7 +194,8 @@ Json memory_json(const MemoryQuestion& question, const MemoryPrediction& p,
     json["host_memory_bytes"] = *question.target.host;
     json["host_fits"] = host_fits(question, p);
   }
-  if (question.target.gpu || question.budget || question.target.host) {
+  if (question.target.limit) json["device_memory_bytes"] = *question.target.limit;
+  if (question.target.capacity || question.budget || question.target.host) {
     json["fits"] = fits(question, p);
     if (remedy) json["fits_with"] = {{"set", remedy->sets}, {"peak_bytes", remedy->peak}};
   }

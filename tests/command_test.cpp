@@ -1,16 +1,10 @@
 // The qlab command as a user meets it: exit codes, messages, and what it leaves on the disk.
-#include <fcntl.h>
-#include <spawn.h>
-#include <sys/wait.h>
-#include <unistd.h>
-
 #include <csignal>
 #include <thread>
 
 #include "core/device.h"
-#include "experiments/gpus.h"
+#include "tests/support/command.h"
 #include "tests/support/tiny_model.h"
-#include "tests/support/training.h"
 
 namespace qlab::test {
 namespace {
@@ -19,86 +13,6 @@ namespace fs = std::filesystem;
 using testing::AllOf;
 using testing::HasSubstr;
 using testing::StartsWith;
-
-struct Ended {
-  int code;  // 128 + signal when killed
-  std::string out, err;
-};
-
-class CommandTest : public testing::Test {
- protected:
-  using Arguments = std::vector<std::string>;
-
-  /// Beside this program, where the build puts it.
-  static std::string program() {
-    return (fs::read_symlink("/proc/self/exe").parent_path() / "qlab").string();
-  }
-  void SetUp() override {
-    if (!fs::exists(program())) GTEST_SKIP() << program() << " has not been built";
-    fs::create_directory(work_);
-  }
-
-  /// Starts qlab in an empty directory, where no model is cached.
-  pid_t start(const Arguments& arguments) const {
-    posix_spawn_file_actions_t actions;
-    posix_spawn_file_actions_init(&actions);
-    posix_spawn_file_actions_addopen(&actions, 0, "/dev/null", O_RDONLY, 0);
-    const int write_new = O_WRONLY | O_CREAT | O_TRUNC;
-    posix_spawn_file_actions_addopen(&actions, 1, (folder_ / "stdout").c_str(), write_new, 0600);
-    posix_spawn_file_actions_addopen(&actions, 2, (folder_ / "stderr").c_str(), write_new, 0600);
-    posix_spawn_file_actions_addchdir_np(&actions, work_.c_str());
-    std::vector<std::string> words = {program()},
-                             environment = {"HF_HOME=" + folder_ / "cache", "OMP_NUM_THREADS=2",
-                                            std::string("PATH=") + std::getenv("PATH")};
-    words.insert(words.end(), arguments.begin(), arguments.end());
-    const auto pointers = [](std::vector<std::string>& texts) {
-      std::vector<char*> result;
-      for (std::string& text : texts) result.push_back(text.data());
-      result.push_back(nullptr);
-      return result;
-    };
-    pid_t pid = 0;
-    const int error = posix_spawn(&pid, program().c_str(), &actions, nullptr,
-                                  pointers(words).data(), pointers(environment).data());
-    posix_spawn_file_actions_destroy(&actions);
-    if (error != 0) fail("cannot start {}", program());
-    return pid;
-  }
-  Ended wait(pid_t pid) const {
-    int status = 0;
-    waitpid(pid, &status, 0);
-    return {WIFEXITED(status) ? WEXITSTATUS(status) : 128 + WTERMSIG(status),
-            read_text_file(folder_ / "stdout"), read_text_file(folder_ / "stderr")};
-  }
-  Ended run(const Arguments& arguments) const { return wait(start(arguments)); }
-
-  /// One message that holds all `parts`, code 2, and no new file.
-  void expect_refused(const Arguments& arguments, const std::vector<std::string>& parts) const {
-    SCOPED_TRACE(testing::PrintToString(arguments));
-    const Ended ended = run(arguments);
-    EXPECT_EQ(ended.code, 2) << ended.out << ended.err;
-    EXPECT_THAT(ended.err, StartsWith("qlab: "));
-    EXPECT_LE(std::count(ended.err.begin(), ended.err.end(), '\n'), 4) << ended.err;
-    for (const std::string& part : parts) EXPECT_THAT(ended.err, HasSubstr(part));
-    EXPECT_TRUE(fs::is_empty(work_)) << "something was written";
-  }
-  /// A run file that is right, but for `rest`.
-  std::string run_file(const std::string& rest = "") const {
-    return folder_.write(
-        "run.yaml", "model: {path: \"synthetic:tiny\"}\ndata: {train: " + train_ +
-                        ", eval: " + eval_ +
-                        ", seq_len: 64, eval_seq_len: 64}\nlora: {r: 4, dropout: 0.1}\n" + rest);
-  }
-  void expect_refused_run(const std::string& rest, const std::vector<std::string>& parts) const {
-    SCOPED_TRACE(rest);
-    expect_refused({"train", run_file(rest), "--device", "cpu"}, parts);
-  }
-
-  TemporaryFolder folder_;
-  const std::string work_ = folder_ / "work";
-  const std::string train_ = folder_.write("train.jsonl", examples(20, 1));
-  const std::string eval_ = folder_.write("eval.jsonl", examples(5, 2));
-};
 
 TEST_F(CommandTest, MistakesInYaml) {
   expect_refused_run("train: {stps: 4}\n", {"run.yaml:4", "stps", "did you mean", "steps"});
@@ -185,27 +99,6 @@ TEST_F(CommandTest, MistakesOnTheCommandLine) {
   expect_refused({"tokenize", tokenizer, "."}, {".: is a directory; give a text file"});
   expect_refused({"tokenize", tokenizer, "gone.txt"}, {"gone.txt: cannot be read"});
   expect_refused({"train", run_file(), "--device", "gpu"}, {"gpu", "cuda"});
-}
-
-TEST_F(CommandTest, MemoryTables) {
-  const Ended shown = run({"memory", "--table", "llama31-8b"});
-  EXPECT_EQ(shown.code, 0) << shown.err;
-  EXPECT_THAT(shown.out, AllOf(HasSubstr("5.70 GB"), HasSubstr("+109,051,904 B 8-bit scales"),
-                               HasSubstr("measured: nothing, since bench/results/memory.json")));
-  const std::string page = folder_ / "table.html";
-  const Ended written = run({"memory", "--table", "qlora-fig6", "--format", "html", "--out", page});
-  EXPECT_EQ(written.out, page + "\n");
-  EXPECT_THAT(read_text_file(page), AllOf(StartsWith("<!doctype html>"), HasSubstr("<svg")));
-  expect_refused({"memory"},
-                 {"give a YAML file, a model, --check DIR, or --table", "llama31-8b, llama2-7b"});
-  expect_refused({"memory", "--table", "qlora"}, {"--table qlora", "qlora-7b, qlora-fig6"});
-  expect_refused({"memory", "--table", "qlora-7b", "--format", "pdf"},
-                 {"--format pdf", "text, md, csv, tex, html"});
-  expect_refused({"memory", "synthetic:tiny", "--table", "qlora-7b"},
-                 {"--table qlora-7b", "leave out synthetic:tiny"});
-  expect_refused({"memory", "--table", "qlora-7b", "--json"}, {"leave out", "--json"});
-  expect_refused({"memory", "synthetic:tiny", "--format", "csv"}, {"--format", "--table"});
-  expect_refused({"memory", "--table", "qlora-7b", "--out", "gone/table.txt"}, {"gone/table.txt"});
 }
 
 TEST_F(CommandTest, NoGpu) {
@@ -337,139 +230,6 @@ TEST_F(CommandTest, AShardWithoutTrialsSaysSo) {
     const Ended ended = run(arguments);
     EXPECT_EQ(ended.code, 0) << ended.err;
     EXPECT_THAT(ended.out + ended.err, HasSubstr("shard 2/2 holds none of the trials"));
-  }
-}
-
-TEST_F(CommandTest, WhatCannotFitIsRefusedBeforeAnythingIsWritten) {
-  const Arguments train = {"train", run_file(), "--device", "cpu", "--device-memory", "1MB"};
-  const Ended refused = run(train);
-  EXPECT_EQ(refused.code, 2);
-  EXPECT_THAT(refused.err,
-              AllOf(HasSubstr("does not fit"), HasSubstr("has 1.00 MB"), HasSubstr("--force")));
-  EXPECT_TRUE(fs::is_empty(work_));
-  const Ended wrong = run({"train", run_file(), "--device-memory", "much"});
-  EXPECT_EQ(wrong.code, 2);
-  EXPECT_THAT(wrong.err, HasSubstr("--device-memory much: give bytes"));
-}
-
-TEST_F(CommandTest, ABudgetBelowTheMinimumIsRefusedUnlessForced) {
-  Arguments train = {
-      "train", run_file("train: {steps: 2}\n"), "--device", "cpu",
-      "--set", "train.recompute=auto",          "--set",    "train.memory_budget=100kB"};
-  const Ended refused = run(train);
-  EXPECT_EQ(refused.code, 2);
-  EXPECT_THAT(refused.err, AllOf(HasSubstr("100.00 kB is too little"), HasSubstr("needs"),
-                                 HasSubstr("(weights "), HasSubstr("--force")));
-  EXPECT_TRUE(fs::is_empty(work_));
-  train.push_back("--force");
-  const Ended forced = run(train);
-  EXPECT_EQ(forced.code, 0) << forced.err;
-}
-
-// With recompute: auto a run leaves 1 GiB, of small GPUs an eighth, to other programs.
-TEST_F(CommandTest, MemoryFitsWhereTheRunWouldBeAccepted) {
-  const auto memory = [&](int64_t capacity, const std::vector<std::string>& sets) {
-    const int64_t context = find_gpu("1GiB").context_bytes;
-    Arguments arguments = {"memory",
-                           "synthetic:tiny",
-                           "--json",
-                           "--gpu",
-                           std::to_string(capacity + context),
-                           "--set",
-                           "lora.r=4",
-                           "--set",
-                           "data.train=synthetic"};
-    for (const std::string& set : sets) arguments.insert(arguments.end(), {"--set", set});
-    const Ended ended = run(arguments);
-    EXPECT_EQ(ended.code, 0) << ended.err;
-    return nlohmann::json::parse(ended.out);
-  };
-  const std::string planned = "train.recompute=auto", full = "train.recompute=full";
-  constexpr int64_t plenty = int64_t{1} << 30;
-  const auto too_little = memory(plenty, {planned, "train.memory_budget=1000B"});
-  EXPECT_EQ(too_little["fits"], false);
-  const int64_t least = too_little["peak_bytes"], barely = least + least / 16;
-  const auto refused = memory(barely, {planned});
-  EXPECT_EQ(refused["budget_bytes"], barely - barely / 8);
-  EXPECT_EQ(refused["fits"], false);
-  const auto accepted = memory(least + least / 6, {planned});
-  EXPECT_EQ(accepted["fits"], true);
-  EXPECT_LE(accepted["peak_bytes"], accepted["budget_bytes"]);
-  const int64_t peak = memory(plenty, {full})["peak_bytes"];
-  EXPECT_EQ(memory(peak, {full})["fits"], true);
-  EXPECT_EQ(memory(peak - 1, {full})["fits"], false);
-}
-
-TEST_F(CommandTest, MemoryNeedsNoGpu) {
-  const Ended text = run({"memory", "synthetic:llama-3.1-8b", "--gpu", "rtx3090", "--set",
-                          "lora.r=16", "--set", "data.seq_len=2048"});
-  ASSERT_EQ(text.code, 0) << text.err;
-  EXPECT_THAT(text.out, AllOf(HasSubstr("does not fit"), HasSubstr("would fit with --set"),
-                              HasSubstr("the largest tensors then"), HasSubstr("lm_head")));
-  const Ended json = run({"memory", "synthetic:llama-3.1-8b", "--set", "quant.type=nf4", "--json"});
-  ASSERT_EQ(json.code, 0) << json.err;
-  const auto said = nlohmann::json::parse(json.out);
-  EXPECT_EQ(said["footprint_bytes"], 5591539712);
-  EXPECT_EQ(said["trainable_params"], 0);
-  EXPECT_EQ(said["peak_bytes"], said["timeline"][0]["peak_bytes"]);
-  const Ended table = run({"memory",
-                           folder_.write("sweep.yaml",
-                                         "base: {model: {path: \"synthetic:tiny\"}, lora: {r: 4}, "
-                                         "data: {train: synthetic}}\nseeds: [0, 1]\n"),
-                           "--device", "cpu"});
-  EXPECT_THAT(table.out, AllOf(HasSubstr("2 trials"), HasSubstr("predicted for"))) << table.err;
-  for (const Arguments& bad : {Arguments{"memory", "synthetic:nothing"},
-                               {"memory", "synthetic:tiny", "--gpu", "abacus"},
-                               {"memory", "nothing.yaml"}}) {
-    const Ended ended = run(bad);
-    EXPECT_EQ(ended.code, 2) << bad.back();
-    EXPECT_FALSE(ended.err.empty());
-  }
-}
-
-// A T4 has no bf16: auto is fp16 there, and has fp16's bytes, which with dropout are not bf16's.
-TEST_F(CommandTest, MemoryComputesInWhatTheGpuHas) {
-  const auto memory = [&](const std::string& compute) {
-    return run({"memory", "synthetic:tiny", "--gpu", "t4", "--json", "--set", "lora.r=16", "--set",
-                "lora.dropout=0.1", "--set", "train.recompute=full", "--set",
-                "quant.compute_dtype=" + compute});
-  };
-  const Ended of_auto = memory("auto"), fp16 = memory("fp16"), bf16 = memory("bf16");
-  ASSERT_EQ(of_auto.code, 0) << of_auto.err;
-  EXPECT_EQ(of_auto.out, fp16.out);
-  EXPECT_EQ(bf16.code, 2);
-  EXPECT_THAT(bf16.err, AllOf(HasSubstr("quant.compute_dtype: bf16 needs"),
-                              HasSubstr("compute capability 7.5"), HasSubstr("set fp16 or auto")));
-  const Ended ampere =
-      run({"memory", "synthetic:tiny", "--gpu", "a100-40gb", "--json", "--set", "lora.r=16",
-           "--set", "lora.dropout=0.1", "--set", "train.recompute=full"});
-  EXPECT_NE(nlohmann::json::parse(ampere.out)["peak_bytes"],
-            nlohmann::json::parse(fp16.out)["peak_bytes"]);
-}
-
-TEST_F(CommandTest, MemoryIsCheckedAfterARun) {
-  ASSERT_EQ(run({"train", run_file("train: {steps: 2}\n"), "--device", "cpu"}).code, 0);
-  const Ended equal = run({"memory", "--check", "runs/run"});
-  EXPECT_EQ(equal.code, 0) << equal.out << equal.err;
-  EXPECT_THAT(equal.out, HasSubstr("1 of 1 finished trial took what was predicted"));
-  const fs::path trial = fs::directory_iterator(work_ + "/runs/run/trials")->path();
-  const std::string file = trial.string() + "/status.json";
-  auto status = nlohmann::json::parse(read_text_file(file));
-  status["predicted_peak_bytes"] = status["predicted_peak_bytes"].get<int64_t>() + 256;
-  write_file_atomically(file, status.dump());
-  const Ended differs = run({"memory", "--check", trial.string(), "--json"});
-  EXPECT_EQ(differs.code, 1);
-  const auto said = nlohmann::json::parse(differs.out);
-  EXPECT_EQ(said["trials"][0]["training"]["difference_bytes"], -256);
-  EXPECT_EQ(said["trials"][0]["loading"]["difference_bytes"], 0);
-  for (const Arguments& bad : {Arguments{"memory", "--check", "nowhere"},
-                               {"memory", "--check", "runs"},
-                               {"memory", "--check", "runs/run", "--gpu", "t4"},
-                               {"memory", "synthetic:tiny", "--check", "runs/run"},
-                               {"memory"}}) {
-    const Ended ended = run(bad);
-    EXPECT_EQ(ended.code, 2) << testing::PrintToString(bad);
-    EXPECT_THAT(ended.err, StartsWith("qlab: "));
   }
 }
 
