@@ -52,7 +52,8 @@ MemoryTable llama31_8b_table(RowMaker& make) {
       {.what = "int8 (LLM.int8 storage)",
        .published = printed("9.08 GB", Unit::GB),
        .rule = "1" + linear_rest,
-       .by_rule = by_weight(w, 1, 2)});
+       .by_rule = by_weight(w, 1, 2),
+       .unmeasured = "bytes alone"});
   add(nf4, counted::base,
       {.what = "NF4",
        .published = printed("5.59 GB", Unit::GB),
@@ -113,7 +114,9 @@ MemoryTable llama31_8b_table(RowMaker& make) {
           "which of the two was counted.",
           commas(w.linear / 64), commas(4 * parameters)),
       "The fp32 row computes in fp32 too (quant.compute_dtype), which is what keeps embeddings and "
-      "head in 32 bits. Of int8 the bytes are known and nothing else: qlab does not train on it.",
+      "head in 32 bits. Of int8 qlab knows the bytes alone, a byte a weight and an fp32 scale a "
+      "row, and refuses to "
+      "run on it: its column of measured runs stays empty.",
       "With dropout, and on a base that is not folded with its adapters, a copy of the LoRA in the "
       "compute dtype stands beside the fp32 weights. Gradients and moments are counted apart; qlab "
       "memory shows them."};

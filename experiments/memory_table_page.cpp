@@ -79,7 +79,7 @@ std::string table_row(const MemoryRow& row) {
     measured = amount_text(static_cast<double>(row.measured->bytes), row.unit);
     on = row.measured->device + ", " + row.measured->commit;
   } else if (in_bytes(row.unit) && !row.ours.empty()) {
-    measured = "not measured";
+    measured = row.unmeasured;
   }
   return element("tr",
                  element("td", escaped(row.what), "class=\"words\"") +

@@ -155,7 +155,7 @@ MemoryRow RowMaker::row(const std::string& model, const std::vector<std::string>
                         const Counted& counted, MemoryRow row) {
   row.setting = arguments(model, sets);
   row.ours = shares(model, sets, counted);
-  row.measured = find_measured(runs_, model, sets, counted);
+  row.measured = measured(model, sets, counted);
   return row;
 }
 

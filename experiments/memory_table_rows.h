@@ -52,6 +52,12 @@ class RowMaker {
   /// The row with our side: the model's run under `sets`, its bytes in `counted` at the peak.
   MemoryRow row(const std::string& model, const std::vector<std::string>& sets,
                 const Counted& counted, MemoryRow row);
+  /// Of a run that was recorded; nothing where there is none.
+  std::optional<MeasuredBytes> measured(const std::string& model,
+                                        const std::vector<std::string>& sets,
+                                        const Counted& counted) const {
+    return find_measured(runs_, model, sets, counted);
+  }
   std::vector<Share> shares(const std::string& model, const std::vector<std::string>& sets,
                             const Counted& counted);
   const MemoryPrediction& prediction(const std::string& model,

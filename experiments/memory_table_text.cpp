@@ -28,7 +28,7 @@ std::string ours_cell(const MemoryRow& row) {
 }
 std::string measured_cell(const MemoryRow& row) {
   if (!in_bytes(row.unit) || row.ours.empty()) return "-";
-  if (!row.measured) return "not measured";
+  if (!row.measured) return row.unmeasured;
   return amount_text(static_cast<double>(row.measured->bytes), row.unit);
 }
 std::string published_cell(const MemoryRow& row) {

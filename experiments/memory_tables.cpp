@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <filesystem>
 
 #include "core/error.h"
 #include "experiments/memory_table_rows.h"
@@ -108,16 +109,21 @@ MemoryTable memory_table(const std::string& name, const std::string& results) {
   if (entry == std::end(entries))
     fail("--table {}: unknown; the tables are {}", name, fmt::join(memory_table_names(), ", "));
   std::vector<MeasuredRun> runs;
+  bool damaged = false;
   std::string note = "measured: bytes of the allocator, from " + results +
                      " where it has a run with the row's settings on a GPU";
   try {
     runs = read_memory_results(results);
   } catch (const Error& error) {
+    damaged = std::filesystem::exists(results);
     note = fmt::format("measured: nothing, since {}", error.what());
     note = note.substr(0, note.find('\n'));
   }
   RowMaker make(std::move(runs));
   MemoryTable table = entry->make(make);
+  if (damaged)
+    for (MemoryRow& row : table.rows)
+      if (row.unmeasured == MemoryRow().unmeasured) row.unmeasured = "unreadable";
   table.name = name;
   table.measured_note = note;
   table.notes.insert(table.notes.begin(), "GB is 10^9 bytes, MB 10^6, GiB 2^30, MiB 2^20.");

@@ -42,6 +42,7 @@ struct MemoryRow {
   std::string setting = {};         // of our run, as arguments of qlab memory
   std::vector<Share> ours = {};
   std::optional<MeasuredBytes> measured = {};
+  std::string unmeasured = "not measured";
   std::vector<Share> bars = {};  // the published figure's own parts, where its source has them
 
   /// Ours less the rule, or less the published figure where no rule is known; shares without a

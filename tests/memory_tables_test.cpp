@@ -323,6 +323,15 @@ TEST(MemoryTables, Html) {
               HasSubstr(fmt::format("width=\"{:.2f}\"", 690.0 * 9'081'200'640 / 32'121'044'992)));
 }
 
+// No run of int8 can be measured, and its column says why there is none.
+TEST(MemoryTables, Int8IsBytesAlone) {
+  const MemoryTable t = table("llama31-8b");
+  for (const char* format : {"text", "md", "tex", "html"})
+    EXPECT_THAT(format_table(t, format), HasSubstr("bytes alone")) << format;
+  EXPECT_EQ(row(t, "int8 (LLM.int8 storage)").unmeasured, "bytes alone");
+  EXPECT_EQ(row(t, "bf16").unmeasured, "not measured");
+}
+
 TEST(MemoryTables, UnknownNames) {
   EXPECT_EQ(error_of([] { table("llama31"); }),
             "--table llama31: unknown; the tables are llama31-8b, llama2-7b, full-finetune, "
@@ -370,7 +379,9 @@ TEST_F(MeasuredTest, DamagedFile) {
     const MemoryTable t = memory_table("qlora-7b", file);
     EXPECT_THAT(t.measured_note, AllOf(HasSubstr("measured: nothing"), HasSubstr(part)));
     EXPECT_EQ(t.measured_note.find('\n'), std::string::npos);
-    EXPECT_THAT(format_table(t, "text"), HasSubstr("measured: nothing"));
+    EXPECT_THAT(format_table(t, "text"),
+                AllOf(HasSubstr("measured: nothing"), HasSubstr("unreadable"),
+                      Not(HasSubstr("not measured"))));
     EXPECT_THAT(error_of([&] { read_memory_results(file); }), HasSubstr(part));
   }
 }
@@ -390,6 +401,30 @@ TEST_F(MeasuredTest, MatchingRuns) {
   EXPECT_THAT(format_table(t, "text"), AllOf(HasSubstr("6.630 GB"), HasSubstr("on NVIDIA A10G")));
   EXPECT_THAT(format_table(t, "html"), HasSubstr("NVIDIA A10G, 0123456"));
   EXPECT_THAT(format_table(t, "csv"), HasSubstr(",6630000000,NVIDIA A10G,0123456,"));
+}
+
+// What double quantization saves of 65B is one measured base less another.
+TEST_F(MeasuredTest, ADifferenceOfTwoRuns) {
+  const auto run = [](const char* commit, const char* set, int64_t constants) {
+    return fmt::format(
+        R"({{"model": "synthetic:llama-65b", "set": {{"lora.r": 64{}}}, "device": "G",
+             "commit": "{}", "date": "2025-01-02", "peak_bytes": 9, "device_used_bytes": 9,
+             "predicted_bytes": 9, "categories": {{"weights": 1000, "constants": {},
+               "adapters": 1, "gradients": 1, "optimizer": 1, "activations": 1, "workspace": 1}}}})",
+        set, commit, constants);
+  };
+  const std::string nested = run("a", "", 100),
+                    single = run("b", R"(, "quant.double_quant": false)", 400);
+  const auto saved = [&](const std::string& runs) {
+    const MemoryTable t = memory_table("qlora-section3", written("[" + runs + "]"));
+    return row(t, "65B: saved by double quantization").measured;
+  };
+  const auto both = saved(nested + ", " + single);
+  ASSERT_TRUE(both);
+  EXPECT_EQ(both->bytes, 300);
+  EXPECT_EQ(both->commit, "b and a");
+  EXPECT_FALSE(saved(nested));
+  EXPECT_FALSE(saved(single));
 }
 
 // Bytes of the base do not depend on the adapters, nor those on the batch.
