@@ -72,9 +72,21 @@ def long_rows(entries):
         calls[entry["commit"], entry["device"]] = {
             "commit": entry["commit"], "date": entry["date"], "gpu": {"name": entry["device"]}}
         rows.append((entry, list(calls).index((entry["commit"], entry["device"]))))
+    found = {(entry["name"], call): entry for entry, call in rows}
     return {"calls": list(calls.values()),
-            "ours": [entry | {"name": entry["name"] + "/qlab", "call": call}
+            "ours": [entry | {"name": entry["name"] + "/qlab", "call": call} |
+                     added_by_pages(entry, found.get((entry.get("beside"), call)))
                      for entry, call in rows]}
+
+
+def added_by_pages(entry, beside):
+    """What pages add to a step, and the bytes on the host over that: the rate in each direction of
+    the bus, both at once. `beside`: the same run without pages, None where it is not known."""
+    if not beside or "host_bytes" not in entry:
+        return {}
+    added = entry["step_seconds"] - beside["step_seconds"]
+    rate = {"GB/s": 1e-9 * entry["host_bytes"] / added} if entry["host_bytes"] and added > 0 else {}
+    return {"added_seconds": added} | rate
 
 
 def load(results=RESULTS):

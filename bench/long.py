@@ -8,6 +8,7 @@ Each row is one command within a time limit, the cheapest first:
            highest total, and of paged optimizer states the bytes moved and how long the step
            waited for them
   memory   `qlab memory`: seconds until it has answered, the median of three calls
+A row with `beside` names the one that its optimizer's pages are set beside: the same run without.
 A row with `checkpoint` reads 16-bit weights from files that were just written, so that they are in
 the page cache; they are of random values, and have as many positions as the row's sequences need.
 
@@ -41,15 +42,6 @@ class Failed(Exception):
     pass
 
 
-def paging_of(status):
-    """What the optimizer's pages cost; nothing where there are none."""
-    paging = status.get("paging")
-    return {} if paging is None else {
-        "moved_bytes": paging["moved_bytes"], "step_moved_bytes": paging["step_moved_bytes"],
-        "host_bytes": paging["host_bytes"],
-        "step_stalled_seconds": paging["step_stalled_seconds_median"]}
-
-
 def train(options, row, model, folder):
     config = folder / "run.yaml"
     config.write_text(json.dumps(measure.nested(row["set"] | {"model.path": model})))
@@ -75,7 +67,9 @@ def train(options, row, model, folder):
             "tokens_per_s": tokens / step, "start_seconds": arrivals[0] - begin,
             "seconds": time.perf_counter() - begin,
             "peak_bytes": max(status["peak_bytes"], status["load_peak_bytes"]),
-            "plan": status.get("plan"), "device": status["device"]} | paging_of(status)
+            "predicted_bytes": max(status["predicted_peak_bytes"],
+                                   status["predicted_load_peak_bytes"]),
+            "plan": status.get("plan"), "device": status["device"]} | memory.paging_of(status)
 
 
 def ask_memory(options, row, model, folder):
@@ -110,7 +104,7 @@ def measured(options, row, end):
             entry |= run(options, row, model, folder)
         except subprocess.TimeoutExpired:
             raise Failed(f"not done after {row['limit']} s") from None
-        return entry | {key: row[key] for key in ("model", "checkpoint", "device_memory", "set")
+        return entry | {key: row[key] for key in ("model", "checkpoint", "device_memory", "beside", "set")
                         if key in row}
 
 

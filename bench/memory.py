@@ -16,6 +16,7 @@ Ends with 1 when a prediction was not met to the byte or a row failed.
 """
 
 import argparse
+import collections
 import datetime
 import json
 import os
@@ -44,25 +45,31 @@ NEEDED = ("model", "set", "device", "commit", "date", "peak_bytes", "predicted_b
           "predicted_load_bytes", "device_used_bytes")
 
 
+Group = collections.namedtuple("Group", "name model rows device_memory", defaults=[None])
+
+
 def load_rows(path):
-    """[(group, model, [settings of a row])]"""
-    return [(group["name"], group["model"], [group.get("set", {}) | row for row in group["rows"]])
+    """Groups of rows, each row its settings; device_memory: of --device-memory, None without."""
+    return [Group(group["name"], group["model"],
+                  [group.get("set", {}) | row for row in group["rows"]],
+                  group.get("device_memory"))
             for group in json.loads(pathlib.Path(path).read_text())]
 
 
 def reference_row(groups=None):
     """(model, settings) of the run that the context is measured with: the first of the file."""
-    _, model, rows = (groups or load_rows(ROWS))[0]
-    return model, rows[0]
+    first = (groups or load_rows(ROWS))[0]
+    return first.model, first.rows[0]
 
 
 def chosen_rows(groups, pattern):
     """Those whose group, model or settings the expression finds."""
     found = []
-    for name, model, rows in groups:
-        rows = [row for row in rows if re.search(pattern, f"{name} {model} {json.dumps(row)}")]
+    for group in groups:
+        rows = [row for row in group.rows
+                if re.search(pattern, f"{group.name} {group.model} {json.dumps(row)}")]
         if rows:
-            found.append((name, model, rows))
+            found.append(group._replace(rows=rows))
     return found
 
 
@@ -113,6 +120,15 @@ def read_lines(path):
     return lines
 
 
+def paging_of(status):
+    """What the optimizer's pages cost; nothing where there are none."""
+    paging = status.get("paging")
+    return {} if paging is None else {
+        "state_bytes": paging["state_bytes"], "host_bytes": paging["host_bytes"],
+        "moved_bytes": paging["moved_bytes"], "step_moved_bytes": paging["step_moved_bytes"],
+        "step_stalled_seconds": paging["step_stalled_seconds_median"]}
+
+
 def entry_of(model, row, status, lines, others, origin):
     """What a finished trial says of its gang."""
     training, loading = status["peak_bytes"], status["load_peak_bytes"]
@@ -126,7 +142,7 @@ def entry_of(model, row, status, lines, others, origin):
               "categories": status["peak_bytes_by_category"]}
     if used:
         entry |= {"context_bytes": used - others - held, "beyond_bytes": beyond(lines, others)}
-    return entry
+    return entry | paging_of(status)
 
 
 def speed_of(row, status):
@@ -166,7 +182,7 @@ def device_agrees(entry, context):
 
 
 def key_of(entry):
-    return entry["model"], json.dumps(entry["set"], sort_keys=True)
+    return (entry["model"], json.dumps(entry["set"], sort_keys=True), entry.get("device_memory"))
 
 
 def merged(old, new):
@@ -206,13 +222,14 @@ def scratch_parent():
     return shared if roomy else None
 
 
-def run_sweep(options, folder, sweep, seconds):
+def run_sweep(options, folder, sweep, device_memory, seconds):
     """Runs until it ends or its time is up; returns its output."""
     config = folder / "sweep.yaml"
     config.write_text(json.dumps(sweep))
     with open(folder / "log.txt", "w+") as log:
+        limit = ["--device-memory", device_memory] if device_memory else []
         process = subprocess.Popen([options.qlab, "sweep", config, "--device", options.device,
-                                    "--out", folder / "out"], stdout=log, stderr=log)
+                                    "--out", folder / "out", *limit], stdout=log, stderr=log)
         try:
             process.wait(seconds)
         except subprocess.TimeoutExpired:
@@ -237,12 +254,13 @@ def trial_folders(qlab, out):
 
 def measure_group(options, group, origin, seconds):
     """(entries, failures, number of rows left out) of a group; its files are gone afterwards."""
-    name, model, rows = group
+    name, model, rows, device_memory = group
     entries, failures, left_out = [], [], 0
     others = used_by_others() if options.device == "cuda" else 0
     with tempfile.TemporaryDirectory(dir=scratch_parent()) as folder:
         folder = pathlib.Path(folder)
-        output = run_sweep(options, folder, sweep_file(name, model, rows), seconds)
+        output = run_sweep(options, folder, sweep_file(name, model, rows), device_memory,
+                           seconds)
         trials = trial_folders(options.qlab, folder / "out")
         if not trials:
             tail = " | ".join(output.strip().splitlines()[-3:])
@@ -258,6 +276,8 @@ def measure_group(options, group, origin, seconds):
                 continue
             entry = entry_of(model, row, status[0], read_lines(own[0] / "memory.jsonl"), others,
                              origin)
+            if device_memory:
+                entry["device_memory"] = device_memory
             entries.append(entry | (speed_of(row, status[0]) if name == BUDGET else {}))
     return entries, failures, left_out
 
@@ -327,12 +347,12 @@ def main():
     for group in chosen_rows(groups, options.filter):
         begin = time.monotonic()
         if begin >= end:
-            left_out += len(group[2])
+            left_out += len(group.rows)
             continue
         origin = facts | {"commit": commit,
                   "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat()}
         entries, failed, missing = measure_group(options, group, origin, end - begin)
-        kind = group[0] == BUDGET
+        kind = group.name == BUDGET
         known[kind] = merged(known[kind], entries)
         if entries:
             write_results(files[kind], known[kind])
@@ -344,7 +364,7 @@ def main():
         measured += len(entries)
         failures += failed
         left_out += missing
-        print(f"{group[0]}: {len(entries)} of {len(group[2])} rows in "
+        print(f"{group.name}: {len(entries)} of {len(group.rows)} rows in "
               f"{time.monotonic() - begin:.1f} s", flush=True)
     report_context(known[False], reference)
     print(f"{equal} of {measured} rows took what was predicted, to the byte; of {agreeing} the "

@@ -144,6 +144,20 @@ def long_table(raw):
                   "peak, GB", "moved a step, GB", "s stalled a step"], rows)
 
 
+def paging_table(raw):
+    """What an optimizer's pages cost, beside the same run without."""
+    def ms(seconds):
+        return "-" if seconds is None else f"{1e3 * seconds:.1f}"
+    rows = [[e["name"].removesuffix("/qlab"), e.get("device_memory", "-"),
+             *(f"{1e-9 * e[key]:.2f}" if key in e else "-"
+               for key in ("state_bytes", "host_bytes", "step_moved_bytes")),
+             ms(e["step_seconds"]), ms(e["step_stalled_seconds"]), ms(e.get("added_seconds")),
+             shown(e.get("GB/s"), 3)]
+            for e in raw.get("long", {}).get("ours", []) if "host_bytes" in e]
+    return table(["run", "limit", "states, GB", "on the host", "moved a step", "ms a step",
+                  "of it stalled", "more than unpaged", "GB/s each way"], rows)
+
+
 def cpu_table(raw):
     """SmolLM2-135M in fp32 on the CPU, both with the same threads (bench/cpu_step.py)."""
     rows = [[case, name, shown(row["tokens_per_s"]), f"{row['step_seconds']:.2f}"]
@@ -247,6 +261,7 @@ def tables(raw, entries, memory_runs, budget_runs):
         "headline": headline_table(entries),
         "step": step_table(raw) + "\n\n" + provenance(raw, "step"),
         "long": long_table(raw) + "\n\n" + provenance(raw, "long"),
+        "paging": paging_table(raw),
         "cpu": cpu_table(raw) + "\n\n" + provenance(raw, "cpu_step"),
         "ceilings": ceiling_table(raw) + "\n\n" + provenance(raw, "kernels"),
         "linear": linear_table(raw) + "\n\n" + provenance(raw, "linear"),

@@ -3,6 +3,7 @@
     python tests/long_bench_test.py build/qlab
 """
 
+import itertools
 import json
 import pathlib
 import subprocess
@@ -99,13 +100,50 @@ class LongTest(unittest.TestCase):
         self.assertEqual(ratio(("65b-paged", 9.0, "c", "2"), ("65b-unpaged", 10.0, "c", "1")), 0.9)
         self.assertIsNone(ratio(("65b-paged", 9.0, "c", "2"), ("65b-unpaged", 10.0, "d", "1")))
 
+    def test_pages_are_set_beside_the_run_without(self):
+        def entry(name, seconds, commit="c", **more):
+            return {"name": name, "step_seconds": seconds, "commit": commit, "device": "G",
+                    "date": name} | more
+        pages = {"beside": "plain", "state_bytes": 5_000_000_000, "step_moved_bytes": 10_000_000_000,
+                 "step_stalled_seconds": 0.09, "device_memory": "9GB"}
+        out = entry("out", 0.7, host_bytes=5_000_000_000, **pages)
+        raw = {"long": headline.long_rows([entry("plain", 0.6), out, entry("in", 0.601, host_bytes=0,
+                                                                           **pages)])}
+        rows = {row["name"]: row for row in raw["long"]["ours"]}
+        self.assertAlmostEqual(rows["out/qlab"]["GB/s"], 50)
+        self.assertAlmostEqual(rows["in/qlab"]["added_seconds"], 0.001)
+        self.assertNotIn("GB/s", rows["in/qlab"])
+        text = report.paging_table(raw)
+        self.assertIn("| out | 9GB | 5.00 | 5.00 | 10.00 | 700.0 | 90.0 | 100.0 | 50 |", text)
+        self.assertEqual(text.count("\n"), 3)
+        # Another commit's is not beside it.
+        rows = headline.long_rows([entry("plain", 0.6, commit="d"), out])["ours"]
+        self.assertNotIn("GB/s", rows[0] | rows[1])
+
+    def test_the_states_just_leave(self):
+        """Within its limit a row's states are all on the host, and none where it has no limit."""
+        for row in ROWS:
+            if not row["name"].startswith("paging-r256") or row["set"]["optim.type"] == "adamw":
+                continue
+            command = [QLAB, "memory", row["model"], "--gpu", "h100-80gb", "--json"]
+            command += ["--device-memory", row["device_memory"]] if "device_memory" in row else []
+            for key, value in row["set"].items():
+                command += ["--set", f"{key}={json.dumps(value)}"]
+            said = json.loads(subprocess.run(command, capture_output=True, text=True).stdout)
+            self.assertIs(said["fits"], True)
+            states = 671_088_640 * 8 if "device_memory" in row else 0
+            self.assertEqual(said["paged_out_bytes"], states)
+
     def test_the_targets_name_rows_that_exist(self):
         names = {r["name"] for r in ROWS}
         self.assertEqual(len(names), len(ROWS))
         for target in json.loads((ROOT / "bench/targets.json").read_text()):
             ours = target.get("ours", {})
             if ours.get("file") == "long":
-                self.assertIn(ours["name"].removesuffix("/qlab"), names)
+                keys = target.get("cases", {})
+                for values in itertools.product(*keys.values()):
+                    name = ours["name"].format(**dict(zip(keys, values)))
+                    self.assertIn(name.removesuffix("/qlab"), names)
         for name, model in (("longest-24gb", 78475), ("longest-80gb", 342733)):
             found = next(r for r in ROWS if r["name"] == name)
             self.assertEqual((found["set"]["data.seq_len"], found["set"]["lora.r"]), (model, 32))

@@ -35,7 +35,7 @@ class RowsTest(unittest.TestCase):
         self.groups = memory.load_rows(memory.ROWS)
 
     def test_they_cover_what_is_asked_for(self):
-        rows = [(model, row) for name, model, rows in self.groups if name != memory.BUDGET
+        rows = [(model, row) for name, model, rows, _ in self.groups if name != memory.BUDGET
                 for row in rows]
         self.assertGreaterEqual(len(rows), 24)
         self.assertEqual(len({memory.key_of({"model": m, "set": row}) for m, row in rows}),
@@ -53,7 +53,7 @@ class RowsTest(unittest.TestCase):
             self.assertLessEqual({("nf4", True), ("nf4", False), ("bf16", None)}, formats, model)
 
     def test_the_budgets(self):
-        rows = next(rows for name, _, rows in self.groups if name == memory.BUDGET)
+        rows = next(group.rows for group in self.groups if group.name == memory.BUDGET)
         budgets = {row.get("train.memory_budget") for row in rows} - {None}
         self.assertEqual(budgets, {f"{n}GiB" for n in (8, 9, 10, 12, 16, 24, 32, 48, 64)})
         self.assertLessEqual({"full", "selective", "none"},
@@ -62,7 +62,7 @@ class RowsTest(unittest.TestCase):
     def test_a_filter_finds_groups_models_and_settings(self):
         for pattern, count in (("^13b-bf16 ", 2), ("llama-33b", 1), ("memory_budget.: .9GiB", 1)):
             found = memory.chosen_rows(self.groups, pattern)
-            self.assertEqual(sum(len(rows) for _, _, rows in found), count, pattern)
+            self.assertEqual(sum(len(group.rows) for group in found), count, pattern)
 
     def test_a_gang_is_as_many_points(self):
         row = TINY | {"parallel.trials_per_gpu": 4}
