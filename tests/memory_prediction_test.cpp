@@ -10,6 +10,22 @@
 #include "tests/support/training.h"
 
 namespace qlab::test {
+
+// The linker's --wrap (CMakeLists.txt) brings the program's calls of cross_entropy_inplace() here,
+// where a test can give it a temporary. Nothing of the program knows.
+#define QLAB_WRAPPED "_ZN4qlab21cross_entropy_inplaceERKNS_6TensorES2_S2_S2_"
+int64_t more_bytes = 0;
+void plain_cross_entropy(const Tensor& nll, const Tensor& z, const Tensor& labels,
+                         const Tensor& scale) __asm__("__real_" QLAB_WRAPPED);
+void cross_entropy_with_more(const Tensor& nll, const Tensor& z, const Tensor& labels,
+                             const Tensor& scale) __asm__("__wrap_" QLAB_WRAPPED);
+void cross_entropy_with_more(const Tensor& nll, const Tensor& z, const Tensor& labels,
+                             const Tensor& scale) {
+  Tensor temporary;
+  if (more_bytes > 0) temporary = Tensor::empty({more_bytes}, DType::u8, z.device());
+  plain_cross_entropy(nll, z, labels, scale);
+}
+
 namespace {
 
 class PredictionTest : public TrainingTest {
@@ -17,6 +33,10 @@ class PredictionTest : public TrainingTest {
   void SetUp() override {
     QLAB_SKIP_WITHOUT_PLANS();
     TrainingTest::SetUp();
+  }
+  void TearDown() override {
+    more_bytes = 0;
+    TrainingTest::TearDown();
   }
   /// The highest total of the device's account while the base is loaded and the gang trains, above
   /// what was held before.
@@ -112,6 +132,53 @@ TEST_P(PredictionTest, WithStatesOnTheHost) {
       out = prediction.paged_out;
     }
   }
+}
+
+// An operation takes 1 MiB more: what is predicted and what a run takes move alike, and by exactly
+// that where the peak is there.
+TEST_P(PredictionTest, AnOperationsTemporaryMovesPredictionAndRun) {
+  constexpr int64_t mebibyte = 1 << 20;
+  const Config c = synthetic({"train.recompute=full"});
+  struct Peaks {
+    int64_t predicted, run;
+    std::string moment;
+  };
+  const auto both = [&](int64_t temporary) {
+    more_bytes = temporary;
+    const MemoryPrediction prediction = predicted({c});
+    return Peaks{prediction.peak(), measured({c}), prediction.moment};
+  };
+  const Peaks none = both(0), one = both(mebibyte), eight = both(8 * mebibyte),
+              nine = both(9 * mebibyte);
+  more_bytes = 0;
+  for (const Peaks& p : {none, one, eight, nine}) EXPECT_EQ(p.predicted, p.run) << p.moment;
+  EXPECT_GT(one.run, none.run);
+  EXPECT_THAT(eight.moment, testing::EndsWith("lm_head and loss logits"));
+  EXPECT_EQ(nine.predicted - eight.predicted, mebibyte);
+  EXPECT_EQ(nine.run - eight.run, mebibyte);
+}
+
+// Where training leaves little room evaluations come in smaller batches, with the same bits.
+TEST_P(PredictionTest, EvaluationTakesNoMoreThanTraining) {
+  const std::vector<std::string> small = {"train.batch_size=1", "data.seq_len=8",
+                                          "train.recompute=full", "data.eval_seq_len=16"};
+  const auto with = [&](std::vector<std::string> sets) {
+    sets.insert(sets.begin(), small.begin(), small.end());
+    return synthetic(sets);
+  };
+  const Config c = with({}), roomy = with({"train.batch_size=32"});
+  const MemoryPrediction prediction = predicted({c});
+  const int64_t training = predicted({with({"data.eval=\"\"", "train.eval_every=0"})}).peak();
+  const int64_t whole = predicted({with({"data.eval_seq_len=256"})}).peak();
+  EXPECT_GT(whole, prediction.peak());
+  const int64_t before = memory_account(device()).total;
+  limit_memory(device(), before + prediction.peak());
+  EXPECT_EQ(measured({c}), prediction.peak());
+  const Outcome within = train("small", c);
+  limit_memory(device(), std::numeric_limits<int64_t>::max());
+  constexpr int64_t index_tensors = 16384;
+  EXPECT_LE(prediction.peak() - training, index_tensors);
+  EXPECT_EQ(within.values("eval_loss").at(0), train("roomy", roomy).values("eval_loss").at(0));
 }
 
 /// Two norms, one after the other; with `extra` the first takes 1 MiB more, for longer than it
