@@ -3,16 +3,17 @@
 #include <algorithm>
 #include <cstdint>
 #include <limits>
-#include <map>
 #include <vector>
 
 namespace qlab {
 
 /// Blocks with lifetimes, each laid out in the tightest gap that those before it leave. Most live
-/// for a few events among many thousands, so they are found by windows of events.
+/// for a few events among many thousands, so they are found by windows of events; one that lives
+/// for many windows asks each, or each group of them, for nothing but the bytes that are not free.
 class Layout {
  public:
-  explicit Layout(int32_t events) : windows_(static_cast<size_t>(events / window + 1)) {}
+  explicit Layout(int32_t events)
+      : windows_(static_cast<size_t>(events / window + 1)), groups_(windows_.size() / group + 1) {}
 
   int64_t place(int64_t bytes, int32_t taken, int32_t given) {
     const auto first = static_cast<size_t>(taken / window);
@@ -21,21 +22,48 @@ class Layout {
     own.offset = gap(own, bytes, first, last);
     own.end = own.offset + bytes;
     bytes_ = std::max(bytes_, own.end);
-    for (size_t w = first; w <= last; ++w) insert(windows_[w], own);
-    all_.emplace(own.offset, own);
+    for (size_t w = first; w <= last; ++w) {
+      insert(windows_[w].spans, own);
+      cover(windows_[w].covered, own);
+    }
+    for (size_t g = first / group; g <= last / group; ++g) cover(groups_[g], own);
     return own.offset;
   }
   int64_t bytes() const { return bytes_; }
 
  private:
   static constexpr int32_t window = 128;
+  static constexpr size_t group = 64;  // windows
   struct Span {
     int64_t offset, end;
     int32_t taken, given;
   };
+  struct Range {
+    int64_t offset, end;
+  };
+  struct Window {
+    std::vector<Span> spans;  // that live in it, by offset
+    std::vector<Range> covered;
+  };
   static bool below(const Span& a, const Span& b) { return a.offset < b.offset; }
   static void insert(std::vector<Span>& spans, const Span& own) {
     spans.insert(std::upper_bound(spans.begin(), spans.end(), own, below), own);
+  }
+  /// Apart from each other, by offset.
+  static void cover(std::vector<Range>& ranges, const Span& own) {
+    const auto first =
+        std::lower_bound(ranges.begin(), ranges.end(), own.offset,
+                         [](const Range& r, int64_t offset) { return r.end < offset; });
+    Range all{own.offset, own.end};
+    auto last = first;
+    for (; last != ranges.end() && last->offset <= own.end; ++last)
+      all = {std::min(all.offset, last->offset), std::max(all.end, last->end)};
+    if (first == last) {
+      ranges.insert(first, all);
+    } else {
+      *first = all;
+      ranges.erase(first + 1, last);
+    }
   }
 
   int64_t gap(const Span& own, int64_t bytes, size_t first, size_t last) {
@@ -46,7 +74,7 @@ class Layout {
         best = at, tightest = gap;
       at = std::max(at, other.end);
     };
-    const std::vector<Span>&a = windows_[first], &b = windows_[last];
+    const std::vector<Span>&a = windows_[first].spans, &b = windows_[last].spans;
     if (first == last) {
       for (const Span& other : a) see(other);
     } else if (first + 1 == last) {  // a span in both is seen twice, which changes nothing
@@ -54,13 +82,24 @@ class Layout {
       std::merge(a.begin(), a.end(), b.begin(), b.end(), merged_.begin(), below);
       for (const Span& other : merged_) see(other);
     } else {
-      for (const auto& [offset, other] : all_) see(other);
+      merged_.assign(a.begin(), a.end());
+      merged_.insert(merged_.end(), b.begin(), b.end());
+      const auto add = [&](const std::vector<Range>& ranges) {
+        for (const Range& r : ranges) merged_.push_back({r.offset, r.end, own.taken, own.given});
+      };
+      for (size_t w = first + 1; w < last;) {
+        const bool whole = w % group == 0 && w + group <= last;
+        add(whole ? groups_[w / group] : windows_[w].covered);
+        w += whole ? group : 1;
+      }
+      std::sort(merged_.begin(), merged_.end(), below);
+      for (const Span& other : merged_) see(other);
     }
     return best < 0 ? at : best;
   }
 
-  std::vector<std::vector<Span>> windows_;  // spans that live in each, by offset
-  std::multimap<int64_t, Span> all_;
+  std::vector<Window> windows_;
+  std::vector<std::vector<Range>> groups_;  // covered in any window of each
   std::vector<Span> merged_;
   int64_t bytes_ = 0;
 };

@@ -34,7 +34,7 @@ TEST(Layout, IsThatOfASearchThroughAllBlocks) {
   const auto below = [&](int64_t n) {
     return static_cast<int64_t>(random() % static_cast<uint64_t>(n));
   };
-  for (const int32_t events : {50, 300, 2000}) {
+  for (const int32_t events : {50, 300, 2000, 40000}) {
     Layout layout(events);
     std::vector<Block> placed;
     int64_t end = 0;
