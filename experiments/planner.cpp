@@ -45,19 +45,40 @@ std::string parts_text(const CategoryBytes& bytes) {
   return parts;
 }
 
-/// With recompute: auto, or nothing.
-std::optional<RunPlan> fastest_plan(const ModelSource& model, std::span<const PaperTrial> gang,
-                                    Device target, const MemoryLimits& limits, const Rates& rates) {
+/// With recompute: auto, or nothing. `search` is of these trials.
+std::optional<RunPlan> fastest_plan(PlanSearch& search, const ModelSource& model,
+                                    std::span<const PaperTrial> gang, Device target,
+                                    const MemoryLimits& limits, const Rates& rates) {
+  const std::optional<RunPlan> one = search.fastest();
+  if (!one || usual_tokens(gang) >= largest_tokens(gang)) return one;
   const auto find = [&](std::span<const PaperTrial> own) {
     return PlanSearch(model, own, target, limits, rates).fastest();
   };
-  const std::optional<RunPlan> one = find(gang);
-  if (!one || usual_tokens(gang) >= largest_tokens(gang)) return one;
   RunPlan plan = plan_by_size(model, gang, target, limits, *one, find);
   const std::optional<int64_t> capacity =
       plan.paged_out > 0 ? std::optional(limits.budget) : std::nullopt;
   foresee(plan, predict_memory(model, gang, target, capacity, plan), gang, rates);
   return plan.peak <= limits.budget && plan.host_peak <= limits.host ? plan : one;
+}
+
+RunPlan plan_as_asked(const ModelSource& model, std::span<const PaperTrial> gang, Device target,
+                      const MemoryLimits& limits, const Rates& rates) {
+  RunPlan plan = asked_plan(model, gang, target);
+  const MemoryPrediction prediction = predict_memory(model, gang, target, limits.budget, plan);
+  foresee(plan, prediction, gang, rates);
+  return plan;
+}
+
+/// What the device has room for and the host has not.
+std::optional<RunPlan> plan_for_larger_host(const ModelSource& model,
+                                            std::span<const PaperTrial> gang, Device target,
+                                            const MemoryLimits& limits, const Rates& rates) {
+  if (limits.host == unlimited) return {};
+  return PlanSearch(model, gang, target, limits.budget, rates).leanest_on_host();
+}
+
+bool plans(std::span<const PaperTrial> gang) {
+  return gang.front().config.train.recompute == "auto";
 }
 
 }  // namespace
@@ -76,37 +97,37 @@ std::string advice_for(const MemoryPrediction& need) {
 
 RunPlan plan_run(const ModelSource& model, std::span<const PaperTrial> gang, Device target,
                  const MemoryLimits& limits, const Rates& rates) {
-  const Config& first = gang.front().config;
-  if (first.train.recompute == "auto") {
-    if (std::optional<RunPlan> plan = fastest_plan(model, gang, target, limits, rates))
-      return *plan;
-    if (limits.host < unlimited) {
-      // What the device has room for says what the host lacks.
-      if (auto plan = PlanSearch(model, gang, target, limits.budget, rates).leanest_on_host()) {
-        check_host_memory(*plan, limits.host);
-        return *plan;
-      }
-    }
-    MemoryPrediction need;
-    const RunPlan least = PlanSearch(model, gang, target, limits, rates).leanest(need);
-    refuse(least, need, limits.budget);
+  if (!plans(gang)) return plan_as_asked(model, gang, target, limits, rates);
+  PlanSearch search(model, gang, target, limits, rates);
+  if (auto plan = fastest_plan(search, model, gang, target, limits, rates)) return *plan;
+  if (const auto plan = plan_for_larger_host(model, gang, target, limits, rates)) {
+    check_host_memory(*plan, limits.host);  // says what the host lacks
+    return *plan;
   }
-  RunPlan plan = asked_plan(model, gang, target);
-  const MemoryPrediction prediction = predict_memory(model, gang, target, limits.budget, plan);
-  foresee(plan, prediction, gang, rates);
+  MemoryPrediction need;
+  const RunPlan least = search.leanest(need);
+  refuse(least, need, limits.budget);
+}
+
+std::optional<RunPlan> fitting_plan(const ModelSource& model, std::span<const PaperTrial> gang,
+                                    Device target, const MemoryLimits& limits, const Rates& rates) {
+  if (plans(gang)) {
+    PlanSearch search(model, gang, target, limits, rates);
+    return fastest_plan(search, model, gang, target, limits, rates);
+  }
+  RunPlan plan = plan_as_asked(model, gang, target, limits, rates);
+  if (plan.peak > limits.budget || plan.host_peak > limits.host) return {};
   return plan;
 }
 
 RunPlan plan_or_leanest(const ModelSource& model, std::span<const PaperTrial> gang, Device target,
                         const MemoryLimits& limits, const Rates& rates) {
-  try {
-    return plan_run(model, gang, target, limits, rates);
-  } catch (const OutOfMemory&) {
-    if (auto plan = PlanSearch(model, gang, target, limits.budget, rates).leanest_on_host())
-      return *plan;  // the host has too little
-    MemoryPrediction need;
-    return PlanSearch(model, gang, target, limits.budget, rates).leanest(need);
-  }
+  if (!plans(gang)) return plan_as_asked(model, gang, target, limits, rates);
+  PlanSearch search(model, gang, target, limits, rates);
+  if (auto plan = fastest_plan(search, model, gang, target, limits, rates)) return *plan;
+  if (auto plan = plan_for_larger_host(model, gang, target, limits, rates)) return *plan;
+  MemoryPrediction need;
+  return search.leanest(need);
 }
 
 int64_t memory_budget(const Config& config, Device target, std::optional<int64_t> capacity) {

@@ -2,6 +2,7 @@
 // that fits a memory budget (experiments/plan_search.h), for micro-batches of each size
 // (experiments/plan_sizes.h).
 #pragma once
+#include <optional>
 #include <span>
 #include <string>
 #include <vector>
@@ -16,6 +17,10 @@ namespace qlab {
 /// by check_host_memory().
 RunPlan plan_run(const ModelSource& model, std::span<const PaperTrial> gang, Device target,
                  const MemoryLimits& limits, const Rates& rates);
+
+/// plan_run() where it fits; nothing, and no word of what is lacking, where it does not.
+std::optional<RunPlan> fitting_plan(const ModelSource& model, std::span<const PaperTrial> gang,
+                                    Device target, const MemoryLimits& limits, const Rates& rates);
 
 /// plan_run() where it is not refused. Otherwise, for a forecast or a run that is forced: what fits
 /// into the device and needs the least of the host, or else the leanest.

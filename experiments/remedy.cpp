@@ -185,9 +185,9 @@ class RemedySearch {
     // As a run with these settings would have it.
     const int64_t budget = std::min(device_limit(c, target_, limits_.budget), own_budget());
     try {
-      const RunPlan plan = plan_run(model_, tried, target_, {budget, limits_.host}, rates_);
-      if (plan.peak > budget || plan.host_peak > limits_.host) return {};
-      Remedy remedy{{}, plan.peak, plan.step_seconds};
+      const auto plan = fitting_plan(model_, tried, target_, {budget, limits_.host}, rates_);
+      if (!plan) return {};
+      Remedy remedy{{}, plan->peak, plan->step_seconds};
       for (const Change& change : changes)
         remedy.sets.insert(remedy.sets.end(), change.begin(), change.end());
       return remedy;
