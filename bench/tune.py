@@ -22,7 +22,7 @@ import report
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 TABLE = ROOT / "quant/nf4_dispatch_table.inc"
-FUSED = ("simt", "mma", "wgmma")
+FUSED = ("simt", "mma", "wgmma", "wgmma2", "wgmma3")
 MARGIN = 0.03  # at least
 OPS = {"forward": "Op::transpose", "dx": "Op::none"}
 LINE = re.compile(r'\{"(.*?)", (.*)\},')

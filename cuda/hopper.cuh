@@ -19,7 +19,8 @@ bool device_supported();
 /// A map of swizzled boxes of a bf16 array; sizes and boxes in elements, the dimension that is
 /// contiguous first; strides in bytes, from the second dimension on.
 CUtensorMap tensor_map(const char* op, void* base, std::span<const cuuint64_t> sizes,
-                       const cuuint64_t* strides, const cuuint32_t* box);
+                       const cuuint64_t* strides, const cuuint32_t* box,
+                       CUtensorMapSwizzle swizzle = CU_TENSOR_MAP_SWIZZLE_128B);
 
 __device__ inline uint32_t shared_address(const void* p) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(p));
@@ -112,6 +113,16 @@ __device__ inline uint32_t address_in(const void* p, uint32_t rank) {
 __device__ inline void arrive_in(Barrier& barrier, uint32_t rank) {
   asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(address_in(&barrier, rank))
                : "memory");
+}
+/// Eight floats of the block `rank`, at the place that `p` is in this one.
+__device__ inline void load_in(float (&v)[8], const float* p, uint32_t rank) {
+  const uint32_t from = address_in(p, rank);
+#pragma unroll
+  for (int i = 0; i < 8; i += 4)
+    asm volatile("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];"
+                 : "=f"(v[i]), "=f"(v[i + 1]), "=f"(v[i + 2]), "=f"(v[i + 3])
+                 : "r"(from + i * 4)
+                 : "memory");
 }
 // ---- named barriers: `threads` of the block, counting arrivals and waits ----
 

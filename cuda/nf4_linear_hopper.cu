@@ -1,5 +1,4 @@
 #include <algorithm>
-#include <iterator>
 
 #include "cuda/early_launch.cuh"
 #include "cuda/hopper.cuh"
@@ -9,33 +8,44 @@
 namespace qlab::cuda {
 namespace hopper {
 
-// Tiles are those of the transposed product, y^T = W x^T or dx^T = W^T dy^T: 64 outputs for each
-// warpgroup that multiplies, by `tokens` rows of x, in steps of 64 along the sum.
-template <bool forward_, int tokens_, int consumers_, int decoders_>
+// Tiles are those of the transposed product, y^T = W x^T or dx^T = W^T dy^T: 128 outputs, 64 for
+// each of the two warpgroups that multiply, by `tokens` rows of x, in steps of 64 along the sum.
+template <bool forward_, int tokens_, int pair_>
 struct Nf4Plan {
   static constexpr bool forward = forward_;
   static constexpr int tokens = tokens_;
-  static constexpr int consumers = consumers_, decoders = decoders_;  // warpgroups
+  static constexpr int consumers = 2, decoders = tokens == 256 ? 2 : 3;  // warpgroups
+  static constexpr int pair = pair_;  // blocks that share rows of x
   static constexpr int group_outputs = 64;
   static constexpr int outputs = consumers * group_outputs;
   static constexpr int threads = (consumers + decoders) * warpgroup_size;
   static constexpr int box_rows = tokens == 64 ? 32 : 64;  // of a copy of x
   static constexpr int boxes = tokens / box_rows;
+  static constexpr int stages = tokens == 256 ? 4 : 6;
+  static constexpr int code_slots = tokens == 64 ? 8 : 4;
+  // Registers a thread, of all that the block has at its start.
+  static constexpr int consumer_registers = decoders == 2 ? 168 : 128;
+  static constexpr int decoder_registers = decoders == 2 ? 88 : 72;
 };
 
 namespace {
 
 constexpr int depth = chunk_width;
-constexpr int ring_bytes = 192 * 1024;
-constexpr int pair = 2;  // blocks of a cluster
+constexpr int slot_steps = 2;  // whose codes come in one copy
+constexpr int slot_row_bytes = slot_steps * depth / 2, slot_rows = slot_steps * depth;
+constexpr int slot_bytes = slot_row_bytes * slot_rows;
 
 struct Nf4Arguments {
-  CUtensorMap x, y, addend;
-  const uint8_t* codes;
+  CUtensorMap x, y, addend, codes;
   Scales scales;
+  bf16* y_data;
+  const bf16* addend_data;
+  int64_t y_pitch, addend_pitch;
   uint32_t runs_per_row;  // of 64 weights
   int steps;              // of 64 terms of a sum
-  int rows;               // of x
+  int part_steps;         // of them, those of one block
+  int parts;
+  int rows;  // of x
   int token_tiles;
   bool add;
 };
@@ -46,30 +56,42 @@ struct Nf4Shared {
     bf16 x[P::tokens * depth];
     bf16 w[P::outputs * depth];
   };
-  static constexpr int stages = ring_bytes / sizeof(Stage) < 8 ? ring_bytes / sizeof(Stage) : 8;
+  static constexpr int stages = P::stages, code_slots = P::code_slots;
   Stage ring[stages];
+  uint8_t codes[code_slots][slot_bytes];
   float map[map_size];
-  Barrier full[stages], empty[stages], addend[P::consumers];
+  Barrier full[stages], empty[stages], codes_full[code_slots], codes_empty[code_slots],
+      addend[P::consumers];
 
   __device__ void init() {
     constexpr int warps = warpgroup_size / 32;
     for (int i = 0; i < stages; ++i) {
       init_barrier(full[i], 1 + warps);
-      init_barrier(empty[i], pair * P::consumers * warps);
+      init_barrier(empty[i], P::pair * P::consumers * warps);
+    }
+    for (int i = 0; i < code_slots; ++i) {
+      init_barrier(codes_full[i], 1);
+      init_barrier(codes_empty[i], slot_steps * warps);
     }
     for (int i = 0; i < P::consumers; ++i) init_barrier(addend[i], 1);
     fence_barrier_init();
   }
 };
 
-/// What a block works on. The two of a cluster have neighbouring outputs and the same rows of x.
+/// What a block works on. Those of a cluster have the same rows of x: `parts` times a pair with
+/// neighbouring outputs, each with its part of the sum.
 struct Nf4Tile {
-  int rank, output, token;
-  __device__ Nf4Tile(const Nf4Arguments& a, int outputs, int tokens) {
-    const int cluster = static_cast<int>(blockIdx.x) / pair;
+  int rank, part, place;  // in the cluster: itself, its part and its place in the pair
+  int output, token;
+  int first_step, steps;
+  __device__ Nf4Tile(const Nf4Arguments& a, int outputs, int tokens, int pair) {
+    const int cluster = static_cast<int>(blockIdx.x) / (pair * a.parts);
     rank = static_cast<int>(cluster_rank());
-    output = (cluster / a.token_tiles * pair + rank) * outputs;
+    part = rank / pair, place = rank % pair;
+    output = (cluster / a.token_tiles * pair + place) * outputs;
     token = cluster % a.token_tiles * tokens;
+    first_step = part * a.part_steps;
+    steps = min(a.part_steps, a.steps - first_step);
   }
 };
 
@@ -118,116 +140,134 @@ struct ValueTable {
   }
 };
 
-/// 16 bytes; those around them, for the next steps, come into the second-level cache.
-__device__ inline uint4 load_codes(const uint8_t* from) {
-  uint4 v;
-  asm volatile("ld.global.nc.L2::256B.v4.u32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-               : "l"(from));
-  return v;
-}
-
-/// n neighbouring weights, on their way.
-template <int n>
-struct Weights {
-  uint4 words[n / 32];
-  AnyScale scale;
-  __device__ void fetch(const uint8_t* codes, const Scales& scales, uint32_t run) {
-    const uint8_t* const from = codes + size_t{run} * (depth / 2);
-#pragma unroll
-    for (int i = 0; i < n / 32; ++i) words[i] = load_codes(from + 16 * i);
-    scale.fetch(scales, run >> (scales.shift - 6));
-  }
-};
-
-/// Into row `row` of a swizzled tile, from piece `first` of 16 bytes on.
-template <int n>
-__device__ inline void put_weights(bf16* tile, int row, int first, const Weights<n>& weights,
-                                   float scale) {
+/// Into row `row` of a swizzled tile.
+__device__ inline void put_weights(bf16* tile, int row, const uint4 (&words)[2], float scale) {
   const ValueTable table(scale);
   char* const base = reinterpret_cast<char*>(tile) + row * row_bytes;
   const auto put = [&](int p, uint32_t word) {
-    *reinterpret_cast<uint4*>(base + (((first + p) ^ row % 8) * 16)) = table.look_up(word);
+    *reinterpret_cast<uint4*>(base + ((p ^ row % 8) * 16)) = table.look_up(word);
   };
 #pragma unroll
-  for (int i = 0; i < n / 32; ++i) {
-    put(4 * i, weights.words[i].x);
-    put(4 * i + 1, weights.words[i].y);
-    put(4 * i + 2, weights.words[i].z);
-    put(4 * i + 3, weights.words[i].w);
+  for (int i = 0; i < 2; ++i) {
+    put(4 * i, words[i].x);
+    put(4 * i + 1, words[i].y);
+    put(4 * i + 2, words[i].z);
+    put(4 * i + 3, words[i].w);
   }
 }
 
-/// Brings this block's half of the rows of x to both blocks of its pair; rows beyond the last one
+/// Brings this block's share of the rows of x to the blocks of its pair; rows beyond the last one
 /// are left as they are, since nothing of them is stored.
 template <class P>
 __device__ void copy_rows(const Nf4Arguments& a, bf16* x, Barrier& full, const Nf4Tile& tile,
                           int present, int step) {
-  constexpr uint16_t both_blocks = 3;
+  constexpr int pair = P::pair;
+  const auto blocks = static_cast<uint16_t>(((1 << pair) - 1) << tile.part * pair);
   arrive_expect(full, present * P::box_rows * row_bytes);
 #pragma unroll
   for (int j = 0; j < P::boxes / pair; ++j)
-    if (const int i = tile.rank * (P::boxes / pair) + j; i < present)
-      load_box(x + i * P::box_rows * depth, a.x, full, both_blocks, step * depth,
+    if (const int i = tile.place * (P::boxes / pair) + j; i < present)
+      load_box(x + i * P::box_rows * depth, a.x, full, blocks, step * depth,
                tile.token + i * P::box_rows);
 }
 
-/// One of the warpgroups that decode, which take steps in turn: two threads for 64 weights where
-/// the block has 64 outputs, otherwise one.
+/// The codes of slot `slot` of this block's part: 128 rows of W by two steps, or two steps of rows
+/// by 128 columns.
+template <class P>
+__device__ void copy_codes(const Nf4Arguments& a, Nf4Shared<P>& shared, const Nf4Tile& tile,
+                           int slot) {
+  Barrier& full = shared.codes_full[slot % P::code_slots];
+  arrive_expect(full, slot_bytes);
+  const int step = tile.first_step + slot * slot_steps;
+  constexpr int words = 2;  // bytes of an element of the map
+  load_box(shared.codes[slot % P::code_slots], a.codes, full, static_cast<uint16_t>(1 << tile.rank),
+           P::forward ? step * (depth / 2 / words) : tile.output / 2 / words,
+           P::forward ? tile.output : step * depth);
+}
+
+/// One of the warpgroups that decode, which take steps in turn: 64 weights a thread. The first of
+/// them also has codes copied.
 template <class P>
 __device__ void decode(const Nf4Arguments& a, Nf4Shared<P>& shared, const Nf4Tile& tile,
                        int decoder) {
-  constexpr int ahead = 4;  // steps of its own for which loads are under way
-  constexpr int own_weights = depth * P::outputs / warpgroup_size;
-  const int thread = threadIdx.x % warpgroup_size;
-  const int tile_row = thread % P::outputs, first_piece = thread / P::outputs * (own_weights / 8);
-  const uint8_t* const codes = a.codes + first_piece * 4;
+  constexpr int batch = 4;  // own steps whose scales are loaded together, a batch ahead
+  const int thread = threadIdx.x % warpgroup_size, lane = threadIdx.x % 32;
   const float offset = a.scales.offset != nullptr ? *a.scales.offset : 0.0f;
-  const uint32_t row = P::forward ? tile.output + tile_row : tile_row % depth;
-  const uint32_t column = P::forward ? 0 : tile.output / depth + tile_row / depth;
-  const uint32_t first = row * a.runs_per_row + column;
+  const uint32_t row = P::forward ? tile.output + thread : thread % depth;
+  const uint32_t column = P::forward ? 0 : tile.output / depth + thread / depth;
   const uint32_t stride = P::forward ? 1 : depth * a.runs_per_row;
+  const uint32_t first = row * a.runs_per_row + column + tile.first_step * stride;
   const int boxes = min(P::boxes, (a.rows - tile.token + P::box_rows - 1) / P::box_rows);
+  const int slots = (tile.steps + slot_steps - 1) / slot_steps;
+  const bool leader = thread == 0, copier = leader && decoder == 0;
 
   const auto entry = [&](int code) { return shared.map[code]; };
-
-  Weights<own_weights> weights[ahead];
-  const auto fetch = [&](int u, int step) {
-    weights[u].fetch(codes, a.scales, first + min(step, a.steps - 1) * stride);
+  AnyScale next[batch];
+  const auto fetch = [&](int from) {
+#pragma unroll
+    for (int u = 0; u < batch; ++u)
+      next[u].fetch(a.scales, (first + min(from + u * P::decoders, tile.steps - 1) * stride) >>
+                                  (a.scales.shift - 6));
   };
+  const auto read = [&](uint4(&words)[2], const uint8_t* slot, int half) {
+    const int r = P::forward ? thread : half * depth + thread % depth;
+    const int piece = 2 * (P::forward ? half : thread / depth);
+    const uint8_t* const from = slot + r * slot_row_bytes;
 #pragma unroll
-  for (int u = 0; u < ahead; ++u) fetch(u, decoder + u * P::decoders);
-  Ring<Nf4Shared<P>::stages> ring;
-  if (decoder == 1) ring.advance();
-  for (int base = decoder; base < a.steps; base += ahead * P::decoders)
+    for (int i = 0; i < 2; ++i)
+      words[i] = *reinterpret_cast<const uint4*>(from + ((piece + i) ^ (r / 2 % 4)) * 16);
+  };
+
+  int copied = 0;
+  if (copier)
+    for (; copied < min(P::code_slots, slots); ++copied) copy_codes<P>(a, shared, tile, copied);
+  fetch(decoder);
+  Ring<P::stages> ring;
+  for (int i = 0; i < decoder; ++i) ring.advance();
+  for (int base = decoder; base < tile.steps; base += batch * P::decoders) {
+    float scale[batch];
 #pragma unroll
-    for (int u = 0; u < ahead; ++u) {
+    for (int u = 0; u < batch; ++u) scale[u] = next[u].value(a.scales, entry, offset);
+    fetch(base + batch * P::decoders);
+#pragma unroll
+    for (int u = 0; u < batch; ++u) {
       const int step = base + u * P::decoders;
-      if (step >= a.steps) break;
+      if (step >= tile.steps) break;
+      // Two slots behind, so as not to wait for the other decoders.
+      if (const int until = min(slots, step / slot_steps + P::code_slots - 1); copier)
+        for (; copied < until; ++copied) {
+          wait(shared.codes_empty[copied % P::code_slots], (copied / P::code_slots - 1) & 1);
+          copy_codes<P>(a, shared, tile, copied);
+        }
+      const int slot = step / slot_steps, place = slot % P::code_slots;
+      wait(shared.codes_full[place], slot / P::code_slots & 1);
+      uint4 words[2];
+      read(words, shared.codes[place], step % slot_steps);
+      arrive_warp(shared.codes_empty[place], lane);
       auto& stage = shared.ring[ring.stage];
       Barrier& full = shared.full[ring.stage];
       wait(shared.empty[ring.stage], ring.parity ^ 1);
-      if (thread == 0) copy_rows<P>(a, stage.x, full, tile, boxes, step);
-      put_weights(stage.w, tile_row, first_piece, weights[u],
-                  weights[u].scale.value(a.scales, entry, offset));
-      arrive_warp(full, threadIdx.x % 32);
-      fetch(u, step + ahead * P::decoders);
+      if (leader) copy_rows<P>(a, stage.x, full, tile, boxes, tile.first_step + step);
+      put_weights(stage.w, thread, words, scale[u]);
+      arrive_warp(full, lane);
 #pragma unroll
       for (int i = 0; i < P::decoders; ++i) ring.advance();
     }
+  }
 }
 
 /// d [64, tokens] of one warpgroup. The fence between the decoders' writes and the products that
 /// read them stands on this side of the barrier, where no loads are under way: 3 to 5 % faster.
 template <class P>
-__device__ void multiply(float (&d)[P::tokens / 2], const Nf4Arguments& a, Nf4Shared<P>& shared,
+__device__ void multiply(float (&d)[P::tokens / 2], Nf4Shared<P>& shared, const Nf4Tile& tile,
                          int group) {
   const auto release = [&](int stage) {
     __syncwarp();
-    if (const uint32_t lane = threadIdx.x % 32; lane < pair) arrive_in(shared.empty[stage], lane);
+    if (const uint32_t lane = threadIdx.x % 32; lane < P::pair)
+      arrive_in(shared.empty[stage], tile.part * P::pair + lane);
   };
   Ring<Nf4Shared<P>::stages> ring;
-  for (int step = 0; step < a.steps; ++step) {
+  for (int step = 0; step < tile.steps; ++step) {
     wait(shared.full[ring.stage], ring.parity);
     fence_async();
     const auto& stage = shared.ring[ring.stage];
@@ -235,9 +275,18 @@ __device__ void multiply(float (&d)[P::tokens / 2], const Nf4Arguments& a, Nf4Sh
     const uint64_t x = operand(stage.x, 0);
     products_begin();
 #pragma unroll
-    for (int k = 0; k < depth / 16; ++k)
-      product<P::forward ? 0 : 1>(d, advanced(w, k * (P::forward ? 32 : 16 * row_bytes)),
-                                  advanced(x, k * 32), step != 0 || k != 0);
+    for (int k = 0; k < depth / 16; ++k) {
+      const uint64_t left = advanced(w, k * (P::forward ? 32 : 16 * row_bytes));
+      const uint64_t right = advanced(x, k * 32);
+      const bool more = step != 0 || k != 0;
+      if constexpr (P::tokens == 256) {
+        product<P::forward ? 0 : 1>(reinterpret_cast<float(&)[64]>(d[0]), left, right, more);
+        product<P::forward ? 0 : 1>(reinterpret_cast<float(&)[64]>(d[64]), left,
+                                    advanced(right, 128 * row_bytes), more);
+      } else {
+        product<P::forward ? 0 : 1>(d, left, right, more);
+      }
+    }
     products_commit();
     if (step != 0) {
       products_wait<1>();
@@ -290,18 +339,66 @@ __device__ void put_rows(const Nf4Arguments& a, float (&d)[P::tokens / 2], char*
   }
 }
 
+/// The sums [tokens, outputs] of a block, as its warpgroups leave them for the others.
+template <class P>
+struct Nf4Sums {
+  static constexpr int pitch = P::outputs + 4;  // floats: the stores of a warp meet in no bank
+  static constexpr int bytes = P::tokens * pitch * 4;
+};
+
+template <class P>
+__device__ void put_sums(float* sums, const float (&d)[P::tokens / 2], int group) {
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4;
+  float* const place =
+      sums + lane % 4 * 2 * Nf4Sums<P>::pitch + group * P::group_outputs + warp * 16 + lane / 4;
+#pragma unroll
+  for (int i = 0; i < P::tokens / 2; ++i)
+    place[(i / 4 * 8 + i % 2) * Nf4Sums<P>::pitch + i / 2 % 2 * 8] = d[i];
+}
+
+/// Adds the parts of a tile in their order; the blocks of a cluster share out the rows.
+template <class P>
+__device__ void add_parts(const Nf4Arguments& a, const float* sums, const Nf4Tile& tile) {
+  constexpr int units = P::outputs / vector_width;
+  const int rows = min(P::tokens, a.rows - tile.token);
+  constexpr int threads = P::consumers * warpgroup_size;
+  for (int i = tile.part * threads + static_cast<int>(threadIdx.x); i < rows * units;
+       i += a.parts * threads) {
+    const int row = i / units, column = i % units * vector_width;
+    const float* const from = sums + row * Nf4Sums<P>::pitch + column;
+    float v[vector_width] = {};
+#pragma unroll 4
+    for (int part = 0; part < a.parts; ++part) {
+      float w[vector_width];
+      load_in(w, from, part * P::pair + tile.place);
+#pragma unroll
+      for (int j = 0; j < vector_width; ++j) v[j] += w[j];
+    }
+    const int64_t token = tile.token + row;
+    if (a.add) {
+      float w[vector_width];
+      load(w, a.addend_data + token * a.addend_pitch + tile.output + column);
+#pragma unroll
+      for (int j = 0; j < vector_width; ++j) v[j] += w[j];
+    }
+    store(a.y_data + token * a.y_pitch + tile.output + column, v);
+  }
+}
+
 #endif
 
-// One block per 64 or 128 outputs and `tokens` rows of x: the first warpgroups multiply, the others
-// decode W into shared memory in bf16. W is read (0.52 bytes a weight) and decoded once per
-// `tokens` rows, x once per two blocks.
+// One block per 128 outputs, `tokens` rows of x and part of the sum: the first warpgroups multiply,
+// the others decode W into shared memory in bf16. W is read (0.52 bytes a weight) and decoded once
+// per `tokens` rows, x once per pair of blocks.
 template <class P>
 __global__ void __launch_bounds__(P::threads, 1)
     nf4_linear_kernel(const __grid_constant__ Nf4Arguments arguments) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   extern __shared__ __align__(1024) char memory[];
   auto& shared = *reinterpret_cast<Nf4Shared<P>*>(memory);
-  const Nf4Tile tile(arguments, P::outputs, P::tokens);
+  auto* const sums = reinterpret_cast<float*>(shared.ring);
+  static_assert(sizeof shared.ring >= Nf4Sums<P>::bytes);
+  const Nf4Tile tile(arguments, P::outputs, P::tokens, P::pair);
   const int group = __shfl_sync(~0u, static_cast<int>(threadIdx.x) / warpgroup_size, 0);
   if (threadIdx.x == 0) shared.init();
   await_previous();
@@ -309,17 +406,28 @@ __global__ void __launch_bounds__(P::threads, 1)
     shared.map[threadIdx.x] = arguments.scales.map[threadIdx.x];
   cluster_sync();
   if (group < P::consumers) {
-    if constexpr (P::consumers == 2) take_registers<P::decoders == 1 ? 192 : 168>();
+    take_registers<P::consumer_registers>();
     float d[P::tokens / 2];
-    multiply<P>(d, arguments, shared, group);
-    cluster_arrive();
+    multiply<P>(d, shared, tile, group);
     named_sync(1 + P::consumers, P::consumers * warpgroup_size);
-    put_rows<P>(arguments, d, reinterpret_cast<char*>(shared.ring) + group * P::tokens * row_bytes,
-                shared.addend[group], tile, group);
+    if (arguments.parts == 1) {
+      cluster_arrive();
+      put_rows<P>(arguments, d,
+                  reinterpret_cast<char*>(shared.ring) + group * P::tokens * row_bytes,
+                  shared.addend[group], tile, group);
+    } else {
+      put_sums<P>(sums, d, group);
+      __syncwarp();
+      cluster_sync();
+      add_parts<P>(arguments, sums, tile);
+      __syncwarp();
+      cluster_arrive();
+    }
   } else {
-    if constexpr (P::consumers == 2) give_registers<P::decoders == 1 ? 112 : 88>();
+    give_registers<P::decoder_registers>();
     decode<P>(arguments, shared, tile, group - P::consumers);
     __syncwarp();
+    if (arguments.parts > 1) cluster_sync();
     cluster_arrive();
   }
   __syncwarp();
@@ -343,34 +451,55 @@ CUtensorMap box_map(const Matrix16& x, int rows) {
 struct Nf4Matrix {
   const uint8_t* codes;
   Scales scales;
-  int64_t cols;
+  int64_t rows, cols;
 };
 
+/// Copies of codes, as elements of two bytes.
+CUtensorMap code_map(const Nf4Matrix& w) {
+  constexpr int weights = 4;  // of an element
+  const cuuint64_t sizes[] = {static_cast<cuuint64_t>(w.cols / weights),
+                              static_cast<cuuint64_t>(w.rows)};
+  const cuuint64_t pitch = static_cast<cuuint64_t>(w.cols / 2);
+  const cuuint32_t box[] = {slot_row_bytes / 2, slot_rows};
+  return tensor_map("nf4_matmul", const_cast<uint8_t*>(w.codes), sizes, &pitch, box,
+                    CU_TENSOR_MAP_SWIZZLE_64B);
+}
+
 template <class P>
-void launch_nf4(const Matrix16& y, const Matrix16& x, const Nf4Matrix& w, const Matrix16& addend) {
+void launch_nf4(const Matrix16& y, const Matrix16& x, const Nf4Matrix& w, const Matrix16& addend,
+                int parts) {
   const auto token_tiles = static_cast<int>(ceil_div<int64_t>(y.rows, P::tokens));
   const bool add = addend.data != nullptr;
-  const Nf4Arguments arguments{.x = box_map(x, P::box_rows),
-                               .y = box_map(y, P::tokens),
-                               .addend = box_map(add ? addend : y, P::tokens),
-                               .codes = w.codes,
-                               .scales = w.scales,
-                               .runs_per_row = static_cast<uint32_t>(w.cols / depth),
-                               .steps = static_cast<int>(x.cols / depth),
-                               .rows = static_cast<int>(x.rows),
-                               .token_tiles = token_tiles,
-                               .add = add};
+  const auto steps = static_cast<int>(x.cols / depth);
+  const Nf4Arguments arguments{
+      .x = box_map(x, P::box_rows),
+      .y = box_map(y, P::tokens),
+      .addend = box_map(add ? addend : y, P::tokens),
+      .codes = code_map(w),
+      .scales = w.scales,
+      .y_data = static_cast<bf16*>(y.data),
+      .addend_data = static_cast<const bf16*>(addend.data),
+      .y_pitch = y.pitch,
+      .addend_pitch = addend.pitch,
+      .runs_per_row = static_cast<uint32_t>(w.cols / depth),
+      .steps = steps,
+      .part_steps = ceil_div(steps, parts),
+      .parts = parts,
+      .rows = static_cast<int>(x.rows),
+      .token_tiles = token_tiles,
+      .add = add,
+  };
   const auto kernel = nf4_linear_kernel<P>;
   constexpr int shared_bytes = sizeof(Nf4Shared<P>);
   check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes),
         "cudaFuncSetAttribute");
   cudaLaunchAttribute attributes[2]{};
   attributes[0].id = cudaLaunchAttributeClusterDimension;
-  attributes[0].val.clusterDim = {pair, 1, 1};
+  attributes[0].val.clusterDim = {static_cast<unsigned>(P::pair * parts), 1, 1};
   attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
   attributes[1].val.programmaticStreamSerializationAllowed = 1;
   cudaLaunchConfig_t config{};
-  config.gridDim = grid_of("nf4_matmul", y.cols / P::outputs * token_tiles);
+  config.gridDim = grid_of("nf4_matmul", y.cols / P::outputs * token_tiles * parts);
   config.blockDim = P::threads;
   config.dynamicSmemBytes = shared_bytes;
   config.stream = current_stream();
@@ -381,28 +510,34 @@ void launch_nf4(const Matrix16& y, const Matrix16& x, const Nf4Matrix& w, const 
                {config.gridDim, config.blockDim.x, config.dynamicSmemBytes});
 }
 
-/// The plan that should be fastest: rounds of blocks times what a step of 64 terms took on an H100,
-/// in nanoseconds. All give the same bits.
-template <bool forward>
-void multiply_nf4(const Matrix16& y, const Matrix16& x, const Nf4Matrix& w,
-                  const Matrix16& addend) {
-  const auto time = [&](int outputs, int tokens, int64_t step) {
-    return ceil_div<int64_t>(y.cols / outputs * ceil_div<int64_t>(y.rows, tokens),
-                             multiprocessor_count()) *
-           step;
+/// The tile that should be fastest: rounds of blocks times what a step of 64 terms took on an H100,
+/// in clocks. All give the same bits.
+template <bool forward, int pair>
+void launch_fastest(const Matrix16& y, const Matrix16& x, const Nf4Matrix& w,
+                    const Matrix16& addend, int parts) {
+  // Few larger clusters find room side by side: of six blocks 17 on the 132 multiprocessors.
+  const int64_t at_once = multiprocessor_count() * (pair * parts > 2 ? 3 : 4) / 4;
+  const auto time = [&](int tokens, int64_t step) {
+    const int64_t blocks =
+        y.cols / Nf4Plan<forward, 64, pair>::outputs * ceil_div<int64_t>(y.rows, tokens) * parts;
+    return ceil_div(blocks, at_once) * step;
   };
-  const int64_t times[] = {time(64, 128, 415), time(128, 64, 450), time(128, 128, 525),
-                           time(128, 256, 780)};
-  switch (std::min_element(std::begin(times), std::end(times)) - times) {
-    case 0:
-      return launch_nf4<Nf4Plan<forward, 128, 1, 2>>(y, x, w, addend);
-    case 1:
-      return launch_nf4<Nf4Plan<forward, 64, 2, 2>>(y, x, w, addend);
-    case 2:
-      return launch_nf4<Nf4Plan<forward, 128, 2, 2>>(y, x, w, addend);
-    default:
-      return launch_nf4<Nf4Plan<forward, 256, 2, 1>>(y, x, w, addend);
-  }
+  const int64_t few = time(64, 814), some = time(128, 934), many = time(256, 1293);
+  if (few <= std::min(some, many))
+    return launch_nf4<Nf4Plan<forward, 64, pair>>(y, x, w, addend, parts);
+  if (some <= many) return launch_nf4<Nf4Plan<forward, 128, pair>>(y, x, w, addend, parts);
+  launch_nf4<Nf4Plan<forward, 256, pair>>(y, x, w, addend, parts);
+}
+
+/// Pairs that share rows of x are faster by 1 to 8 %, but two parts each would make clusters of
+/// four, of which 30 at once leave twelve multiprocessors without work.
+template <bool forward>
+void multiply_nf4(const Matrix16& y, const Matrix16& x, const Nf4Matrix& w, const Matrix16& addend,
+                  int wanted) {
+  const auto steps = static_cast<int>(x.cols / depth);
+  const int parts = ceil_div(steps, ceil_div(steps, wanted));  // none is empty
+  const auto multiply = parts == 2 ? launch_fastest<forward, 1> : launch_fastest<forward, 2>;
+  multiply(y, x, w, addend, parts);
 }
 
 Matrix16 matrix_of(const Tensor& x) {
@@ -413,9 +548,9 @@ Matrix16 matrix_of(const Tensor& x) {
 bool nf4_kernels_present() {
   static const bool present = [] {
     cudaFuncAttributes attributes{};
-    check(cudaFuncGetAttributes(&attributes, nf4_linear_kernel<Nf4Plan<true, 256, 2, 1>>),
+    check(cudaFuncGetAttributes(&attributes, nf4_linear_kernel<Nf4Plan<true, 256, 2>>),
           "cudaFuncGetAttributes");
-    return attributes.numRegs > 128;
+    return attributes.numRegs > 64;
   }();
   return present;
 }
@@ -427,13 +562,13 @@ bool nf4_wgmma_available() {
   return device_count() == 0 || (hopper::device_supported() && hopper::nf4_kernels_present());
 }
 
-void nf4_matmul_wgmma(const Tensor& y, const Tensor& x, const Nf4Tensor& w, Op op,
+void nf4_matmul_wgmma(const Tensor& y, const Tensor& x, const Nf4Tensor& w, Op op, int parts,
                       const Tensor& addend) {
   const auto multiply =
       op == Op::transpose ? hopper::multiply_nf4<true> : hopper::multiply_nf4<false>;
   multiply(hopper::matrix_of(y), hopper::matrix_of(x),
-           {w.codes.data<uint8_t>(), scales_of(w), w.shape[1]},
-           addend.defined() ? hopper::matrix_of(addend) : hopper::Matrix16{});
+           {w.codes.data<uint8_t>(), scales_of(w), w.shape[0], w.shape[1]},
+           addend.defined() ? hopper::matrix_of(addend) : hopper::Matrix16{}, parts);
 }
 
 }  // namespace qlab::cuda

@@ -16,6 +16,10 @@ const char* name_of(Nf4Kernel kernel) {
       return "mma";
     case Nf4Kernel::wgmma:
       return "wgmma";
+    case Nf4Kernel::wgmma2:
+      return "wgmma2";
+    case Nf4Kernel::wgmma3:
+      return "wgmma3";
   }
   return "?";
 }
@@ -32,6 +36,8 @@ std::string limits_of(Nf4Kernel kernel) {
       return fmt::format("at most {} rows and {} outputs, compute capability 8.0",
                          cuda::nf4_mma_rows, cuda::nf4_mma_outputs);
     case Nf4Kernel::wgmma:
+    case Nf4Kernel::wgmma2:
+    case Nf4Kernel::wgmma3:
       return fmt::format(
           "outputs a multiple of {}, the contraction and blocks of {}, compute capability 9.0",
           cuda::nf4_wgmma_outputs, cuda::nf4_wgmma_depth);
@@ -109,7 +115,11 @@ void nf4_matmul(const Tensor& y, const Tensor& x, const Nf4Tensor& w, Op op, Nf4
           case Nf4Kernel::mma:
             return cuda::nf4_matmul_mma(y, x, w, op, addend, workspace);
           case Nf4Kernel::wgmma:
-            return cuda::nf4_matmul_wgmma(y, x, w, op, addend);
+            return cuda::nf4_matmul_wgmma(y, x, w, op, 1, addend);
+          case Nf4Kernel::wgmma2:
+            return cuda::nf4_matmul_wgmma(y, x, w, op, 2, addend);
+          case Nf4Kernel::wgmma3:
+            return cuda::nf4_matmul_wgmma(y, x, w, op, 3, addend);
         }
       });
 }
@@ -128,7 +138,8 @@ namespace cuda {
 // Two blocks to a multiprocessor of a large GPU, and no part so short that its beginning and end
 // cost more than it saves.
 int64_t nf4_splits(Nf4Kernel kernel, Op op, int64_t n, int64_t k) {
-  if ((kernel == Nf4Kernel::simt && op == Op::transpose) || kernel == Nf4Kernel::wgmma) return 1;
+  const bool cuts = kernel == Nf4Kernel::mma || (kernel == Nf4Kernel::simt && op == Op::none);
+  if (!cuts) return 1;
   constexpr int64_t blocks = 256;
   const int64_t tile = kernel == Nf4Kernel::simt ? 512 : 128;  // outputs of a block
   const int64_t step = kernel == Nf4Kernel::simt ? 16 : 128;   // of the contraction

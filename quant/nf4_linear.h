@@ -13,9 +13,9 @@
 namespace qlab {
 
 /// All take bf16 alone. simt: any GPU, at most 8 rows; mma: tensor cores from compute
-/// capability 8.0 on; wgmma: those of 9.0. On the CPU, where each is gemm on decoded values, they
-/// are the same.
-enum class Nf4Kernel : uint8_t { simt, mma, wgmma };
+/// capability 8.0 on; wgmma: those of 9.0, the contraction whole, or cut in two or three
+/// for few outputs. On the CPU, where each is gemm on decoded values, they are the same.
+enum class Nf4Kernel : uint8_t { simt, mma, wgmma, wgmma2, wgmma3 };
 const char* name_of(Nf4Kernel kernel);
 
 /// Plus `addend`, of y's shape and dtype, where defined; it may be y itself.
@@ -40,13 +40,13 @@ inline constexpr int64_t nf4_wgmma_outputs = 256, nf4_wgmma_depth = 64;
 /// Whether this build, device and driver have it; true where there is no GPU to ask.
 bool nf4_wgmma_available();
 /// Parts into which the kernel cuts the contraction, by the matrix alone. Of several each needs
-/// fp32 [M, outputs] in `workspace`.
+/// fp32 [M, outputs] in `workspace`; wgmma2 and wgmma3, for which this is 1, need none.
 int64_t nf4_splits(Nf4Kernel kernel, Op op, int64_t n, int64_t k);
 void nf4_matmul_simt(const Tensor& y, const Tensor& x, const Nf4Tensor& w, Op op,
                      const Tensor& addend, const Tensor& workspace);
 void nf4_matmul_mma(const Tensor& y, const Tensor& x, const Nf4Tensor& w, Op op,
                     const Tensor& addend, const Tensor& workspace);
-void nf4_matmul_wgmma(const Tensor& y, const Tensor& x, const Nf4Tensor& w, Op op,
+void nf4_matmul_wgmma(const Tensor& y, const Tensor& x, const Nf4Tensor& w, Op op, int parts,
                       const Tensor& addend);
 }  // namespace cuda
 }  // namespace qlab

@@ -12,8 +12,9 @@ INSTANTIATE_TEST_SUITE_P(Ops, Nf4LinearTest, all_cases, name);
 /// On the CPU they are one.
 std::vector<Nf4Kernel> kernels(Device device) {
   if (!device.is_cuda()) return {Nf4Kernel::mma};
-  return {Nf4Kernel::simt, Nf4Kernel::mma, Nf4Kernel::wgmma};
+  return {Nf4Kernel::simt, Nf4Kernel::mma, Nf4Kernel::wgmma, Nf4Kernel::wgmma2, Nf4Kernel::wgmma3};
 }
+bool of_warpgroups(Nf4Kernel kernel) { return kernel >= Nf4Kernel::wgmma; }
 constexpr Op ops[] = {Op::transpose, Op::none};
 
 int64_t inputs(const Nf4Tensor& w, Op op) { return w.shape[op == Op::transpose ? 1 : 0]; }
@@ -60,8 +61,9 @@ TEST_P(Nf4LinearTest, Golden) {
 }
 
 TEST_P(Nf4LinearTest, MatchesDecodedValues) {
-  const Shape shapes[] = {{8, 32},    {24, 96},    {64, 64},    {136, 160}, {128, 256}, {264, 32},
-                          {192, 576}, {576, 1536}, {1000, 704}, {256, 192}, {320, 512}};
+  const Shape shapes[] = {{8, 32},    {24, 96},   {64, 64},    {136, 160},  {128, 256},
+                          {264, 32},  {192, 576}, {576, 1536}, {1000, 704}, {256, 192},
+                          {320, 512}, {256, 64},  {512, 448},  {448, 512}};
   for (const Shape& shape : shapes)
     for (const int64_t block_size : {32, 64, 256, 4096})
       for (const bool nested : {false, true}) {
@@ -83,11 +85,11 @@ TEST_P(Nf4LinearTest, MatchesDecodedValues) {
 
 TEST_P(Nf4LinearTest, AddsAnotherTensorAndHonoursPitches) {
   const Nf4Tensor narrow = quantize_nf4(random({160, 192}, 0.05), 64, true);
-  const Nf4Tensor wide = quantize_nf4(random({256, 256}, 0.05), 64, true);
+  const Nf4Tensor wide = quantize_nf4(random({512, 768}, 0.05), 64, true);
   for (const Op op : ops)
     for (const int64_t m : {3, 70})
       for (const Nf4Kernel kernel : kernels(device())) {
-        const Nf4Tensor& w = kernel == Nf4Kernel::wgmma ? wide : narrow;
+        const Nf4Tensor& w = of_warpgroups(kernel) ? wide : narrow;
         if (!nf4_matmul_supported(kernel, w, op, m, dtype(), device())) continue;
         SCOPED_TRACE(fmt::format("{} op {} M {}", name_of(kernel), static_cast<int>(op), m));
         const int64_t in = inputs(w, op), out = outputs(w, op);
@@ -115,7 +117,7 @@ TEST_P(Nf4LinearTest, RowsAreIndependentOfTheirNumberAndPlace) {
   const std::vector<int32_t> offset = integers(301, total - 300, 4);
   for (const Op op : ops)
     for (const Nf4Kernel kernel : kernels(device())) {
-      const Nf4Tensor& w = kernel == Nf4Kernel::wgmma ? wide : narrow;
+      const Nf4Tensor& w = of_warpgroups(kernel) ? wide : narrow;
       const Tensor x = random({total, inputs(w, op)});
       for (int64_t m = 1; m <= 300; m += device().is_cuda() || m < 18 ? 1 : 37) {
         if (!nf4_matmul_supported(kernel, w, op, m, dtype(), device())) continue;
@@ -130,27 +132,48 @@ TEST_P(Nf4LinearTest, RowsAreIndependentOfTheirNumberAndPlace) {
     }
 }
 
-// Each of its tiles takes part: 64, 128 and 256 rows of x, 64 and 128 outputs.
+// Each of their tiles takes part, of 64, 128 and 256 rows of x, with the contraction in one to
+// three parts; many outputs make the wider tiles the faster ones.
 TEST_P(Nf4LinearTest, WarpgroupTilesAgree) {
-  const Nf4Kernel kernel = Nf4Kernel::wgmma;
   const Nf4Tensor square = quantize_nf4(random({512, 512}, 0.05), 64, true);
-  if (!device().is_cuda() || !nf4_matmul_supported(kernel, square, Op::none, 1, dtype(), device()))
-    GTEST_SKIP() << "no such kernel";
-  for (const Op op : ops)
-    for (const int64_t m : {1, 31, 32, 33, 63, 64, 65, 127, 128, 129, 255, 256, 257, 300}) {
-      SCOPED_TRACE(fmt::format("op {} M {}", static_cast<int>(op), m));
-      const Tensor x = random({m, 512});
-      expect_close(product(x, square, op, kernel), reference(x, square, op), 512,
-                   0.05 * std::sqrt(512.0));
+  const int64_t rows = 600, out = 16384;
+  for (const Nf4Kernel kernel : {Nf4Kernel::wgmma, Nf4Kernel::wgmma2, Nf4Kernel::wgmma3}) {
+    if (!device().is_cuda() ||
+        !nf4_matmul_supported(kernel, square, Op::none, 1, dtype(), device()))
+      GTEST_SKIP() << "no such kernel";
+    for (const Op op : ops)
+      for (const int64_t m : {1, 31, 32, 33, 63, 64, 65, 127, 128, 129, 255, 256, 257, 300}) {
+        SCOPED_TRACE(fmt::format("{} op {} M {}", name_of(kernel), static_cast<int>(op), m));
+        const Tensor x = random({m, 512});
+        expect_close(product(x, square, op, kernel), reference(x, square, op), 512,
+                     0.05 * std::sqrt(512.0));
+      }
+    for (const Shape& shape : {Shape{16384, 320}, Shape{320, 16384}}) {
+      const bool nested = shape[0] > shape[1];
+      const Nf4Tensor w = quantize_nf4(random(shape, 0.05), 64, nested);
+      const Op op = nested ? Op::transpose : Op::none;
+      SCOPED_TRACE(fmt::format("{} op {}", name_of(kernel), static_cast<int>(op)));
+      const Tensor x = random({rows, 320}), addend = random({rows, out + 8}).slice_cols(0, out);
+      const auto plus = [&](int64_t m) {
+        const Tensor y = Tensor::pitched(m, out, out + 16, dtype(), device());
+        nf4_matmul(y, x.slice_rows(0, m), w, op, kernel, addend.slice_rows(0, m));
+        return y;
+      };
+      const Tensor all = product(x, w, op, kernel), sums = plus(rows);
+      for (const int64_t m : {1, 64, 65, 128, 129, 255, 256, 257, 300}) {
+        SCOPED_TRACE(m);
+        expect_same_bits(product(x.slice_rows(0, m), w, op, kernel), all.slice_rows(0, m));
+        expect_same_bits(plus(m), sums.slice_rows(0, m));
+      }
+      for (const int64_t first : {0, 570}) {
+        const Tensor some = x.slice_rows(first, first + 30);
+        const Tensor more = addend.slice_rows(first, first + 30).clone();
+        expect_close(all.slice_rows(first, first + 30), reference(some, w, op), 320,
+                     0.05 * std::sqrt(320.0));
+        expect_close(sums.slice_rows(first, first + 30), reference(some, w, op, more), 320,
+                     0.05 * std::sqrt(320.0) + 1);
+      }
     }
-  for (const Shape& shape : {Shape{16384, 192}, Shape{192, 16384}}) {
-    const Nf4Tensor w = quantize_nf4(random(shape, 0.05), 64, true);
-    const Op op = shape[0] > shape[1] ? Op::transpose : Op::none;
-    const Tensor x = random({1100, 192});
-    const Tensor few = product(x.slice_rows(0, 40), w, op, kernel);
-    for (const int64_t m : {100, 128, 256, 300, 1100})
-      expect_same_bits(product(x.slice_rows(0, m), w, op, kernel).slice_rows(0, 40), few);
-    expect_close(few, reference(x.slice_rows(0, 40), w, op), 192, 0.05 * std::sqrt(192.0));
   }
 }
 
@@ -182,6 +205,28 @@ TEST(Nf4Linear, ManyRowsAndTheCpuDecodeFirst) {
     EXPECT_FALSE(fastest_nf4_kernel(w, op, 1, DType::f32, gpu).has_value());
     EXPECT_FALSE(fastest_nf4_kernel(w, op, 1, DType::f32, Device::cpu()).has_value());
   }
+}
+
+TEST(Nf4Linear, WarpgroupsOfHopper) {
+  using enum Nf4Kernel;
+  Nf4Tensor w;
+  w.block_size = 64;
+  const auto kernel = [&](const Shape& shape, Op op, int64_t rows, int capability = 90) {
+    w.shape = shape;
+    return fastest_nf4_kernel(w, op, rows, DType::bf16, Device::gpu(capability).meta());
+  };
+  EXPECT_EQ(kernel({14336, 4096}, Op::transpose, 32), mma);
+  EXPECT_EQ(kernel({14336, 4096}, Op::transpose, 33), wgmma);
+  EXPECT_EQ(kernel({14336, 4096}, Op::transpose, 512), wgmma);
+  EXPECT_EQ(kernel({14336, 4096}, Op::transpose, 513), std::nullopt);
+  EXPECT_EQ(kernel({14336, 4096}, Op::none, 64), wgmma3);
+  EXPECT_EQ(kernel({4096, 4096}, Op::none, 128), wgmma3);
+  EXPECT_EQ(kernel({4096, 4096}, Op::none, 129), wgmma2);
+  EXPECT_EQ(kernel({4096, 4096}, Op::transpose, 513), std::nullopt);
+  EXPECT_EQ(kernel({4096, 14336}, Op::transpose, 1024), wgmma);
+  EXPECT_EQ(kernel({4096, 14336}, Op::transpose, 1025), std::nullopt);
+  EXPECT_EQ(kernel({4096, 4096}, Op::transpose, 64, 80), mma);
+  EXPECT_EQ(kernel({4104, 4096}, Op::transpose, 64), mma);  // outputs that they do not take
 }
 
 // The matrix itself, else the smallest that is no smaller, else the largest; then the number of

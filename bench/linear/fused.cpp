@@ -1,16 +1,22 @@
 // The kernels of quant/nf4_linear.h, which decode the weights inside the product.
+#include <limits>
+
 #include "bench/linear/linear.h"
 #include "quant/nf4_linear.h"
 
 namespace qlab::bench {
 namespace {
 
-LinearKernel kernel(Nf4Kernel which) {
-  const auto supports = [which](const LinearShape& s, Device device) {
+// Beyond, those that cut the contraction have no use: rows of x give blocks enough.
+constexpr int64_t cut_rows = 1024;
+
+LinearKernel kernel(Nf4Kernel which, int64_t most_rows = std::numeric_limits<int64_t>::max()) {
+  const auto supports = [=](const LinearShape& s, Device device) {
     Nf4Tensor w;
     w.shape = {s.n, s.k};
-    return device.is_cuda() && nf4_matmul_supported(which, w, s.forward ? Op::transpose : Op::none,
-                                                    s.m, compute_dtype(device), device);
+    return device.is_cuda() && s.m <= most_rows &&
+           nf4_matmul_supported(which, w, s.forward ? Op::transpose : Op::none, s.m,
+                                compute_dtype(device), device);
   };
   const auto prepare = [which](const LinearWeights& weights) {
     return LinearCalls{
@@ -26,7 +32,8 @@ LinearKernel kernel(Nf4Kernel which) {
 }
 
 const RegisterLinear simt(kernel(Nf4Kernel::simt)), mma(kernel(Nf4Kernel::mma)),
-    wgmma(kernel(Nf4Kernel::wgmma));
+    wgmma(kernel(Nf4Kernel::wgmma)), wgmma2(kernel(Nf4Kernel::wgmma2, cut_rows)),
+    wgmma3(kernel(Nf4Kernel::wgmma3, cut_rows));
 
 }  // namespace
 }  // namespace qlab::bench
