@@ -104,7 +104,7 @@ void Terminal::progress(const TrainProgress& p) {
                    p.loss, p.tokens_per_s,
                    p.mfu > 0 ? fmt::format("  {:.0f} % MFU", 100 * p.mfu) : "",
                    p.traffic.bytes > 0
-                       ? fmt::format("  {} paged, {:.1f} ms stalled", format_bytes(p.traffic.bytes),
+                       ? fmt::format("  {} moved, {:.1f} ms stalled", format_bytes(p.traffic.bytes),
                                      1e3 * p.traffic.stalled_seconds)
                        : "",
                    duration(p.seconds_left)),

@@ -127,6 +127,14 @@ TEST_F(TerminalTest, OneLiveLinePerRunningTrial) {
   EXPECT_EQ(count("r10" + end + "10  step 4/4"), 1) << screen_.all();  // in full once it lasts
 }
 
+TEST_F(TerminalTest, SaysWhatAnUpdateMoved) {
+  PageTraffic traffic;
+  traffic.bytes = 58'980'000, traffic.stalled_seconds = 0.0012;
+  terminal_->progress({"r8", 1, 4, 1.25, 100, 3, 0, false, traffic});
+  read_screen();
+  EXPECT_EQ(count("58.98 MB moved, 1.2 ms stalled"), 1) << screen_.all();
+}
+
 TEST_F(TerminalTest, LongNamesGiveWayToTheFigures) {
   for (int n = 1; n <= 3; ++n) {
     step("r8-" + std::string(50, 'x') + "-s0", n);
