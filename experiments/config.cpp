@@ -118,6 +118,8 @@ struct Reader {
   void operator()(MemoryBudget* out) const {
     if (!node.IsScalar() || (node.Scalar() != "auto" && !parse_bytes(node.Scalar())))
       refuse("bytes, for example 14.3GB or 24GiB, or auto");
+    if (const std::string missing = missing_unit(node.Scalar()); !missing.empty())
+      refuse(fmt::format("bytes with their unit ({})", missing));
     out->text = node.Scalar();
   }
 
@@ -339,6 +341,14 @@ void check_trainable(const Config& config, const std::string& origin) {
         "  lora: {{r: 16, targets: all-linear}}",
         origin);
   }
+}
+
+std::string missing_unit(const std::string& text) {
+  constexpr int64_t least = int64_t{1} << 20;
+  const auto bytes = parse_bytes(text);
+  const bool bare = text.find_first_not_of("0123456789.") == std::string::npos;
+  return bytes && bare && *bytes > 0 && *bytes < least ? fmt::format("did you mean {}GiB?", text)
+                                                       : "";
 }
 
 void check_computable(const Config& config, const std::string& origin) {

@@ -25,6 +25,9 @@ struct ModelConfig {
   LayerCount streamed_layers{"auto"};  // number | all | auto
 };
 
+/// Of bytes without a unit that are too few to be meant, "did you mean 24GiB?"; otherwise "".
+std::string missing_unit(const std::string& text);
+
 /// "14.3GB", "24GiB", a number of bytes, or "auto".
 struct MemoryBudget {
   std::string text;

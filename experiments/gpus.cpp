@@ -7,6 +7,7 @@
 
 #include "core/error.h"
 #include "core/memory.h"
+#include "experiments/config.h"
 
 namespace qlab {
 namespace {
@@ -42,6 +43,11 @@ GpuSpec spec_of(const Row& row) {
           row.context ? "measured on this GPU" : not_measured};
 }
 
+void check_unit(const char* option, const std::string& text) {
+  if (const std::string missing = missing_unit(text); !missing.empty())
+    fail("{} {}: these are bytes, and too few; {}", option, text, missing);
+}
+
 }  // namespace
 
 std::string known_gpus() {
@@ -61,6 +67,7 @@ GpuSpec find_gpu(const std::string& text) {
   if (!bytes || *bytes == 0)
     fail("--gpu {}: unknown; known are {}, or give its memory, for example 24GiB", text,
          known_gpus());
+  check_unit("--gpu", text);
   return {.name = text,
           .memory_bytes = *bytes,
           .context_bytes = assumed_context << 20,
@@ -71,6 +78,14 @@ int64_t parse_device_memory(const std::string& text) {
   const auto bytes = parse_bytes(text);
   if (!bytes || *bytes == 0)
     fail("--device-memory {}: give bytes, for example 24GiB or 9.2GB", text);
+  check_unit("--device-memory", text);
+  return *bytes;
+}
+
+int64_t parse_host_memory(const std::string& text) {
+  const auto bytes = parse_bytes(text);
+  if (!bytes) fail("--host-memory {}: not a number of bytes, as 64GiB", text);
+  check_unit("--host-memory", text);
   return *bytes;
 }
 

@@ -36,6 +36,8 @@ MemoryTarget memory_target(const std::string& gpu, const std::string& device);
 void limit_target(MemoryTarget& target, const std::string& bytes);
 /// Bytes of --device-memory; Error for anything else.
 int64_t parse_device_memory(const std::string& text);
+/// Bytes of --host-memory, 0 among them; Error for anything else.
+int64_t parse_host_memory(const std::string& text);
 /// A device here, with what its allocator holds and what is free.
 MemoryTarget target_here(Device device);
 

@@ -91,11 +91,7 @@ int run_memory_command(const MemoryOptions& options, const CommonOptions& common
     fail("--out and --format are for --table; --json writes a prediction for programs");
   MemoryTarget target = memory_target(options.gpu, common.device);
   if (!common.device_memory.empty()) limit_target(target, common.device_memory);
-  if (!options.host_memory.empty()) {
-    target.host = parse_bytes(options.host_memory);
-    if (!target.host)
-      fail("--host-memory {}: not a number of bytes, as 64GiB", options.host_memory);
-  }
+  if (!options.host_memory.empty()) target.host = parse_host_memory(options.host_memory);
   Library library;
   if (!is_yaml(options.target)) {
     Config config = load_config("", common.sets);

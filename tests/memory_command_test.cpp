@@ -113,13 +113,13 @@ TEST_F(MemoryCommandTest, MemoryWithinDeviceMemory) {
   EXPECT_EQ(roomy["fits"], true);
   const int64_t peak = roomy["peak_bytes"];
   for (const int64_t bytes : {peak - 1, peak}) {
-    EXPECT_EQ(nlohmann::json::parse(memory(std::to_string(bytes)).out)["fits"], bytes == peak);
+    EXPECT_EQ(nlohmann::json::parse(memory(fmt::format("{}B", bytes)).out)["fits"], bytes == peak);
     const std::string file =
         folder_.write("fits.yaml",
                       "model: {path: \"synthetic:tiny\"}\nlora: {r: 4}\ndata: {train: synthetic}\n"
                       "train: {steps: 1, save_every: 0}\n");
     EXPECT_EQ(
-        run({"train", file, "--device", "cpu", "--device-memory", std::to_string(bytes)}).code,
+        run({"train", file, "--device", "cpu", "--device-memory", fmt::format("{}B", bytes)}).code,
         bytes == peak ? 0 : 2);
   }
   const Ended text = run({"memory", "synthetic:llama-3.1-8b", "--gpu", "h100-80gb", "--set",

@@ -40,7 +40,7 @@ TEST_P(PlannerTest, KeepsTheBudgetAndTheBits) {
   for (int i = 0; i <= 6; ++i) {
     const int64_t budget = least + (most - least) * i / 6;
     SCOPED_TRACE(budget);
-    const Config c = with({"train.recompute=auto", fmt::format("train.memory_budget={}", budget)});
+    const Config c = with({"train.recompute=auto", fmt::format("train.memory_budget={}B", budget)});
     const RunPlan chosen = plan(c, budget);
     EXPECT_LE(chosen.peak, budget);
     EXPECT_LE(chosen.step_seconds, slower);
@@ -66,7 +66,7 @@ TEST_P(PlannerTest, SaysWhatIsNeededAtLeast) {
 TEST_P(PlannerTest, PagesStates) {
   const auto sets = [](const char* type, int64_t budget) {
     return std::vector<std::string>{"train.recompute=auto", "lora.r=128",
-                                    fmt::format("train.memory_budget={}", budget),
+                                    fmt::format("train.memory_budget={}B", budget),
                                     fmt::format("optim.type={}", type)};
   };
   constexpr int64_t plenty = int64_t{1} << 40;

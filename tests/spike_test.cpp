@@ -154,7 +154,7 @@ TEST_P(LongExampleTest, InAGang) {
 // As the command runs it: refused where no plan fits, otherwise finished.
 TEST_P(LongExampleTest, AsACommand) {
   const auto run = [&](const char* out, int64_t bytes) {
-    const Config c = with({fmt::format("train.memory_budget={}", bytes)});
+    const Config c = with({fmt::format("train.memory_budget={}B", bytes)});
     const std::string file = folder_.write("run.yaml", to_yaml(c));
     limit_memory(device(), memory_account(device()).total + bytes);
     return run_sweep(load_sweep(file, {}), {folder_ / out, device(), "", false},
