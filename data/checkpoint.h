@@ -4,6 +4,7 @@
 #include <functional>
 #include <memory>
 #include <nlohmann/json.hpp>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -53,6 +54,9 @@ class Checkpoint {
 /// id in the local cache (HF_HUB_CACHE, HF_HOME/hub, ~/.cache/huggingface/hub). Error with the
 /// command that downloads it when there is none.
 std::string resolve_model_path(const std::string& path);
+
+/// The configuration of a directory, or hub id, that has config.json and no weights yet.
+std::optional<nlohmann::json> configuration_alone(const std::string& path);
 
 /// What to do about a model directory that lacks a file: the command that fetches the whole where
 /// the directory is a snapshot of the hub's cache.

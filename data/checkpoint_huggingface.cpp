@@ -149,6 +149,14 @@ class HuggingFaceDirectory final : public Checkpoint {
 
 }  // namespace
 
+std::optional<nlohmann::json> configuration_alone(const std::string& path) {
+  const std::string found = resolve_model_path(path);
+  if (!fs::is_directory(found)) return {};
+  for (const auto& file : fs::directory_iterator(found))
+    if (file.path().extension() == ".safetensors") return {};
+  return read_config(found);
+}
+
 std::unique_ptr<Checkpoint> open_huggingface_directory(const std::string& directory) {
   return std::make_unique<HuggingFaceDirectory>(directory);
 }

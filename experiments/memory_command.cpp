@@ -32,6 +32,9 @@ int print_one(const Config& config, Library& library, const MemoryOptions& optio
     question.assumed =
         fmt::format("{}: full batches of data.seq_len",
                     config.data.train.empty() ? "no data.train" : "data is not here");
+  if (model.shapes_alone)
+    question.assumed += (question.assumed.empty() ? "" : "; ") +
+                        std::string("the weights are not here: shapes by config.json");
   if (config.quant.type == "int8")
     question.assumed += (question.assumed.empty() ? "" : "; ") +
                         std::string("int8: its bytes alone are known, a run with it is refused");
@@ -92,7 +95,7 @@ int run_memory_command(const MemoryOptions& options, const CommonOptions& common
   MemoryTarget target = memory_target(options.gpu, common.device);
   if (!common.device_memory.empty()) limit_target(target, common.device_memory);
   if (!options.host_memory.empty()) target.host = parse_host_memory(options.host_memory);
-  Library library;
+  Library library({}, true);
   if (!is_yaml(options.target)) {
     Config config = load_config("", common.sets);
     config.model.path = options.target;

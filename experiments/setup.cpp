@@ -105,7 +105,8 @@ int64_t examples_to_train(const TrainConfig& config, const Dataset& data) {
 const ModelSource& Library::model(const std::string& path) {
   check_stop();
   auto it = models_.find(path);
-  if (it == models_.end()) it = models_.emplace(path, open_model(path)).first;
+  if (it == models_.end())
+    it = models_.emplace(path, shapes_ ? open_shapes(path) : open_model(path)).first;
   return it->second;
 }
 

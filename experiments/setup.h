@@ -53,7 +53,9 @@ struct Interrupted : std::exception {
 class Library {
  public:
   /// `stop` is asked again and again while files are read; true throws Interrupted.
-  explicit Library(std::function<bool()> stop = {}) : stop_(std::move(stop)) {}
+  /// `shapes`: of models whose weights are not here, what their config.json says.
+  explicit Library(std::function<bool()> stop = {}, bool shapes = false)
+      : stop_(std::move(stop)), shapes_(shapes) {}
   const ModelSource& model(const std::string& path);
   /// Of the model at `path`; the first call reads all of it.
   const std::string& fingerprint(const std::string& path);
@@ -82,6 +84,7 @@ class Library {
   }
 
   std::function<bool()> stop_;
+  bool shapes_;
   std::map<std::string, ModelSource> models_;
   std::map<std::string, std::string> fingerprints_;  // of models
   std::map<std::string, Tokenizer> tokenizers_;

@@ -141,6 +141,28 @@ ModelSource open_model(const std::string& path) {
   return source;
 }
 
+ModelSource open_shapes(const std::string& path) {
+  if (path.empty() || path.starts_with(synthetic_prefix)) return open_model(path);
+  const auto config = configuration_alone(path);
+  if (!config) return open_model(path);
+  ModelSource source;
+  source.path = path;
+  source.config = llama_config_from_json(*config, path);
+  source.shapes_alone = true;
+  const DType dtype =
+      config->value("torch_dtype", nlohmann::json()) == "bfloat16" ? DType::bf16 : DType::f32;
+  source.on_paper = [dtype](const std::string&, const Shape& shape) {
+    return tensor_on_paper(shape, dtype);
+  };
+  source.read = [path](const std::string& name, const Shape&) -> Tensor {
+    fail("{}: \"{}\" cannot be read: there is config.json and no weights", path, name);
+  };
+  source.fingerprint = [path](const auto&) -> std::string {
+    fail("{}: there is config.json and no weights", path);
+  };
+  return source;
+}
+
 std::unique_ptr<Llama> load_llama(const ModelSource& source, const WeightSpec& spec, DType compute,
                                   Device device, bool host_embeddings, int64_t streamed_layers) {
   int64_t bytes = 0;

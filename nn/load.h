@@ -12,6 +12,7 @@ namespace qlab {
 struct ModelSource {
   std::string path;
   LlamaConfig config;
+  bool shapes_alone = false;
   TensorSource read;      // f32, or bf16 where the checkpoint has it, on the CPU
   TensorSource on_paper;  // the same on the CPU's meta device
   /// Of configuration and tensors: reads the whole model, with calls of its argument on the way.
@@ -20,6 +21,8 @@ struct ModelSource {
 
 /// DIR, FILE.gguf, a hub id, or synthetic:NAME (seeded normal weights of standard deviation 0.02).
 ModelSource open_model(const std::string& path);
+/// The same or, of a directory without weights, what its config.json says: nothing can be read.
+ModelSource open_shapes(const std::string& path);
 
 /// Reads the weights; for a meta device nothing is read, and accounts show what loading takes.
 std::unique_ptr<Llama> load_llama(const ModelSource& source, const WeightSpec& spec, DType compute,

@@ -39,5 +39,28 @@ TEST_F(MemoryAnswersTest, BytesWithoutTheirUnitAreRefused) {
                           "--set", "train.memory_budget=24kB"});
 }
 
+TEST_F(MemoryAnswersTest, AConfigurationAloneHasShapes) {
+  const LlamaConfig c = synthetic_config("tiny");
+  Json config = {{"model_type", "llama"},
+                 {"torch_dtype", "bfloat16"},
+                 {"vocab_size", c.vocab_size},
+                 {"hidden_size", c.hidden_size},
+                 {"intermediate_size", c.intermediate_size},
+                 {"num_hidden_layers", c.num_hidden_layers},
+                 {"num_attention_heads", c.num_attention_heads},
+                 {"num_key_value_heads", c.num_key_value_heads},
+                 {"max_position_embeddings", c.max_position_embeddings},
+                 {"tie_word_embeddings", c.tie_word_embeddings}};
+  folder_.write("config.json", config.dump());
+  const std::string folder = folder_ / ".";
+  const Arguments short_batch = {"--gpu", "t4", "--set", "data.seq_len=64"};
+  Json said = json(folder, short_batch), expected = json("synthetic:tiny", short_batch);
+  EXPECT_THAT(std::string(said["assumed"]), HasSubstr("shapes by config.json"));
+  for (const char* key : {"resident", "categories", "peak_bytes", "footprint_bytes", "timeline"})
+    EXPECT_EQ(said[key], expected[key]) << key;
+  expect_refused({"train", run_file(), "--set", "model.path=" + folder, "--device", "cpu"},
+                 {"model.safetensors"});
+}
+
 }  // namespace
 }  // namespace qlab::test
