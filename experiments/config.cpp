@@ -351,8 +351,12 @@ std::string missing_unit(const std::string& text) {
                                                        : "";
 }
 
+std::string why_not_computable(const Config& config) {
+  return config.quant.type == "int8" ? "bytes alone: no run computes with int8" : "";
+}
+
 void check_computable(const Config& config, const std::string& origin) {
-  if (config.quant.type != "int8") return;
+  if (why_not_computable(config).empty()) return;
   const auto place = config.origins.find("quant.type");
   fail(
       "{}: quant.type: of int8 only the bytes are known, for qlab memory and inspect; nothing "

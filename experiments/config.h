@@ -139,7 +139,9 @@ void apply_sets(Config& config, const std::vector<std::string>& sets);
 void resolve(Config& config);
 /// Throws unless the config says what to train: a model, data, and a lora block.
 void check_trainable(const Config& config, const std::string& origin);
-/// Throws where the weights' format is known by its bytes alone.
+/// "" or, where the weights' format is known by its bytes alone, that.
+std::string why_not_computable(const Config& config);
+/// Throws there.
 void check_computable(const Config& config, const std::string& origin);
 
 /// config.yaml: every key, resolved; parse_config() and resolve() give back an equal config.

@@ -1,5 +1,7 @@
 #include "experiments/cost_model.h"
 
+#include <fmt/format.h>
+
 #include <algorithm>
 #include <cctype>
 #include <iterator>
@@ -79,8 +81,12 @@ Rates gpu_rates(const std::string& name) {
     const size_t at = text.find(sheet.name), end = at + std::string_view(sheet.name).size();
     const bool longer = at != text.npos && end < text.size() && std::isdigit(text[end]) != 0;
     if (at != text.npos && !longer)  // an L40 is no L4
-      return {h100_products * sheet.tflops / h100.tflops, h100_copy * sheet.gbytes / h100.gbytes,
-              3e-6, &sheet == &h100, h100_bus * sheet.bus / h100.bus};
+      return {h100_products * sheet.tflops / h100.tflops,
+              h100_copy * sheet.gbytes / h100.gbytes,
+              3e-6,
+              &sheet == &h100,
+              h100_bus * sheet.bus / h100.bus,
+              &sheet != &h100};
   }
   return {h100_products, h100_copy, 3e-6, false, h100_bus};
 }
@@ -119,6 +125,19 @@ std::map<int, PartSeconds> part_seconds(const std::vector<ProfileLine>& work, co
     part.stream += std::max(by_flops, by_bytes) + launches;
   }
   return parts;
+}
+
+std::string duration_text(double seconds) {
+  struct Unit {
+    double below, seconds;
+    const char* name;
+  };
+  constexpr Unit units[] = {{0.1, 1e-3, "ms"}, {60, 1, "s"}, {3600, 60, "min"}, {1e300, 3600, "h"}};
+  const Unit& unit = *std::find_if(std::begin(units), std::end(units) - 1,
+                                   [&](const Unit& u) { return seconds < u.below; });
+  const double value = seconds / unit.seconds;
+  return value < 100 ? fmt::format("{:.3g} {}", value, unit.name)
+                     : fmt::format("{:.0f} {}", value, unit.name);
 }
 
 double predicted_seconds(const std::vector<ProfileLine>& work, const Rates& rates) {

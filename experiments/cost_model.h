@@ -10,11 +10,12 @@
 namespace qlab {
 
 struct Rates {
-  double product_flops = 0;  // per second, of large products
-  double bytes = 0;          // per second, read and written together, of a plain copy
-  double launch = 0;         // seconds before an operation begins to be useful
-  bool measured = false;     // on this device; otherwise scaled by datasheets
-  double bus = 54.8e9;       // bytes per second from page-locked host memory, or to it
+  double product_flops = 0;   // per second, of large products
+  double bytes = 0;           // per second, read and written together, of a plain copy
+  double launch = 0;          // seconds before an operation begins to be useful
+  bool measured = false;      // on this device
+  double bus = 54.8e9;        // bytes per second from page-locked host memory, or to it
+  bool by_datasheet = false;  // an H100's, scaled; neither: another device's as they are
 };
 
 /// By the name of --gpu or of the driver; an unknown GPU is taken for an H100.
@@ -30,6 +31,9 @@ std::map<int, PartSeconds> part_seconds(const std::vector<ProfileLine>& work, co
 /// Seconds for operations counted by a WorkCounter. In each of its parts copies that run beside the
 /// step overlap with it; whatever crosses the bus shares it.
 double predicted_seconds(const std::vector<ProfileLine>& work, const Rates& rates);
+
+/// "1.58 ms", "21 s", "3.5 min", "1.2 h"
+std::string duration_text(double seconds);
 
 /// Of an optimizer step.
 struct StepSeconds {

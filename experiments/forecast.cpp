@@ -58,6 +58,7 @@ std::string same_work(const PaperTrial& trial) {
 struct GangForecast {
   RunPlan plan;
   bool fits = true;
+  bool limited = false;
   std::string note;
 };
 
@@ -67,6 +68,11 @@ GangForecast forecast_gang(const ModelSource& model, const std::vector<PaperTria
   const int64_t limit = device_limit(gang.front().config, target.device, target.capacity);
   const int64_t host = target.host.value_or(MemoryLimits::none);
   out.plan = plan_or_leanest(model, gang, target.device, {limit, host}, target.rates);
+  out.limited = std::min(limit, host) < MemoryLimits::none;
+  if (out.note = why_not_computable(gang.front().config); !out.note.empty()) {
+    out.limited = false;
+    return out;
+  }
   out.fits = out.plan.peak <= limit;
   const bool host_fits = out.plan.host_peak <= host;
   if (!host_fits)
@@ -107,9 +113,10 @@ class Forecaster {
       return run(gang.subspan(gang.size() / 2));
     }
     for (size_t j = 0; j < gang.size(); ++j) {
-      const double hours = seconds_of(papers[j], library_, own.plan.seconds) / 3600;
-      out_[gang[j]] = {own.plan.peak, own.fits, gang.size(),
-                       hours / static_cast<double>(gang.size()), own.note};
+      const bool computes = why_not_computable(papers[j].config).empty();
+      const double seconds = computes ? seconds_of(papers[j], library_, own.plan.seconds) : 0;
+      out_[gang[j]] = {own.plan.peak, own.limited ? std::optional(own.fits) : std::nullopt,
+                       gang.size(), seconds / static_cast<double>(gang.size()), own.note};
     }
   }
 
@@ -154,7 +161,7 @@ std::vector<TrialForecast> forecast(const Sweep& sweep, Library& library,
     try {
       forecaster.run(gang);
     } catch (const Error& error) {
-      for (const size_t i : gang) out[i] = {0, true, gang.size(), 0, error.what()};
+      for (const size_t i : gang) out[i] = {0, {}, gang.size(), 0, error.what()};
     }
   }
   return out;
@@ -162,25 +169,35 @@ std::vector<TrialForecast> forecast(const Sweep& sweep, Library& library,
 
 std::string forecast_table(const Sweep& sweep, const std::vector<TrialForecast>& forecasts,
                            const MemoryTarget& target) {
-  std::vector<std::vector<std::string>> columns = {{"peak"}, {"hours"}, {"fits"}};
-  double hours = 0;
-  size_t too_large = 0;
+  std::vector<std::vector<std::string>> columns = {{"peak"}, {"time"}, {"fits"}};
+  double seconds = 0;
+  size_t too_large = 0, untimed = 0;
+  bool limited = false;
   std::string notes;
   std::set<std::string> noted;
   for (size_t i = 0; i < forecasts.size(); ++i) {
     const TrialForecast& f = forecasts[i];
     columns[0].push_back(f.peak > 0 ? format_bytes(f.peak) : "?");
-    columns[1].push_back(f.hours > 0 ? fmt::format("{:.3g}", f.hours) : "?");
-    columns[2].push_back(!f.fits ? "no" : f.peak > 0 ? "yes" : "?");
-    hours += f.hours;
-    too_large += !f.fits;
+    columns[1].push_back(f.seconds > 0 ? duration_text(f.seconds) : "?");
+    columns[2].push_back(!f.fits ? "?" : *f.fits ? "yes" : "no");
+    seconds += f.seconds;
+    untimed += f.seconds == 0;
+    too_large += f.fits == false;
+    limited = limited || f.fits;
     if (f.note.empty() || !noted.insert(f.note).second) continue;
     notes += sweep.trials[i].name + ": " + f.note + "\n";
   }
+  if (!limited) columns.pop_back();
   std::string text = trial_table(sweep, columns);
-  text += fmt::format("predicted for {}{}; about {:.3g} hours in all{}\n", target.name,
-                      target.capacity ? " with " + format_bytes(*target.capacity) : "", hours,
-                      target.rates.measured ? "" : " (by rates of other hardware)");
+  text += fmt::format("predicted for {}{}", target.name,
+                      target.capacity ? " with " + format_bytes(*target.capacity) : "");
+  if (seconds > 0)
+    text += fmt::format(
+        "; about {} in all for training steps alone{} ({})", duration_text(seconds),
+        untimed > 0 ? fmt::format(", {} of {} trials without a time", untimed, forecasts.size())
+                    : "",
+        rates_origin(target).text);
+  text += "\n";
   if (too_large > 0) text += fmt::format("{} of {} do not fit\n", too_large, forecasts.size());
   text += notes;
   text.pop_back();

@@ -1,5 +1,6 @@
 // What the trials of a sweep will need: memory and time, without running them.
 #pragma once
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -11,11 +12,11 @@
 namespace qlab {
 
 struct TrialForecast {
-  int64_t peak = 0;  // of its gang
-  bool fits = true;
+  int64_t peak = 0;          // of its gang
+  std::optional<bool> fits;  // none: there is no limit, or it cannot be said
   size_t gang_size = 1;
-  double hours = 0;  // its share of the gang's time; 0 where the number of steps is unknown
-  std::string note;  // settings with which it would fit, or why it cannot be said
+  double seconds = 0;  // of its steps, its share of the gang's; 0 where their number is unknown
+  std::string note;    // settings with which it would fit, or why it cannot be said
 };
 
 /// As the trials would run on the target, in gangs. Data that is not here is taken for full batches
@@ -25,7 +26,7 @@ std::vector<TrialForecast> forecast(const Sweep& sweep, Library& library,
                                     const MemoryTarget& target);
 
 /// The list of --dry-run: one line per trial with its swept values, what it needs, and whether that
-/// fits; the sum of the hours below.
+/// fits where something is known of a limit; the sum of the times below.
 std::string forecast_table(const Sweep& sweep, const std::vector<TrialForecast>& forecasts,
                            const MemoryTarget& target);
 

@@ -94,6 +94,16 @@ void limit_target(MemoryTarget& target, const std::string& bytes) {
   target.capacity = std::min(*target.limit, target.capacity.value_or(*target.limit));
 }
 
+RatesOrigin rates_origin(const MemoryTarget& target) {
+  if (!target.device.is_cuda()) return {"other_cpu", "at the rates of an AMD EPYC's cores"};
+  if (target.rates.measured) return {"measured", "from rates measured on this GPU"};
+  if (target.rates.by_datasheet)
+    return {"datasheet", "from its datasheet, by an H100's measured rates"};
+  const bool here = target.gpu && target.gpu->measured;
+  return {"h100", here ? "at an H100's rates: this card's are not known"
+                       : "at an H100's rates: no card is named"};
+}
+
 MemoryTarget target_here(Device device) {
   MemoryTarget target{device, device_description(device), {}, {}, rates_of(device)};
   const int64_t free = available_memory(device), held = memory_account(device).total;

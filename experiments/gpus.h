@@ -38,6 +38,11 @@ void limit_target(MemoryTarget& target, const std::string& bytes);
 int64_t parse_device_memory(const std::string& text);
 /// Bytes of --host-memory, 0 among them; Error for anything else.
 int64_t parse_host_memory(const std::string& text);
+/// Where the rates behind its times come from: a word for programs, and a text.
+struct RatesOrigin {
+  const char *word, *text;
+};
+RatesOrigin rates_origin(const MemoryTarget& target);
 /// A device here, with what its allocator holds and what is free.
 MemoryTarget target_here(Device device);
 

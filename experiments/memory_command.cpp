@@ -17,16 +17,17 @@ bool is_yaml(const std::string& target) {
   return target.ends_with(".yaml") || target.ends_with(".yml");
 }
 
-int print_one(const Config& config, Library& library, const MemoryOptions& options,
+/// `trials`: that train together.
+int print_one(const Config& config, int64_t trials, Library& library, const MemoryOptions& options,
               const MemoryTarget& target) {
   const ModelSource& model = library.model(config.model.path);
-  MemoryQuestion question{config.model.path, target, 0, {}, {}, 0, ""};
+  MemoryQuestion question{.model = config.model.path, .target = target};
   question.footprint =
       hf_footprint(model.config, weight_spec(config),
                    config.lora.present ? std::optional(lora_spec(config)) : std::nullopt);
-  const std::vector<PaperTrial> gang(
-      static_cast<size_t>(config.lora.present ? config.parallel.trials_per_gpu : 1),
-      trial_on_paper(config, library, target.device));
+  question.trials = config.lora.present ? static_cast<size_t>(trials) : 1;
+  const std::vector<PaperTrial> gang(question.trials,
+                                     trial_on_paper(config, library, target.device));
   question.tokens = usual_tokens(gang);
   if (config.lora.present && !data_is_here(config))
     question.assumed =
@@ -35,9 +36,7 @@ int print_one(const Config& config, Library& library, const MemoryOptions& optio
   if (model.shapes_alone)
     question.assumed += (question.assumed.empty() ? "" : "; ") +
                         std::string("the weights are not here: shapes by config.json");
-  if (config.quant.type == "int8")
-    question.assumed += (question.assumed.empty() ? "" : "; ") +
-                        std::string("int8: its bytes alone are known, a run with it is refused");
+  question.refused = why_not_computable(config);
   const int64_t capacity = target.capacity.value_or(MemoryLimits::none);
   const int64_t limit = device_limit(config, target.device, target.capacity);
   if (limit < capacity) question.budget = limit;
@@ -47,7 +46,8 @@ int print_one(const Config& config, Library& library, const MemoryOptions& optio
       predict_memory(model, gang, target.device,
                      allocator_limit(config, target.device, target.capacity), question.plan);
   std::optional<Remedy> remedy;
-  if (prediction.peak() > limit || prediction.host_peak > host)
+  const bool fits = prediction.peak() <= limit && prediction.host_peak <= host;
+  if (!fits && question.refused.empty())
     remedy = cheapest_fit(model, gang, target.device, {capacity, host}, target.rates);
   if (options.json)
     write_out(memory_json(question, prediction, remedy).dump() + "\n");
@@ -99,11 +99,11 @@ int run_memory_command(const MemoryOptions& options, const CommonOptions& common
   if (!is_yaml(options.target)) {
     Config config = load_config("", common.sets);
     config.model.path = options.target;
-    return print_one(config, library, options, target);
+    return print_one(config, config.parallel.trials_per_gpu, library, options, target);
   }
   const Sweep sweep = load_sweep(options.target, common.sets);
   if (sweep.trials.size() == 1)
-    return print_one(sweep.trials.front().config, library, options, target);
+    return print_one(sweep.trials.front().config, 1, library, options, target);
   if (options.json)
     fail("{}: --json describes one run, and this file has {} trials; fix what it sweeps with --set",
          options.target, sweep.trials.size());

@@ -18,6 +18,12 @@ bool fits(const MemoryQuestion& question, const MemoryPrediction& prediction) {
   return prediction.peak() <= limit && host_fits(question, prediction);
 }
 
+/// What stands behind room that is left.
+std::string verdict(const MemoryQuestion& question, const MemoryPrediction& prediction) {
+  if (!question.refused.empty()) return question.refused;
+  return fits(question, prediction) ? "fits" : "";
+}
+
 std::string row(const std::string& what, int64_t bytes, const std::string& note = "") {
   return fmt::format("  {:<34}{:>10}{:>18}{}\n", what, format_bytes(bytes), with_commas(bytes),
                      note.empty() ? "" : "  " + note);
@@ -29,6 +35,8 @@ int64_t at(const CategoryBytes& bytes, Category category) {
 
 std::string remedy_text(const MemoryQuestion& question, const MemoryPrediction& p,
                         const std::optional<Remedy>& remedy) {
+  if (!question.refused.empty())
+    return "  " + question.refused + ": set quant.type to nf4, bf16, fp16 or fp32\n";
   if (!remedy) {
     const bool small = p.peak() > question.target.capacity.value_or(MemoryLimits::none);
     std::string way = small ? "take a larger GPU or a smaller model" : "";
@@ -67,10 +75,9 @@ Json category_json(const CategoryBytes& bytes) {
 
 std::string memory_text(const MemoryQuestion& question, const Config& config,
                         const MemoryPrediction& p, const std::optional<Remedy>& remedy) {
-  const size_t trials =
-      config.lora.present ? static_cast<size_t>(config.parallel.trials_per_gpu) : 1;
-  std::string text =
-      fmt::format("{} on {}\n{}\n", question.model, question.target.name, setting(config, trials));
+  std::string text = fmt::format("{} on {}\n{}\n", question.model, question.target.name,
+                                 setting(config, question.trials));
+  if (!question.refused.empty()) text += question.refused + "\n";
   if (!question.assumed.empty()) text += question.assumed + "\n";
   text += "\nthe base\n";
   const ResidentBytes& r = p.resident;
@@ -110,13 +117,12 @@ std::string memory_text(const MemoryQuestion& question, const Config& config,
     text += row("CUDA context and libraries", gpu.context_bytes, gpu.context_note);
     const int64_t left = gpu.usable() - p.peak();
     text += left >= 0
-                ? row("free of " + format_bytes(gpu.memory_bytes), left,
-                      fits(question, p) ? "fits" : "")
+                ? row("free of " + format_bytes(gpu.memory_bytes), left, verdict(question, p))
                 : row("too much for " + format_bytes(gpu.memory_bytes), -left, "does not fit");
   }
   if (const auto& limit = question.target.limit) {
     const int64_t left = *limit - p.peak();
-    text += left >= 0 ? row("left of --device-memory", left, fits(question, p) ? "fits" : "")
+    text += left >= 0 ? row("left of --device-memory", left, verdict(question, p))
                       : row("too much for --device-memory", -left, "does not fit");
   }
   if (const auto& budget = question.budget) {
@@ -133,16 +139,16 @@ std::string memory_text(const MemoryQuestion& question, const Config& config,
   if (!fits(question, p)) text += remedy_text(question, p, remedy);
   if (p.trainable_params > 0) {
     if (config.train.recompute == "auto") text += "\nplan: " + describe(question.plan) + "\n";
-    text += fmt::format(
-        "\na step in about {:.3g} s: {} of {} tokens, {:.3g} s{}; the update, "
-        "{:.3g} s ({})\n",
-        question.plan.step_seconds,
-        config.train.grad_accum == 1 ? "one micro-batch"
-                                     : fmt::format("{} micro-batches", config.train.grad_accum),
-        with_commas(question.tokens), question.plan.seconds.micro,
-        config.train.grad_accum == 1 ? "" : " each", question.plan.seconds.update,
-        question.target.rates.measured ? "from rates measured on this GPU"
-                                       : "from rates of other hardware");
+    const RunPlan& plan = question.plan;
+    if (question.refused.empty())
+      text += fmt::format("\na step in about {}: {} of {} tokens, {}{}; the update, {} ({})\n",
+                          duration_text(plan.step_seconds),
+                          config.train.grad_accum == 1
+                              ? "one micro-batch"
+                              : fmt::format("{} micro-batches", config.train.grad_accum),
+                          with_commas(question.tokens), duration_text(plan.seconds.micro),
+                          config.train.grad_accum == 1 ? "" : " each",
+                          duration_text(plan.seconds.update), rates_origin(question.target).text);
   }
   text += "\nthe largest tensors then\n";
   for (size_t i = 0; i < std::min<size_t>(5, p.at_peak.size()); ++i) {
@@ -156,6 +162,8 @@ std::string memory_text(const MemoryQuestion& question, const Config& config,
 Json memory_json(const MemoryQuestion& question, const MemoryPrediction& p,
                  const std::optional<Remedy>& remedy) {
   const ResidentBytes& r = p.resident;
+  const bool computes = question.refused.empty();
+  const auto seconds = [computes](double s) { return computes ? Json(s) : Json(); };
   Json json = {{"model", question.model},
                {"device", question.target.name},
                {"footprint_bytes", question.footprint},
@@ -173,9 +181,10 @@ Json memory_json(const MemoryQuestion& question, const MemoryPrediction& p,
                {"peak_bytes", p.peak()},
                {"peak_moment", p.moment},
                {"plan", describe(question.plan)},
-               {"step_seconds", question.plan.step_seconds},
-               {"micro_batch_seconds", question.plan.seconds.micro},
-               {"update_seconds", question.plan.seconds.update},
+               {"step_seconds", seconds(question.plan.step_seconds)},
+               {"micro_batch_seconds", seconds(question.plan.seconds.micro)},
+               {"update_seconds", seconds(question.plan.seconds.update)},
+               {"rates", rates_origin(question.target).word},
                {"step_tokens", question.tokens},
                {"step_bytes", p.step_bytes},
                {"host_bytes", p.host_peak},
@@ -183,6 +192,7 @@ Json memory_json(const MemoryQuestion& question, const MemoryPrediction& p,
                {"streamed_bytes", p.streamed_bytes},
                {"paged_out_bytes", p.paged_out}};
   if (!question.assumed.empty()) json["assumed"] = question.assumed;
+  if (!computes) json["refused"] = question.refused;
   if (question.target.gpu) {
     const GpuSpec& gpu = *question.target.gpu;
     json["memory_bytes"] = gpu.memory_bytes;
@@ -196,8 +206,10 @@ Json memory_json(const MemoryQuestion& question, const MemoryPrediction& p,
   }
   if (question.target.limit) json["device_memory_bytes"] = *question.target.limit;
   if (question.target.capacity || question.budget || question.target.host) {
-    json["fits"] = fits(question, p);
-    if (remedy) json["fits_with"] = {{"set", remedy->sets}, {"peak_bytes", remedy->peak}};
+    json["fits"] = computes ? Json(fits(question, p)) : Json();
+    if (remedy)
+      json["fits_with"] = {{"set", remedy->sets},
+                           {"peak_bytes", remedy->peak}};
   }
   json["largest"] = Json::array();
   for (size_t i = 0; i < std::min<size_t>(5, p.at_peak.size()); ++i) {

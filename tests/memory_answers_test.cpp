@@ -28,6 +28,59 @@ class MemoryAnswersTest : public CommandTest {
   }
 };
 
+TEST_F(MemoryAnswersTest, SaysWhoseRatesItTakes) {
+  const std::string tiny = "synthetic:tiny";
+  EXPECT_THAT(text(tiny, {"--gpu", "24GiB"}), HasSubstr("at an H100's rates: no card is named"));
+  EXPECT_THAT(text(tiny, {"--gpu", "rtx4090"}), HasSubstr("from its datasheet"));
+  EXPECT_THAT(text(tiny, {"--gpu", "h100-80gb"}), HasSubstr("from rates measured on this GPU"));
+  EXPECT_THAT(text(tiny, {"--device", "cpu"}), HasSubstr("at the rates of an AMD EPYC's cores"));
+  const Json bytes = json(tiny, {"--gpu", "24GiB"}), l4 = json(tiny, {"--gpu", "l4"}),
+             h100 = json(tiny, {"--gpu", "h100-80gb"});
+  EXPECT_EQ(bytes["rates"], "h100");
+  EXPECT_EQ(l4["rates"], "datasheet");
+  EXPECT_EQ(h100["rates"], "measured");
+  EXPECT_EQ(bytes["step_seconds"], h100["step_seconds"]);
+  EXPECT_GT(l4["step_seconds"], h100["step_seconds"]);
+  const MemoryTarget none{Device::cuda(), "a GPU", {}, {}, gpu_rates("")};
+  EXPECT_STREQ(rates_origin(none).text, "at an H100's rates: no card is named");
+}
+
+TEST_F(MemoryAnswersTest, ATrialOfAFileIsNoGang) {
+  const Arguments four = {"--gpu", "24GiB", "--set", "parallel.trials_per_gpu=4"};
+  const std::string file = folder_.write("one.yaml", "model: {path: \"synthetic:tiny\"}\n");
+  const Json alone = json("synthetic:tiny", {"--gpu", "24GiB"});
+  EXPECT_EQ(json(file, four)["peak_bytes"], alone["peak_bytes"]);
+  EXPECT_GT(json("synthetic:tiny", four)["peak_bytes"], alone["peak_bytes"]);
+  EXPECT_THAT(text(file, four), Not(HasSubstr("trials together")));
+  EXPECT_THAT(text("synthetic:tiny", four), HasSubstr("4 trials together"));
+}
+
+TEST_F(MemoryAnswersTest, WithoutALimitNothingFitsOrDoesNot) {
+  const Sweep sweep = load_sweep(
+      folder_.write("sweep.yaml",
+                    "base: {model: {path: \"synthetic:tiny\"}, lora: {r: 4}, train: {steps: 5}, "
+                    "data: {train: synthetic}}\nparameters: {quant.type: {values: [nf4, int8]}}\n"),
+      {});
+  Library library;
+  MemoryTarget target{Device::cuda(), "a GPU", {}, {}, gpu_rates("")};
+  const auto table = [&] {
+    return forecast_table(sweep, forecast(sweep, library, target), target);
+  };
+  EXPECT_THAT(table(), AllOf(HasSubstr("peak"), Not(HasSubstr("fits")), Not(HasSubstr("yes"))));
+  target.capacity = int64_t{1} << 30;
+  const std::vector<TrialForecast> trials = forecast(sweep, library, target);
+  ASSERT_EQ(trials.size(), 2u);
+  EXPECT_EQ(trials[0].fits, true);
+  EXPECT_GT(trials[0].seconds, 0);
+  EXPECT_EQ(trials[1].fits, std::nullopt);
+  EXPECT_EQ(trials[1].seconds, 0);
+  EXPECT_THAT(table(), AllOf(HasSubstr("fits"), HasSubstr("yes"),
+                             HasSubstr("bytes alone: no run computes with int8"),
+                             HasSubstr("for training steps alone, 1 of 2 trials without a time")));
+  target.capacity = 1000;
+  EXPECT_EQ(forecast(sweep, library, target)[0].fits, false);
+}
+
 TEST_F(MemoryAnswersTest, BytesWithoutTheirUnitAreRefused) {
   const std::string hint = "did you mean 24GiB?";
   for (const char* option : {"--gpu", "--device-memory", "--host-memory"})
@@ -37,6 +90,19 @@ TEST_F(MemoryAnswersTest, BytesWithoutTheirUnitAreRefused) {
     expect_refused({"memory", "synthetic:tiny", "--set", std::string(key) + "=24"}, {key, hint});
   text("synthetic:tiny", {"--gpu", "25769803776", "--set", "quant.resident=0", "--host-memory", "0",
                           "--set", "train.memory_budget=24kB"});
+}
+
+TEST_F(MemoryAnswersTest, OfInt8TheBytesAlone) {
+  const Arguments l4 = {"--gpu", "l4", "--set", "load_in_8bit=true"};
+  EXPECT_THAT(text("synthetic:tiny", l4),
+              AllOf(HasSubstr("bytes alone: no run computes with int8"), Not(HasSubstr("fits")),
+                    Not(HasSubstr("a step in"))));
+  const Json said = json("synthetic:tiny", l4);
+  EXPECT_EQ(said["fits"], nullptr);
+  EXPECT_EQ(said["step_seconds"], nullptr);
+  EXPECT_EQ(said["refused"], "bytes alone: no run computes with int8");
+  EXPECT_GT(said["peak_bytes"], 0);
+  EXPECT_FALSE(json("synthetic:tiny", {"--gpu", "l4"}).contains("refused"));
 }
 
 TEST_F(MemoryAnswersTest, AConfigurationAloneHasShapes) {
@@ -60,6 +126,16 @@ TEST_F(MemoryAnswersTest, AConfigurationAloneHasShapes) {
     EXPECT_EQ(said[key], expected[key]) << key;
   expect_refused({"train", run_file(), "--set", "model.path=" + folder, "--device", "cpu"},
                  {"model.safetensors"});
+}
+
+TEST(Durations, AreReadable) {
+  EXPECT_EQ(duration_text(9.43e-5), "0.0943 ms");
+  EXPECT_EQ(duration_text(0.00158), "1.58 ms");
+  EXPECT_EQ(duration_text(0.708), "0.708 s");
+  EXPECT_EQ(duration_text(21), "21 s");
+  EXPECT_EQ(duration_text(180), "3 min");
+  EXPECT_EQ(duration_text(4320), "1.2 h");
+  EXPECT_EQ(duration_text(3600 * 1234.4), "1234 h");
 }
 
 }  // namespace
