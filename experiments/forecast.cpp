@@ -83,7 +83,8 @@ GangForecast forecast_gang(const ModelSource& model, const std::vector<PaperTria
   const int64_t capacity = target.capacity.value_or(MemoryLimits::none);
   const auto remedy = cheapest_fit(model, gang, target.device, {capacity, host}, target.rates);
   out.note += (out.note.empty() ? "" : "; ") +
-              (remedy ? fmt::format("would fit with {}", fmt::join(remedy->sets, " "))
+              (remedy ? fmt::format("would fit with {}: {}", fmt::join(remedy->sets, " "),
+                                    price_text(*remedy))
                       : "nothing that can be set makes it fit");
   return out;
 }

@@ -49,7 +49,7 @@ std::string remedy_text(const MemoryQuestion& question, const MemoryPrediction& 
   }
   std::string sets;
   for (const std::string& s : remedy->sets) sets += " --set " + s;
-  return fmt::format("  would fit with{}: peak {}\n", sets, format_bytes(remedy->peak));
+  return fmt::format("  would fit with{}: {}\n", sets, price_text(*remedy));
 }
 
 std::string setting(const Config& c, size_t trials) {
@@ -209,7 +209,9 @@ Json memory_json(const MemoryQuestion& question, const MemoryPrediction& p,
     json["fits"] = computes ? Json(fits(question, p)) : Json();
     if (remedy)
       json["fits_with"] = {{"set", remedy->sets},
-                           {"peak_bytes", remedy->peak}};
+                           {"peak_bytes", remedy->peak},
+                           {"host_bytes", remedy->host_peak},
+                           {"step_seconds", remedy->step_seconds}};
   }
   json["largest"] = Json::array();
   for (size_t i = 0; i < std::min<size_t>(5, p.at_peak.size()); ++i) {

@@ -187,7 +187,7 @@ class RemedySearch {
     try {
       const auto plan = fitting_plan(model_, tried, target_, {budget, limits_.host}, rates_);
       if (!plan) return {};
-      Remedy remedy{{}, plan->peak, plan->step_seconds};
+      Remedy remedy{{}, plan->peak, plan->step_seconds, plan->host_peak};
       for (const Change& change : changes)
         remedy.sets.insert(remedy.sets.end(), change.begin(), change.end());
       return remedy;
@@ -214,6 +214,14 @@ class RemedySearch {
 };
 
 }  // namespace
+
+std::string price_text(const Remedy& remedy) {
+  std::string text = "peak " + format_bytes(remedy.peak);
+  if (remedy.host_peak > 0) text += fmt::format(", {} on the host", format_bytes(remedy.host_peak));
+  if (remedy.step_seconds > 0)
+    text += fmt::format(", {} a step", duration_text(remedy.step_seconds));
+  return text;
+}
 
 std::optional<Remedy> cheapest_fit(const ModelSource& model, std::span<const PaperTrial> gang,
                                    Device target, const MemoryLimits& limits, const Rates& rates) {

@@ -288,7 +288,7 @@ class Runner {
         "does not fit: the run would take {} and {} has {}. {}; --force tries all the same",
         format_bytes(plan.peak), limits.budget < target.capacity ? "its budget" : target.name,
         format_bytes(limits.budget),
-        remedy ? fmt::format("It fits in {} with{}", format_bytes(remedy->peak), sets)
+        remedy ? fmt::format("It would fit with{}: {}", sets, price_text(*remedy))
                : "Nothing that can be set makes it fit"));
   }
 

@@ -34,8 +34,8 @@ TEST_F(MemoryAnswersTest, SaysWhoseRatesItTakes) {
   EXPECT_THAT(text(tiny, {"--gpu", "rtx4090"}), HasSubstr("from its datasheet"));
   EXPECT_THAT(text(tiny, {"--gpu", "h100-80gb"}), HasSubstr("from rates measured on this GPU"));
   EXPECT_THAT(text(tiny, {"--device", "cpu"}), HasSubstr("at the rates of an AMD EPYC's cores"));
-  const Json bytes = json(tiny, {"--gpu", "24GiB"}), l4 = json(tiny, {"--gpu", "l4"}),
-             h100 = json(tiny, {"--gpu", "h100-80gb"});
+  Json bytes = json(tiny, {"--gpu", "24GiB"}), l4 = json(tiny, {"--gpu", "l4"}),
+       h100 = json(tiny, {"--gpu", "h100-80gb"});
   EXPECT_EQ(bytes["rates"], "h100");
   EXPECT_EQ(l4["rates"], "datasheet");
   EXPECT_EQ(h100["rates"], "measured");
@@ -48,7 +48,7 @@ TEST_F(MemoryAnswersTest, SaysWhoseRatesItTakes) {
 TEST_F(MemoryAnswersTest, ATrialOfAFileIsNoGang) {
   const Arguments four = {"--gpu", "24GiB", "--set", "parallel.trials_per_gpu=4"};
   const std::string file = folder_.write("one.yaml", "model: {path: \"synthetic:tiny\"}\n");
-  const Json alone = json("synthetic:tiny", {"--gpu", "24GiB"});
+  Json alone = json("synthetic:tiny", {"--gpu", "24GiB"});
   EXPECT_EQ(json(file, four)["peak_bytes"], alone["peak_bytes"]);
   EXPECT_GT(json("synthetic:tiny", four)["peak_bytes"], alone["peak_bytes"]);
   EXPECT_THAT(text(file, four), Not(HasSubstr("trials together")));
@@ -81,6 +81,24 @@ TEST_F(MemoryAnswersTest, WithoutALimitNothingFitsOrDoesNot) {
   EXPECT_EQ(forecast(sweep, library, target)[0].fits, false);
 }
 
+// What is said of the remedy is what is said when it is made.
+TEST_F(MemoryAnswersTest, ARemedyHasAPrice) {
+  const std::string model = "synthetic:llama-3.1-8b";
+  Arguments asked = {"--gpu", "rtx3090", "--set", "data.seq_len=2048"};
+  Json remedy = json(model, asked)["fits_with"];
+  EXPECT_THAT(text(model, asked),
+              HasSubstr(fmt::format(": peak {}, {} on the host, {} a step\n",
+                                    format_bytes(remedy["peak_bytes"].get<int64_t>()),
+                                    format_bytes(remedy["host_bytes"].get<int64_t>()),
+                                    duration_text(remedy["step_seconds"].get<double>()))));
+  for (const Json& set : remedy["set"])
+    asked.insert(asked.end(), {"--set", set.get<std::string>()});
+  Json made = json(model, asked);
+  EXPECT_EQ(made["fits"], true);
+  for (const char* key : {"peak_bytes", "host_bytes", "step_seconds"})
+    EXPECT_EQ(made[key], remedy[key]) << key;
+}
+
 TEST_F(MemoryAnswersTest, BytesWithoutTheirUnitAreRefused) {
   const std::string hint = "did you mean 24GiB?";
   for (const char* option : {"--gpu", "--device-memory", "--host-memory"})
@@ -97,7 +115,7 @@ TEST_F(MemoryAnswersTest, OfInt8TheBytesAlone) {
   EXPECT_THAT(text("synthetic:tiny", l4),
               AllOf(HasSubstr("bytes alone: no run computes with int8"), Not(HasSubstr("fits")),
                     Not(HasSubstr("a step in"))));
-  const Json said = json("synthetic:tiny", l4);
+  Json said = json("synthetic:tiny", l4);
   EXPECT_EQ(said["fits"], nullptr);
   EXPECT_EQ(said["step_seconds"], nullptr);
   EXPECT_EQ(said["refused"], "bytes alone: no run computes with int8");
