@@ -3,13 +3,15 @@
 #include <algorithm>
 #include <cstdint>
 #include <limits>
+#include <map>
 #include <vector>
 
 namespace qlab {
 
 /// Blocks with lifetimes, each laid out in the tightest gap that those before it leave. Most live
 /// for a few events among many thousands, so they are found by windows of events; one that lives
-/// for many windows asks each, or each group of them, for nothing but the bytes that are not free.
+/// for many windows asks each, or each group of them, for nothing but the bytes that are not free,
+/// or all blocks where those are fewer.
 class Layout {
  public:
   explicit Layout(int32_t events)
@@ -27,13 +29,15 @@ class Layout {
       cover(windows_[w].covered, own);
     }
     for (size_t g = first / group; g <= last / group; ++g) cover(groups_[g], own);
+    all_.emplace(own.offset, own);
     return own.offset;
   }
   int64_t bytes() const { return bytes_; }
 
  private:
   static constexpr int32_t window = 128;
-  static constexpr size_t group = 64;  // windows
+  static constexpr size_t group = 64;   // windows
+  static constexpr size_t sorting = 8;  // times what a range costs that is there in order
   struct Span {
     int64_t offset, end;
     int32_t taken, given;
@@ -82,16 +86,24 @@ class Layout {
       std::merge(a.begin(), a.end(), b.begin(), b.end(), merged_.begin(), below);
       for (const Span& other : merged_) see(other);
     } else {
+      const auto between = [&](auto&& ranges) {
+        for (size_t w = first + 1; w < last;) {
+          const bool whole = w % group == 0 && w + group <= last;
+          ranges(whole ? groups_[w / group] : windows_[w].covered);
+          w += whole ? group : 1;
+        }
+      };
+      size_t count = a.size() + b.size();
+      between([&](const std::vector<Range>& ranges) { count += ranges.size(); });
+      if (count > all_.size() / sorting) {
+        for (const auto& [offset, other] : all_) see(other);
+        return best < 0 ? at : best;
+      }
       merged_.assign(a.begin(), a.end());
       merged_.insert(merged_.end(), b.begin(), b.end());
-      const auto add = [&](const std::vector<Range>& ranges) {
+      between([&](const std::vector<Range>& ranges) {
         for (const Range& r : ranges) merged_.push_back({r.offset, r.end, own.taken, own.given});
-      };
-      for (size_t w = first + 1; w < last;) {
-        const bool whole = w % group == 0 && w + group <= last;
-        add(whole ? groups_[w / group] : windows_[w].covered);
-        w += whole ? group : 1;
-      }
+      });
       std::sort(merged_.begin(), merged_.end(), below);
       for (const Span& other : merged_) see(other);
     }
@@ -100,6 +112,7 @@ class Layout {
 
   std::vector<Window> windows_;
   std::vector<std::vector<Range>> groups_;  // covered in any window of each
+  std::multimap<int64_t, Span> all_;
   std::vector<Span> merged_;
   int64_t bytes_ = 0;
 };
