@@ -346,7 +346,7 @@ void check_trainable(const Config& config, const std::string& origin) {
 std::string missing_unit(const std::string& text) {
   constexpr int64_t least = int64_t{1} << 20;
   const auto bytes = parse_bytes(text);
-  const bool bare = text.find_first_not_of("0123456789.") == std::string::npos;
+  const bool bare = !text.ends_with('B');  // as every unit does
   return bytes && bare && *bytes > 0 && *bytes < least ? fmt::format("did you mean {}GiB?", text)
                                                        : "";
 }

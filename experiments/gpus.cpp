@@ -33,6 +33,8 @@ constexpr Row rows[] = {{"h100-80gb", 90, 81559, 1024},
                         {"t4", 75, 15360}};
 constexpr int64_t assumed_context = 600;
 constexpr const char* not_measured = "assumed: not measured on this GPU";
+constexpr const char* bytes_wanted =
+    "bytes, for example 24GiB or 9.2GB (B, kB, MB, GB, TB, KiB, MiB, GiB, TiB)";
 
 GpuSpec spec_of(const Row& row) {
   return {row.name,
@@ -43,9 +45,10 @@ GpuSpec spec_of(const Row& row) {
           row.context ? "measured on this GPU" : not_measured};
 }
 
-void check_unit(const char* option, const std::string& text) {
+int64_t checked(const char* option, const std::string& text, int64_t bytes) {
   if (const std::string missing = missing_unit(text); !missing.empty())
     fail("{} {}: these are bytes, and too few; {}", option, text, missing);
+  return bytes;
 }
 
 }  // namespace
@@ -65,28 +68,24 @@ GpuSpec find_gpu(const std::string& text) {
   if (row != std::end(rows)) return spec_of(*row);
   const auto bytes = parse_bytes(text);
   if (!bytes || *bytes == 0)
-    fail("--gpu {}: unknown; known are {}, or give its memory, for example 24GiB", text,
-         known_gpus());
-  check_unit("--gpu", text);
+    fail("--gpu {}: unknown; known are {}, or give its memory as {}", text, known_gpus(),
+         bytes_wanted);
   return {.name = text,
-          .memory_bytes = *bytes,
+          .memory_bytes = checked("--gpu", text, *bytes),
           .context_bytes = assumed_context << 20,
           .context_note = not_measured};
 }
 
 int64_t parse_device_memory(const std::string& text) {
   const auto bytes = parse_bytes(text);
-  if (!bytes || *bytes == 0)
-    fail("--device-memory {}: give bytes, for example 24GiB or 9.2GB", text);
-  check_unit("--device-memory", text);
-  return *bytes;
+  if (!bytes || *bytes == 0) fail("--device-memory {}: give {}", text, bytes_wanted);
+  return checked("--device-memory", text, *bytes);
 }
 
 int64_t parse_host_memory(const std::string& text) {
   const auto bytes = parse_bytes(text);
-  if (!bytes) fail("--host-memory {}: not a number of bytes, as 64GiB", text);
-  check_unit("--host-memory", text);
-  return *bytes;
+  if (!bytes) fail("--host-memory {}: give {}", text, bytes_wanted);
+  return checked("--host-memory", text, *bytes);
 }
 
 void limit_target(MemoryTarget& target, const std::string& bytes) {

@@ -15,11 +15,17 @@
 
 namespace {
 
+/// Of a text that an unset variable of a shell may have left empty.
+std::string not_empty(const std::string& text) {
+  return text.empty() ? "give a value, not an empty text" : "";
+}
+
 void add_common(CLI::App* app, qlab::CommonOptions& common, bool computes = true) {
   if (computes) {
     app->add_option("--device", common.device, "auto, cpu, cuda or cuda:N")->capture_default_str();
     app->add_option("--device-memory", common.device_memory,
-                    "take no more of the device than this, for example 24GiB");
+                    "take no more of the device than this, for example 24GiB")
+        ->check(not_empty);
   }
   app->add_option("--set", common.sets, "key=value, overrides the file; may be repeated")
       ->allow_extra_args(false);
@@ -28,9 +34,7 @@ void add_common(CLI::App* app, qlab::CommonOptions& common, bool computes = true
 void add_run(CLI::App* app, qlab::SweepOptions& options, qlab::CommonOptions& common) {
   app->add_option("file", options.file, "YAML file")->required();
   app->add_option("--out", options.out, "results directory (default: runs/<name>)")
-      ->check([](const std::string& text) {
-        return text.empty() ? std::string("give a directory, not an empty text") : "";
-      });
+      ->check(not_empty);
   app->add_flag("--dry-run", options.dry_run,
                 "print the trials, what they need and whether it fits, and stop");
   app->add_flag("--force", options.force, "run although the predicted memory does not fit");
@@ -109,6 +113,9 @@ int run(int argc, char** argv) {
   for (const char* other : {"target", "--gpu", "--host-memory", "--device", "--device-memory",
                             "--set", "--table", "--format", "--out"})
     memory_check->excludes(memory_app->get_option(other));
+  for (const char* given : {"target", "--gpu", "--host-memory", "--device-memory", "--table",
+                            "--out", "--measured", "--check"})
+    memory_app->get_option(given)->check(not_empty);
   memory_app->callback([&] { code = qlab::run_memory_command(memory, common); });
 
   qlab::GenerateOptions generate;

@@ -24,9 +24,11 @@ std::string verdict(const MemoryQuestion& question, const MemoryPrediction& pred
   return fits(question, prediction) ? "fits" : "";
 }
 
+// Numbers of any length end in one column; of 10 TB and more they begin further left.
 std::string row(const std::string& what, int64_t bytes, const std::string& note = "") {
-  return fmt::format("  {:<34}{:>10}{:>18}{}\n", what, format_bytes(bytes), with_commas(bytes),
-                     note.empty() ? "" : "  " + note);
+  const std::string numbers = fmt::format("{} {:>17}", format_bytes(bytes), with_commas(bytes));
+  const size_t left = numbers.size() < 61 ? 61 - numbers.size() : 0;
+  return fmt::format("  {:<{}} {}{}\n", what, left, numbers, note.empty() ? "" : "  " + note);
 }
 
 int64_t at(const CategoryBytes& bytes, Category category) {
@@ -114,7 +116,7 @@ std::string memory_text(const MemoryQuestion& question, const Config& config,
                                              format_bytes(question.target.host.value_or(0)));
   if (question.target.gpu) {
     const GpuSpec& gpu = *question.target.gpu;
-    text += row("CUDA context and libraries", gpu.context_bytes, gpu.context_note);
+    text += row("driver, CUDA context, libraries", gpu.context_bytes, gpu.context_note);
     const int64_t left = gpu.usable() - p.peak();
     text += left >= 0
                 ? row("free of " + format_bytes(gpu.memory_bytes), left, verdict(question, p))

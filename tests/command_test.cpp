@@ -88,7 +88,7 @@ TEST_F(CommandTest, MistakesOnTheCommandLine) {
     EXPECT_EQ(ended.code, 2) << testing::PrintToString(arguments);
     EXPECT_THAT(ended.err, StartsWith("qlab: "));
   }
-  expect_refused({"train", run_file(), "--out", ""}, {"--out", "give a directory"});
+  expect_refused({"train", run_file(), "--out", ""}, {"--out", "not an empty text"});
   expect_refused({"generate", "x", "--prompt", "x", "--temperature", "-1"},
                  {"--temperature", "-1 is below 0"});
   expect_refused({"generate", "x", "--prompt", "x", "--seed", "-1"}, {"--seed", "-1 is below 0"});

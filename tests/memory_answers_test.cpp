@@ -110,6 +110,49 @@ TEST_F(MemoryAnswersTest, BytesWithoutTheirUnitAreRefused) {
                           "--set", "train.memory_budget=24kB"});
 }
 
+TEST(Gpus, AreNamesOrBytes) {
+  constexpr int64_t GiB = int64_t{1} << 30;
+  EXPECT_EQ(find_gpu("H100-80GB").memory_bytes, int64_t{81559} << 20);
+  for (const auto& [given, bytes] : std::map<std::string, int64_t>{{"24GiB", 24 * GiB},
+                                                                   {"24 GiB", 24 * GiB},
+                                                                   {"0.5GiB", GiB / 2},
+                                                                   {".5GiB", GiB / 2},
+                                                                   {"24e9", 24'000'000'000},
+                                                                   {"24TB", 24'000'000'000'000},
+                                                                   {"1kB", 1000},
+                                                                   {"1048576", 1048576}})
+    EXPECT_EQ(find_gpu(given).memory_bytes, bytes) << given;
+  for (const char* bare : {"0.5", "24", "24 ", "2.4e1", "1048575"})
+    EXPECT_THAT(error_of([&] { find_gpu(bare); }), HasSubstr("too few; did you mean ")) << bare;
+  for (const char* wrong : {"-24GiB", "nan", "inf", "1e99", "1e99GB", "24 gib", "24GB ", " 24GB",
+                            "24G", "0", "0GB", "0x10GB", "24,000", "24GiB 1", "h100"})
+    for (const auto& read : {+[](const std::string& t) { find_gpu(t); },
+                             +[](const std::string& t) { parse_device_memory(t); }})
+      EXPECT_THAT(error_of([&] { read(wrong); }),
+                  AllOf(HasSubstr(wrong), HasSubstr("24GiB"), HasSubstr("KiB, MiB, GiB, TiB")));
+  EXPECT_EQ(parse_host_memory("0GB"), 0);
+  EXPECT_THAT(error_of([] { parse_host_memory("-1"); }), HasSubstr("KiB, MiB, GiB, TiB"));
+}
+
+TEST_F(MemoryAnswersTest, EmptyTextsAreRefused) {
+  for (const char* option : {"--gpu", "--device-memory", "--host-memory", "--table", "--check"})
+    expect_refused({"memory", "synthetic:tiny", option, ""}, {option, "not an empty text"});
+  expect_refused({"memory", ""}, {"not an empty text"});
+  expect_refused({"train", run_file(), "--device-memory", ""}, {"not an empty text"});
+}
+
+TEST_F(MemoryAnswersTest, NumbersOfAnyLengthEndInOneColumn) {
+  const std::string shown = text("synthetic:tiny", {"--gpu", "999999TB"});
+  const size_t at = shown.find("  free of 999999.00 TB");
+  ASSERT_NE(at, std::string::npos);
+  const std::string line = shown.substr(at, shown.find('\n', at) - at);
+  EXPECT_THAT(line, HasSubstr(" TB 999,998,999,"));
+  EXPECT_EQ(line.find("  fits"), 64u);
+  const size_t peak = shown.find("  peak "), end = shown.find('\n', peak);
+  EXPECT_EQ(end - peak, 64u);
+  EXPECT_THAT(shown, HasSubstr("\n  driver, CUDA context, libraries "));
+}
+
 TEST_F(MemoryAnswersTest, OfInt8TheBytesAlone) {
   const Arguments l4 = {"--gpu", "l4", "--set", "load_in_8bit=true"};
   EXPECT_THAT(text("synthetic:tiny", l4),
