@@ -90,8 +90,8 @@ int run_memory_command(const MemoryOptions& options, const CommonOptions& common
   if (options.target.empty())
     fail("memory: give a YAML file, a model, --check DIR, or --table with one of {}",
          fmt::join(memory_table_names(), ", "));
-  if (!options.out.empty() || options.format != "text")
-    fail("--out and --format are for --table; --json writes a prediction for programs");
+  if (!options.out.empty() || options.format != "text" || options.measured != memory_results_file)
+    fail("--out, --format and --measured are for --table; --json writes a prediction for programs");
   MemoryTarget target = memory_target(options.gpu, common.device);
   if (!common.device_memory.empty()) limit_target(target, common.device_memory);
   if (!options.host_memory.empty()) target.host = parse_host_memory(options.host_memory);

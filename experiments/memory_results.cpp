@@ -1,6 +1,7 @@
 #include "experiments/memory_results.h"
 
 #include <algorithm>
+#include <array>
 #include <set>
 
 #include "core/error.h"
@@ -148,12 +149,18 @@ std::optional<MeasuredBytes> find_measured(std::span<const MeasuredRun> runs,
                                            const std::string& model,
                                            const std::vector<std::string>& sets,
                                            std::span<const Category> counted) {
+  std::array<Category, category_count> all{};
+  for (size_t i = 0; i < all.size(); ++i) all[i] = static_cast<Category>(i);
   std::optional<MeasuredBytes> found;
+  bool found_own = false;
   for (const MeasuredRun& run : runs) {
     if (run.model != model || run.device_used_bytes == 0) continue;
     const std::optional<int64_t> bytes = counted_bytes(run, counted);
-    if (bytes && agree(as_options(run.set), sets, counted))
-      found = {*bytes, run.device, run.commit};
+    if (!bytes || !agree(as_options(run.set), sets, counted)) continue;
+    const bool own = agree(as_options(run.set), sets, all);
+    if (found_own && !own) continue;
+    found = {*bytes, run.device, run.commit};
+    found_own = own;
   }
   return found;
 }

@@ -35,8 +35,8 @@ struct MeasuredBytes {
   int64_t bytes;
   std::string device, commit;
 };
-/// Bytes in `counted` of the last run on a GPU with the model and, as far as those bytes depend on
-/// them, the settings; all categories mean the peak.
+/// Bytes in `counted` of a run on a GPU with the model and the settings, the last one; where there
+/// is none, of the last with the settings that those bytes depend on. All categories mean the peak.
 std::optional<MeasuredBytes> find_measured(std::span<const MeasuredRun> runs,
                                            const std::string& model,
                                            const std::vector<std::string>& sets,

@@ -170,7 +170,7 @@ std::string as_csv(const MemoryTable& table) {
                                                        : fmt::format("{:.0f}", *amount);
   };
   std::string out =
-      "table,row,unit,published,published_value,rule,rule_value,predicted_value,setting,"
+      "table,row,unit,published,published_value,rule,rule_value,predicted_value,setting,measured,"
       "measured_value,device,commit,difference_value,difference_parts,published_less_rule\n";
   for (const MemoryRow& row : table.rows) {
     const auto sum = [](const std::vector<Share>& shares) {
@@ -184,6 +184,8 @@ std::string as_csv(const MemoryTable& table) {
                              : row.unit == Unit::percent    ? "percent"
                              : row.unit == Unit::parameters ? "parameters"
                                                             : "bits";
+    std::string measured = measured_cell(row);
+    if (measured == "unreadable") measured += ": " + table.unreadable;  // there are no notes here
     const std::vector<std::string> cells = {
         table.name,
         row.what,
@@ -194,6 +196,7 @@ std::string as_csv(const MemoryTable& table) {
         number(sum(row.by_rule), row.unit),
         number(sum(row.ours), row.unit),
         row.setting,
+        measured,
         row.measured ? std::to_string(row.measured->bytes) : "",
         row.measured ? row.measured->device : "",
         row.measured ? row.measured->commit : "",

@@ -109,23 +109,28 @@ MemoryTable memory_table(const std::string& name, const std::string& results) {
   if (entry == std::end(entries))
     fail("--table {}: unknown; the tables are {}", name, fmt::join(memory_table_names(), ", "));
   std::vector<MeasuredRun> runs;
-  bool damaged = false;
-  std::string note = "measured: bytes of the allocator, from " + results +
-                     " where it has a run with the row's settings on a GPU";
+  std::string unreadable;
   try {
     runs = read_memory_results(results);
   } catch (const Error& error) {
-    damaged = std::filesystem::exists(results);
-    note = fmt::format("measured: nothing, since {}", error.what());
-    note = note.substr(0, note.find('\n'));
+    unreadable = error.what();
+    unreadable = unreadable.substr(0, unreadable.find('\n'));
+    if (results == memory_results_file && !std::filesystem::exists(results))
+      unreadable += "; the file lies in qlab's sources: run qlab there, or name it by --measured";
   }
   RowMaker make(std::move(runs));
   MemoryTable table = entry->make(make);
-  if (damaged)
+  table.name = name;
+  table.unreadable = unreadable;
+  if (unreadable.empty()) {
+    table.measured_note = "measured: bytes of the allocator, from " + results +
+                          " where it has a run with the row's settings on a GPU, by the commit "
+                          "named with them";
+  } else {
+    table.measured_note = "measured: unreadable: " + unreadable;
     for (MemoryRow& row : table.rows)
       if (row.unmeasured == MemoryRow().unmeasured) row.unmeasured = "unreadable";
-  table.name = name;
-  table.measured_note = note;
+  }
   table.notes.insert(table.notes.begin(), "GB is 10^9 bytes, MB 10^6, GiB 2^30, MiB 2^20.");
   table.notes.emplace_back(
       "difference: ours less the rule applied, or less the published figure where it has no known "

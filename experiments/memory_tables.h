@@ -56,6 +56,7 @@ struct MemoryTable {
   std::string name, title;
   std::vector<std::string> sources, notes;
   std::string measured_note;  // where the measured column comes from, or why it is empty
+  std::string unreadable;     // what keeps its file from being read; "" for nothing
   std::vector<MemoryRow> rows;
   std::vector<Share> sizes = {};  // one more chart of the HTML form: bytes
 };

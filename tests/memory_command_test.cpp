@@ -17,7 +17,8 @@ TEST_F(MemoryCommandTest, MemoryTables) {
   const Ended shown = run({"memory", "--table", "llama31-8b"});
   EXPECT_EQ(shown.code, 0) << shown.err;
   EXPECT_THAT(shown.out, AllOf(HasSubstr("5.70 GB"), HasSubstr("+109,051,904 B 8-bit scales"),
-                               HasSubstr("measured: nothing, since bench/results/memory.json")));
+                               HasSubstr("measured: unreadable: bench/results/memory.json: "),
+                               HasSubstr("name it by --measured")));
   const std::string page = folder_ / "table.html";
   const Ended written = run({"memory", "--table", "qlora-fig6", "--format", "html", "--out", page});
   EXPECT_EQ(written.out, page + "\n");
@@ -31,6 +32,7 @@ TEST_F(MemoryCommandTest, MemoryTables) {
                  {"--table qlora-7b", "leave out synthetic:tiny"});
   expect_refused({"memory", "--table", "qlora-7b", "--json"}, {"leave out", "--json"});
   expect_refused({"memory", "synthetic:tiny", "--format", "csv"}, {"--format", "--table"});
+  expect_refused({"memory", "synthetic:tiny", "--measured", "m.json"}, {"--measured", "--table"});
   expect_refused({"memory", "--table", "qlora-7b", "--out", "gone/table.txt"}, {"gone/table.txt"});
 }
 

@@ -23,7 +23,11 @@ using testing::AllOf;
 using testing::HasSubstr;
 using testing::Not;
 
-MemoryTable table(const std::string& name) { return memory_table(name, "no/memory.json"); }
+/// Without measured runs.
+MemoryTable table(const std::string& name) {
+  const TemporaryFolder folder;
+  return memory_table(name, folder.write("memory.json", "[]"));
+}
 
 const MemoryRow& row(const MemoryTable& table, const std::string& what) {
   const auto it = std::find_if(table.rows.begin(), table.rows.end(),
@@ -221,14 +225,16 @@ TEST(MemoryTables, Csv) {
   for (const std::string& name : memory_table_names()) {
     const auto lines = csv_cells(format_table(table(name), "csv"));
     ASSERT_EQ(lines.size(), table(name).rows.size() + 1);
-    for (const auto& cells : lines) ASSERT_EQ(cells.size(), 15u) << cells[1];
+    for (const auto& cells : lines) ASSERT_EQ(cells.size(), 16u) << cells[1];
   }
   const auto lines = csv_cells(format_table(table("llama31-8b"), "csv"));
   EXPECT_EQ(lines[1][1], "fp32");
   EXPECT_EQ(lines[1][4], "32120000000");
   EXPECT_EQ(lines[1][6], "32121044992");
-  EXPECT_EQ(lines[2][12], "532480");
-  EXPECT_EQ(lines[2][13], "norms (ours in fp32)=532480");
+  EXPECT_EQ(lines[2][13], "532480");
+  EXPECT_EQ(lines[2][9], "not measured");
+  EXPECT_EQ(lines[3][9], "bytes alone");
+  EXPECT_EQ(lines[2][14], "norms (ours in fp32)=532480");
   EXPECT_EQ(lines[6][1], "the same + LoRA r=32 on q, k, v, o");
 }
 
@@ -359,10 +365,14 @@ class MeasuredTest : public testing::Test {
 };
 
 TEST_F(MeasuredTest, MissingFile) {
-  const MemoryTable t = table("qlora-7b");
-  EXPECT_THAT(t.measured_note, HasSubstr("measured: nothing, since no/memory.json: "));
+  const MemoryTable t = memory_table("qlora-7b", "no/memory.json");
+  EXPECT_THAT(t.measured_note, HasSubstr("measured: unreadable: no/memory.json: cannot open"));
   EXPECT_EQ(t.measured_note.find('\n'), std::string::npos);
   for (const MemoryRow& r : t.rows) EXPECT_FALSE(r.measured);
+  EXPECT_EQ(row(t, "1 x 512 tokens").unmeasured, "unreadable");
+  EXPECT_THAT(format_table(t, "csv"), HasSubstr(",unreadable: no/memory.json: "));
+  EXPECT_EQ(row(memory_table("llama31-8b", folder_ / "."), "bf16").unmeasured, "unreadable");
+  EXPECT_THAT(memory_table("qlora-7b", folder_ / ".").measured_note, HasSubstr("regular file"));
 }
 
 TEST_F(MeasuredTest, DamagedFile) {
@@ -377,10 +387,10 @@ TEST_F(MeasuredTest, DamagedFile) {
   for (const auto& [text, part] : cases) {
     const std::string file = written(text);
     const MemoryTable t = memory_table("qlora-7b", file);
-    EXPECT_THAT(t.measured_note, AllOf(HasSubstr("measured: nothing"), HasSubstr(part)));
+    EXPECT_THAT(t.measured_note, AllOf(HasSubstr("measured: unreadable: "), HasSubstr(part)));
     EXPECT_EQ(t.measured_note.find('\n'), std::string::npos);
     EXPECT_THAT(format_table(t, "text"),
-                AllOf(HasSubstr("measured: nothing"), HasSubstr("unreadable"),
+                AllOf(HasSubstr("measured: unreadable: "), HasSubstr("   unreadable "),
                       Not(HasSubstr("not measured"))));
     EXPECT_THAT(error_of([&] { read_memory_results(file); }), HasSubstr(part));
   }
@@ -400,7 +410,20 @@ TEST_F(MeasuredTest, MatchingRuns) {
   EXPECT_FALSE(row(t, "1 x 512 tokens, layers recomputed").measured);
   EXPECT_THAT(format_table(t, "text"), AllOf(HasSubstr("6.630 GB"), HasSubstr("on NVIDIA A10G")));
   EXPECT_THAT(format_table(t, "html"), HasSubstr("NVIDIA A10G, 0123456"));
-  EXPECT_THAT(format_table(t, "csv"), HasSubstr(",6630000000,NVIDIA A10G,0123456,"));
+  EXPECT_THAT(format_table(t, "csv"), HasSubstr(",6.630 GB,6630000000,NVIDIA A10G,0123456,"));
+}
+
+// A base holds the tables of its own run's positions, so that its row's own run comes first.
+TEST_F(MeasuredTest, TheRowsOwnRunComesFirst) {
+  const std::string model = "synthetic:llama-2-7b";
+  std::string longer = entry(R"("lora.r": 8, "data.seq_len": 2048)", 9);
+  longer.replace(longer.find("0123456"), 7, "fffffff");
+  const std::vector<MeasuredRun> runs =
+      read_memory_results(written("[" + entry(qlora_, 1) + ", " + longer + "]"));
+  const std::vector<Category> base = {Category::weights, Category::constants};
+  EXPECT_EQ(find_measured(runs, model, {"lora.r=8", "train.batch_size=1"}, base)->commit,
+            "0123456");
+  EXPECT_EQ(find_measured(runs, model, {"lora.r=4"}, base)->commit, "fffffff");
 }
 
 // What double quantization saves of 65B is one measured base less another.
