@@ -6,9 +6,9 @@
 #include <filesystem>
 #include <map>
 #include <numeric>
-#include <set>
 #include <span>
 
+#include "data/checkpoint.h"
 #include "experiments/gangs.h"
 #include "experiments/remedy.h"
 
@@ -19,15 +19,40 @@ bool is_here(const std::string& path) {
   return path.empty() || path == "synthetic" || std::filesystem::exists(path);
 }
 
+/// Why the lengths of a trial's examples cannot be known, or "". Random ones have data.seq_len.
+std::string why_no_lengths(const Config& config, const ModelSource& model) {
+  if (config.data.train.empty()) return "no data.train";
+  if (!is_here(config.data.train) || !is_here(config.data.eval)) return "data is not here";
+  const bool tokenizes =
+      config.data.train == "synthetic" || !model.shapes_alone ||
+      std::filesystem::exists(resolve_model_path(model.path) + "/tokenizer.json");
+  return tokenizes ? "" : "the tokenizer is not here";
+}
+
+void append(std::string& notes, const std::string& note) {
+  if (!note.empty()) notes += (notes.empty() ? "" : "; ") + note;
+}
+
+/// "r4-s0, r4-s1 and 10 others"
+std::string some_of(const std::vector<std::string>& names, size_t all) {
+  constexpr size_t most = 3;
+  if (names.size() == all && all > 1) return fmt::format("all {} trials", all);
+  const size_t shown = names.size() == most + 1 ? most + 1 : std::min(names.size(), most);
+  std::string text = fmt::format("{}", fmt::join(names.begin(), names.begin() + shown, ", "));
+  if (shown < names.size()) text += fmt::format(" and {} others", names.size() - shown);
+  return text;
+}
+
 int64_t total(const std::vector<int64_t>& lengths) {
   return std::accumulate(lengths.begin(), lengths.end(), int64_t{0});
 }
 
 /// Seconds of all steps of a trial; its micro-batches as if each had as many tokens as a usual one.
-double seconds_of(const PaperTrial& trial, Library& library, const StepSeconds& step) {
+double seconds_of(const PaperTrial& trial, const ModelSource& model, Library& library,
+                  const StepSeconds& step) {
   const Config& c = trial.config;
   const auto usual = static_cast<double>(std::max<int64_t>(total(trial.usual_lengths), 1));
-  if (c.data.train == "synthetic" || !is_here(c.data.train) || c.data.train.empty())
+  if (c.data.train == "synthetic" || !why_no_lengths(c, model).empty())
     return c.train.steps ? static_cast<double>(*c.train.steps) * step.of(c.train.grad_accum) : 0;
   const Dataset& data = library.train_set(c);
   const double per_example =
@@ -82,10 +107,9 @@ GangForecast forecast_gang(const ModelSource& model, const std::vector<PaperTria
   if (out.fits || gang.size() > 1) return out;
   const int64_t capacity = target.capacity.value_or(MemoryLimits::none);
   const auto remedy = cheapest_fit(model, gang, target.device, {capacity, host}, target.rates);
-  out.note += (out.note.empty() ? "" : "; ") +
-              (remedy ? fmt::format("would fit with {}: {}", fmt::join(remedy->sets, " "),
-                                    price_text(*remedy))
-                      : "nothing that can be set makes it fit");
+  append(out.note, remedy ? fmt::format("would fit with {}: {}", fmt::join(remedy->sets, " "),
+                                        price_text(*remedy))
+                          : "nothing that can be set makes it fit");
   return out;
 }
 
@@ -113,12 +137,21 @@ class Forecaster {
       run(gang.first(gang.size() / 2));
       return run(gang.subspan(gang.size() / 2));
     }
+    ++gangs_;
     for (size_t j = 0; j < gang.size(); ++j) {
       const bool computes = why_not_computable(papers[j].config).empty();
-      const double seconds = computes ? seconds_of(papers[j], library_, own.plan.seconds) : 0;
-      out_[gang[j]] = {own.plan.peak, own.limited ? std::optional(own.fits) : std::nullopt,
-                       gang.size(), seconds / static_cast<double>(gang.size()), own.note};
+      const double seconds =
+          computes ? seconds_of(papers[j], model, library_, own.plan.seconds) : 0;
+      out_[gang[j]] = {
+          own.plan.peak, own.limited ? std::optional(own.fits) : std::nullopt, gangs_,
+          gang.size(),   seconds / static_cast<double>(gang.size()),           own.note};
+      append(out_[gang[j]].note, assumptions(papers[j].config, model));
     }
+  }
+  /// What cannot be said of a gang, and why.
+  void leave(std::span<const size_t> gang, const std::string& why) {
+    ++gangs_;
+    for (const size_t i : gang) out_[i] = {0, {}, gangs_, gang.size(), 0, why};
   }
 
  private:
@@ -127,17 +160,22 @@ class Forecaster {
   const MemoryTarget& target_;
   std::vector<TrialForecast>& out_;
   std::map<std::string, GangForecast> known_;
+  size_t gangs_ = 0;
 };
 
 }  // namespace
 
-bool data_is_here(const Config& config) {
-  return !config.data.train.empty() && is_here(config.data.train) && is_here(config.data.eval);
+std::string assumptions(const Config& config, const ModelSource& model) {
+  std::string text;
+  const std::string why = why_no_lengths(config, model);
+  if (config.lora.present && !why.empty()) text = why + ": full batches of data.seq_len";
+  if (model.shapes_alone) append(text, "the weights are not here: shapes by config.json");
+  return text;
 }
 
 PaperTrial trial_on_paper(const Config& config, Library& library, Device target) {
-  const int64_t positions =
-      most_positions(config.model.path, library.model(config.model.path).config);
+  const ModelSource& model = library.model(config.model.path);
+  const int64_t positions = most_positions(config.model.path, model.config);
   for (const int64_t length : {config.data.seq_len, config.data.eval_seq_len})
     if (config.lora.present && length > positions)
       fail("a sequence length of {} exceeds the {} positions of {}", length, positions,
@@ -147,7 +185,7 @@ PaperTrial trial_on_paper(const Config& config, Library& library, Device target)
     fail("train.batch_size {} of data.seq_len {} are more tokens than a micro-batch can have",
          config.train.batch_size, config.data.seq_len);
   // Random data is as long as it may be; making it would take time and memory.
-  if (config.data.train == "synthetic" || !data_is_here(config))
+  if (config.data.train == "synthetic" || !why_no_lengths(config, model).empty())
     return assumed_trial(config, target);
   return paper_trial(config, library, target);
 }
@@ -162,7 +200,7 @@ std::vector<TrialForecast> forecast(const Sweep& sweep, Library& library,
     try {
       forecaster.run(gang);
     } catch (const Error& error) {
-      for (const size_t i : gang) out[i] = {0, {}, gang.size(), 0, error.what()};
+      forecaster.leave(gang, error.what());
     }
   }
   return out;
@@ -170,25 +208,29 @@ std::vector<TrialForecast> forecast(const Sweep& sweep, Library& library,
 
 std::string forecast_table(const Sweep& sweep, const std::vector<TrialForecast>& forecasts,
                            const MemoryTarget& target) {
-  std::vector<std::vector<std::string>> columns = {{"peak"}, {"time"}, {"fits"}};
+  std::vector<std::vector<std::string>> columns = {{"gang"}, {"peak"}, {"time"}, {"fits"}};
   double seconds = 0;
   size_t too_large = 0, untimed = 0;
-  bool limited = false;
-  std::string notes;
-  std::set<std::string> noted;
+  bool limited = false, together = false;
+  std::vector<std::pair<std::string, std::vector<std::string>>> notes;  // and the trials' names
   for (size_t i = 0; i < forecasts.size(); ++i) {
     const TrialForecast& f = forecasts[i];
-    columns[0].push_back(f.peak > 0 ? format_bytes(f.peak) : "?");
-    columns[1].push_back(f.seconds > 0 ? duration_text(f.seconds) : "?");
-    columns[2].push_back(!f.fits ? "?" : *f.fits ? "yes" : "no");
+    columns[0].push_back(std::to_string(f.gang));
+    columns[1].push_back(f.peak > 0 ? format_bytes(f.peak) : "?");
+    columns[2].push_back(f.seconds > 0 ? duration_text(f.seconds) : "?");
+    columns[3].push_back(!f.fits ? "?" : *f.fits ? "yes" : "no");
     seconds += f.seconds;
     untimed += f.seconds == 0;
     too_large += f.fits == false;
     limited = limited || f.fits;
-    if (f.note.empty() || !noted.insert(f.note).second) continue;
-    notes += sweep.trials[i].name + ": " + f.note + "\n";
+    together = together || f.gang_size > 1;
+    if (f.note.empty()) continue;
+    auto note = std::ranges::find(notes, f.note, [](const auto& n) { return n.first; });
+    if (note == notes.end()) note = notes.insert(notes.end(), {f.note, {}});
+    note->second.push_back(sweep.trials[i].name);
   }
   if (!limited) columns.pop_back();
+  if (!together) columns.erase(columns.begin());
   std::string text = trial_table(sweep, columns);
   text += fmt::format("predicted for {}{}", target.name,
                       target.capacity ? " with " + format_bytes(*target.capacity) : "");
@@ -200,7 +242,8 @@ std::string forecast_table(const Sweep& sweep, const std::vector<TrialForecast>&
         rates_origin(target).text);
   text += "\n";
   if (too_large > 0) text += fmt::format("{} of {} do not fit\n", too_large, forecasts.size());
-  text += notes;
+  for (const auto& [note, names] : notes)
+    text += some_of(names, forecasts.size()) + ": " + note + "\n";
   text.pop_back();
   return text;
 }

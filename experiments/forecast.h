@@ -12,9 +12,9 @@
 namespace qlab {
 
 struct TrialForecast {
-  int64_t peak = 0;          // of its gang
-  std::optional<bool> fits;  // none: there is no limit, or it cannot be said
-  size_t gang_size = 1;
+  int64_t peak = 0;                // of its gang
+  std::optional<bool> fits;        // none: there is no limit, or it cannot be said
+  size_t gang = 0, gang_size = 1;  // its gang's number, from 1 on in the order they train
   double seconds = 0;  // of its steps, its share of the gang's; 0 where their number is unknown
   std::string note;    // settings with which it would fit, or why it cannot be said
 };
@@ -25,13 +25,14 @@ struct TrialForecast {
 std::vector<TrialForecast> forecast(const Sweep& sweep, Library& library,
                                     const MemoryTarget& target);
 
-/// The list of --dry-run: one line per trial with its swept values, what it needs, and whether that
-/// fits where something is known of a limit; the sum of the times below.
+/// The list of --dry-run: one line per trial with its swept values, its gang where trials train
+/// together, what it needs, and whether that fits where something is known of a limit. Below, the
+/// sum of the times, and each note with the trials that it is about.
 std::string forecast_table(const Sweep& sweep, const std::vector<TrialForecast>& forecasts,
                            const MemoryTarget& target);
 
-/// Whether the data of a trial is on this machine; random data is.
-bool data_is_here(const Config& config);
+/// What a prediction takes for granted about data and weights that are not on this machine, or "".
+std::string assumptions(const Config& config, const ModelSource& model);
 /// The lengths of a trial's batches: of its data where that is here, otherwise assumed. Error for
 /// sequences longer than the model's positions.
 PaperTrial trial_on_paper(const Config& config, Library& library, Device target);

@@ -29,13 +29,7 @@ int print_one(const Config& config, int64_t trials, Library& library, const Memo
   const std::vector<PaperTrial> gang(question.trials,
                                      trial_on_paper(config, library, target.device));
   question.tokens = usual_tokens(gang);
-  if (config.lora.present && !data_is_here(config))
-    question.assumed =
-        fmt::format("{}: full batches of data.seq_len",
-                    config.data.train.empty() ? "no data.train" : "data is not here");
-  if (model.shapes_alone)
-    question.assumed += (question.assumed.empty() ? "" : "; ") +
-                        std::string("the weights are not here: shapes by config.json");
+  question.assumed = assumptions(config, model);
   question.refused = why_not_computable(config);
   const int64_t capacity = target.capacity.value_or(MemoryLimits::none);
   const int64_t limit = device_limit(config, target.device, target.capacity);

@@ -417,7 +417,7 @@ RunnerResult run_sweep(const Sweep& sweep, const RunnerOptions& options,
       shown.trials.clear();
       for (const int i : mine) shown.trials.push_back(sweep.trials[static_cast<size_t>(i)]);
     }
-    Library library(callbacks.stop);
+    Library library(callbacks.stop, true);
     const MemoryTarget target = target_here(options.device);
     print(forecast_table(shown, forecast(shown, library, target), target));
     note_missing(shown, print);

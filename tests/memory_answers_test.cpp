@@ -81,6 +81,50 @@ TEST_F(MemoryAnswersTest, WithoutALimitNothingFitsOrDoesNot) {
   EXPECT_EQ(forecast(sweep, library, target)[0].fits, false);
 }
 
+class ForecastTest : public testing::Test {
+ protected:
+  std::string table(const std::string& more, std::optional<int64_t> capacity = {}) const {
+    const Sweep sweep = load_sweep(
+        folder_.write("sweep.yaml",
+                      "base: {model: {path: \"synthetic:tiny\"}, train: {steps: 5}, data: {train: "
+                      "synthetic}" +
+                          more),
+        {});
+    Library library;
+    const MemoryTarget target{Device::cuda(), "a GPU", {}, capacity, gpu_rates("")};
+    return forecast_table(sweep, forecast(sweep, library, target), target);
+  }
+  TemporaryFolder folder_;
+};
+
+TEST_F(ForecastTest, NamesTheGangsWhereThereAreSome) {
+  const std::string swept =
+      "}\nparameters: {lora.r: {values: [4, 8]}, train.recompute: {values: [none, full]}}\n";
+  const std::string two = ", parallel: {trials_per_gpu: 2}";
+  EXPECT_THAT(table(swept), Not(HasSubstr("gang")));
+  const std::string together = table(two + swept);
+  EXPECT_THAT(together, HasSubstr("seed  gang  peak"));
+  EXPECT_THAT(together, testing::ContainsRegex("r4-recompute-none-s0 .* 0     1     .*\n"
+                                               "r4-recompute-full-s0 .* 0     2     .*\n"
+                                               "r8-recompute-none-s0 .* 0     1     .*\n"
+                                               "r8-recompute-full-s0 .* 0     2     "));
+  EXPECT_THAT(table(two + swept, 1000), Not(HasSubstr("gang")));  // halved until each is alone
+}
+
+TEST_F(ForecastTest, ANoteNamesItsTrials) {
+  const auto seeds = [](const std::string& list) {
+    return ", lora: {r: 4}}\nseeds: [" + list +
+           "]\nparameters: {quant.type: {values: [nf4, int8]}}";
+  };
+  const std::string note = ": bytes alone: no run computes with int8";
+  EXPECT_THAT(table(seeds("0")), HasSubstr("\nint8-s0" + note));
+  EXPECT_THAT(table(seeds("0, 1, 2, 3")), HasSubstr("\nint8-s0, int8-s1, int8-s2, int8-s3" + note));
+  EXPECT_THAT(table(seeds("0, 1, 2, 3, 4")),
+              HasSubstr("\nint8-s0, int8-s1, int8-s2 and 2 others" + note));
+  EXPECT_THAT(table(", lora: {r: 4}, quant: {type: int8}}\nseeds: [0, 1]"),
+              HasSubstr("\nall 2 trials" + note));
+}
+
 // What is said of the remedy is what is said when it is made.
 TEST_F(MemoryAnswersTest, ARemedyHasAPrice) {
   const std::string model = "synthetic:llama-3.1-8b";
@@ -187,6 +231,26 @@ TEST_F(MemoryAnswersTest, AConfigurationAloneHasShapes) {
     EXPECT_EQ(said[key], expected[key]) << key;
   expect_refused({"train", run_file(), "--set", "model.path=" + folder, "--device", "cpu"},
                  {"model.safetensors"});
+  const auto list = [&](const std::string& model, const std::string& data) {
+    const Ended ended =
+        run({"train", run_file("train: {steps: 2}\n"), "--set", "model.path=" + model, "--set",
+             "data.train=" + data, "--device", "cpu", "--dry-run"});
+    EXPECT_EQ(ended.code, 0) << ended.err;
+    return ended.out;
+  };
+  // Of one line a trial, the peak and what follows.
+  const auto needs = [](const std::string& shown) {
+    const size_t line = shown.find("\nrun-"), seed = shown.find("  0     ", line);
+    return shown.substr(seed, shown.find('\n', seed) - seed);
+  };
+  const std::string peak = needs(list("synthetic:tiny", "synthetic"));
+  EXPECT_THAT(peak, AllOf(HasSubstr("MB"), HasSubstr("yes"), Not(HasSubstr("?"))));
+  const std::string random = list(folder, "synthetic"), own = list(folder, train_);
+  EXPECT_EQ(needs(random), peak);
+  EXPECT_THAT(random, HasSubstr("s0: the weights are not here: shapes by config.json"));
+  EXPECT_EQ(needs(own), peak);
+  EXPECT_THAT(own, HasSubstr("s0: the tokenizer is not here: full batches of data.seq_len; the "
+                             "weights are not here"));
 }
 
 TEST(Durations, AreReadable) {
