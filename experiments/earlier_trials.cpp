@@ -59,16 +59,19 @@ void add_earlier_trials(const std::string& dir, Sweep& sweep,
                         std::vector<std::string>& directories) {
   Trial own = std::move(sweep.trials.front());
   const std::string place = directories.front(), wanted = own.name;
+  std::string known;  // its name since its first run, whatever was said of it now
   std::set<std::string> taken, keys;
   sweep.trials.clear(), directories.clear(), sweep.seeds.clear();
   for (Listed& listed : listed_trials(dir)) {
     const bool started = fs::exists(dir + "/trials/" + listed.directory);
+    if (listed.directory == place) known = listed.trial.name;
     if (listed.directory == place || !started) continue;
     taken.insert(listed.trial.name);
     sweep.trials.push_back(std::move(listed.trial));
     directories.push_back(listed.directory);
   }
   for (int n = 2; taken.count(own.name) > 0; ++n) own.name = fmt::format("{}-{}", wanted, n);
+  if (!known.empty()) own.name = known;
   for (const auto& [key, value] : own.swept) keys.insert(key);
   sweep.trials.push_back(std::move(own));
   directories.push_back(place);

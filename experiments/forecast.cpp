@@ -137,24 +137,26 @@ class Forecaster {
       run(gang.first(gang.size() / 2));
       return run(gang.subspan(gang.size() / 2));
     }
-    ++gangs_;
+    const size_t number = number_of(gang);
     for (size_t j = 0; j < gang.size(); ++j) {
       const bool computes = why_not_computable(papers[j].config).empty();
       const double seconds =
           computes ? seconds_of(papers[j], model, library_, own.plan.seconds) : 0;
       out_[gang[j]] = {
-          own.plan.peak, own.limited ? std::optional(own.fits) : std::nullopt, gangs_,
+          own.plan.peak, own.limited ? std::optional(own.fits) : std::nullopt, number,
           gang.size(),   seconds / static_cast<double>(gang.size()),           own.note};
       append(out_[gang[j]].note, assumptions(papers[j].config, model));
     }
   }
   /// What cannot be said of a gang, and why.
   void leave(std::span<const size_t> gang, const std::string& why) {
-    ++gangs_;
-    for (const size_t i : gang) out_[i] = {0, {}, gangs_, gang.size(), 0, why};
+    const size_t number = number_of(gang);
+    for (const size_t i : gang) out_[i] = {0, {}, number, gang.size(), 0, why};
   }
 
  private:
+  size_t number_of(std::span<const size_t> gang) { return gang.size() > 1 ? ++gangs_ : 0; }
+
   const std::vector<const Config*>& configs_;
   Library& library_;
   const MemoryTarget& target_;
@@ -215,7 +217,7 @@ std::string forecast_table(const Sweep& sweep, const std::vector<TrialForecast>&
   std::vector<std::pair<std::string, std::vector<std::string>>> notes;  // and the trials' names
   for (size_t i = 0; i < forecasts.size(); ++i) {
     const TrialForecast& f = forecasts[i];
-    columns[0].push_back(std::to_string(f.gang));
+    columns[0].push_back(f.gang > 0 ? std::to_string(f.gang) : "-");
     columns[1].push_back(f.peak > 0 ? format_bytes(f.peak) : "?");
     columns[2].push_back(f.seconds > 0 ? duration_text(f.seconds) : "?");
     columns[3].push_back(!f.fits ? "?" : *f.fits ? "yes" : "no");

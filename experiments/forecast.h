@@ -14,7 +14,7 @@ namespace qlab {
 struct TrialForecast {
   int64_t peak = 0;                // of its gang
   std::optional<bool> fits;        // none: there is no limit, or it cannot be said
-  size_t gang = 0, gang_size = 1;  // its gang's number, from 1 on in the order they train
+  size_t gang = 0, gang_size = 1;  // which gang, from 1 on in the order they train; 0: alone
   double seconds = 0;  // of its steps, its share of the gang's; 0 where their number is unknown
   std::string note;    // settings with which it would fit, or why it cannot be said
 };

@@ -123,7 +123,7 @@ std::string markdown(const Results& results) {
     for (const Column& column : columns) {
       row.push_back(readable(column.name, trial->*column.value));
     }
-    row.push_back(trial->status);
+    row.push_back(status_text(*trial));
     rows.push_back(std::move(row));
   }
   out += markdown_table(rows);
@@ -229,9 +229,10 @@ ReportResult write_report(const std::string& dir) {
 
 std::string summary_table(const std::string& dir) {
   const Results results = read_results(dir);
-  const std::vector<std::string> shown{
-      "trainable_params", "steps",      "train_loss", "eval_loss_0", "eval_loss",
-      "tokens_per_s",     "peak_bytes", "gang_size",  "moved_bytes", "stalled_seconds"};
+  const std::vector<std::string> shown{"trainable_params", "steps",          "train_loss",
+                                       "eval_loss_0",      "eval_loss",      "tokens_per_s",
+                                       "peak_bytes",       "gang_size",      "gang",
+                                       "moved_bytes",      "stalled_seconds"};
   std::vector<Column> columns;
   for (const std::string& name : shown)
     for (const Column& column : shown_columns(results))
@@ -242,7 +243,7 @@ std::string summary_table(const std::string& dir) {
   for (const TrialResult* trial : ranked(results)) {
     std::vector<std::string> row{trial->name};
     for (const Column& column : columns) row.push_back(readable(column.name, trial->*column.value));
-    row.push_back(trial->status);
+    row.push_back(status_text(*trial));
     rows.push_back(std::move(row));
   }
   return aligned_table(rows);

@@ -22,7 +22,7 @@ void write_plan(const std::string& dir, const Sweep& sweep,
 
 /// Puts the trials of DIR's plan that have a directory, so were started, before the one of a single
 /// run, with their directories. What differs between them is then swept, and the new trial's name
-/// is its own.
+/// is its own; one that is in the plan already keeps its name.
 void add_earlier_trials(const std::string& dir, Sweep& sweep,
                         std::vector<std::string>& directories);
 

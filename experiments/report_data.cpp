@@ -57,12 +57,15 @@ void read_status(const std::string& file, TrialResult& trial) {
   trial.error = string_at(json, "error");
   trial.trainable_params = number_at(json, "trainable_params");
   trial.steps = number_at(json, "steps");
+  trial.total_steps = number_at(json, "total_steps");
   trial.trained_tokens = number_at(json, "trained_tokens");
   trial.train_loss = number_at(json, "train_loss");
-  trial.tokens_per_s = number_at(json, "tokens_per_s");
-  trial.peak_bytes = number_at(json, "peak_bytes");
+  trial.gang_name = string_at(json, "gang");
   trial.gang_size = number_at(json, "gang_size");
   trial.predicted_peak_bytes = number_at(json, "predicted_peak_bytes");
+  if (trial.status == "running") return;
+  trial.tokens_per_s = number_at(json, "tokens_per_s");
+  trial.peak_bytes = number_at(json, "peak_bytes");
   if (const auto paging = json.find("paging"); paging != json.end() && paging->is_object()) {
     trial.moved_bytes = number_at(*paging, "step_moved_bytes");
     trial.stalled_seconds = number_at(*paging, "step_stalled_seconds_median");
@@ -82,16 +85,33 @@ std::optional<double> last_tenth(const std::vector<LossPoint>& train) {
   return sum / count;
 }
 
+/// Every process that works on a trial begins with loading, its own or what it shares.
+void read_memory(const std::string& file, TrialResult& trial) {
+  trial.memory = read_memory_lines(file);
+  std::optional<double> peak;
+  std::string phase = "load";
+  for (const MemorySample& sample : trial.memory.samples) {
+    if (sample.phase == "load" && phase != "load") {
+      trial.resumed = true;
+      trial.peak_before = std::max(trial.peak_before, peak);
+      peak.reset();
+    }
+    phase = sample.phase;
+    if (phase != "load") peak = std::max(peak.value_or(0), static_cast<double>(sample.peak));
+  }
+  if (trial.status == "running") trial.peak_bytes = peak;
+}
+
 void read_trial(const std::string& dir, TrialResult& trial) {
   trial.status = "pending";
   if (!fs::is_directory(dir)) return;
   read_status(dir + "/status.json", trial);
   read_metrics(dir + "/metrics.jsonl", trial);
-  trial.memory = read_memory_lines(dir + "/memory.jsonl");
+  read_memory(dir + "/memory.jsonl", trial);
   if (!trial.train_loss) trial.train_loss = last_tenth(trial.train);
-  if (!trial.train.empty() && !trial.steps) trial.steps = trial.train.back().step;
-  if (!trial.train.empty() && !trial.trained_tokens) {
-    trial.trained_tokens = trial.train.back().tokens;
+  if (!trial.train.empty() && (!trial.steps || trial.status == "running")) {
+    trial.steps = std::max(trial.steps.value_or(0), trial.train.back().step);
+    trial.trained_tokens = std::max(trial.trained_tokens.value_or(0), trial.train.back().tokens);
   }
   for (const LossPoint& p : trial.eval) {
     if (p.step == 0) trial.eval_loss_0 = p.loss;
@@ -100,12 +120,23 @@ void read_trial(const std::string& dir, TrialResult& trial) {
   if (trial.status == "finished" && !trial.eval.empty()) trial.eval_loss = trial.eval.back().loss;
 }
 
+/// What a trial was last run with; of one that was not, what the plan has. They differ where a
+/// finished trial was asked for again with another setting that leaves its numbers as they are.
+Config config_of(const YAML::Node& trial, const std::string& dir) {
+  const std::string file = dir + "/trials/" + text_at(trial, "directory") + "/config.yaml";
+  try {
+    if (fs::exists(file)) return parse_config(load_yaml(file), "plan.yaml");
+  } catch (const std::exception&) {  // of another version, which the plan need not be
+  }
+  return parse_config(trial["config"], "plan.yaml");
+}
+
 /// Settings that are equal in every trial; none when a plan of another version does not read.
-void read_shared(const YAML::Node& trials, Results& results) {
+void read_shared(const YAML::Node& trials, const std::string& dir, Results& results) {
   std::map<std::string, std::set<std::string>> values;
   try {
     for (const auto& trial : trials) {
-      const Config config = parse_config(trial["config"], "plan.yaml");
+      const Config config = config_of(trial, dir);
       for (const Field& field : config_fields()) {
         if (!field.hidden) values[field.key].insert(field_text(field, config));
       }
@@ -119,6 +150,13 @@ void read_shared(const YAML::Node& trials, Results& results) {
       results.shared.emplace_back(field.key, *seen.begin());
     }
   }
+}
+
+void number_gangs(Results& results) {
+  std::map<std::string, double> numbers;
+  for (TrialResult& trial : results.trials)
+    if (trial.gang_size > 1 && !trial.gang_name.empty())
+      trial.gang = numbers.emplace(trial.gang_name, numbers.size() + 1).first->second;
 }
 
 void note_strangers(const std::string& dir, Results& results) {
@@ -173,7 +211,8 @@ Results read_plan(const YAML::Node& plan, const std::string& dir) {
     results.trials.push_back(std::move(trial));
   }
   results.several_seeds = seeds.size() > 1;
-  read_shared(trials, results);
+  number_gangs(results);
+  read_shared(trials, dir, results);
   note_strangers(dir, results);
   return results;
 }
@@ -188,6 +227,12 @@ Results read_results(const std::string& dir) {
   } catch (const YAML::Exception& e) {
     fail("{}:{}: not a plan of qlab: {}", file, e.mark.line + 1, e.msg);
   }
+}
+
+std::string status_text(const TrialResult& trial) {
+  const bool unfinished = trial.status == "running" || trial.status == "interrupted";
+  if (!unfinished || !trial.steps || !trial.total_steps) return trial.status;
+  return fmt::format("{}, step {:.0f} of {:.0f}", trial.status, *trial.steps, *trial.total_steps);
 }
 
 const std::vector<Column>& summary_columns() {
@@ -206,8 +251,12 @@ const std::vector<Column>& summary_columns() {
 
 std::vector<Column> shown_columns(const Results& results) {
   std::vector<Column> columns = summary_columns();
-  if (std::any_of(results.trials.begin(), results.trials.end(),
-                  [](const TrialResult& t) { return t.moved_bytes.has_value(); })) {
+  const auto any = [&](std::optional<double> TrialResult::*value) {
+    return std::any_of(results.trials.begin(), results.trials.end(),
+                       [&](const TrialResult& t) { return (t.*value).has_value(); });
+  };
+  if (any(&TrialResult::gang)) columns.push_back({"gang", &TrialResult::gang});
+  if (any(&TrialResult::moved_bytes)) {
     columns.push_back({"moved_bytes", &TrialResult::moved_bytes});
     columns.push_back({"stalled_seconds", &TrialResult::stalled_seconds});
   }

@@ -18,13 +18,19 @@ struct TrialResult {
   std::string name, directory, error;
   std::string status;  // as in status.json, or "pending"
   std::string seed;
+  std::string gang_name;
   std::vector<std::string> swept;  // as Results::keys
-  std::optional<double> trainable_params, steps, trained_tokens, train_loss, eval_loss, eval_loss_0,
-      best_eval_loss, tokens_per_s, peak_bytes, gang_size, predicted_peak_bytes, moved_bytes,
-      stalled_seconds;
+  // Of a running trial what is known so far: status.json is from its beginning.
+  std::optional<double> trainable_params, steps, total_steps, trained_tokens, train_loss, eval_loss,
+      eval_loss_0, best_eval_loss, tokens_per_s, peak_bytes, gang_size, gang, predicted_peak_bytes,
+      moved_bytes, stalled_seconds;
   std::vector<LossPoint> train, eval;
   MemoryLines memory;
+  bool resumed = false;               // the peaks above are of its last process
+  std::optional<double> peak_before;  // of those before it
 };
+/// With how far it is, where it has not come to its end.
+std::string status_text(const TrialResult& trial);
 
 /// Trials that differ in their seed alone.
 struct SeedGroup {
@@ -51,8 +57,9 @@ struct Column {
   std::optional<double> TrialResult::*value;
 };
 const std::vector<Column>& summary_columns();
-/// With those of paged optimizers behind them, where a trial has one: the bytes that a step moves
-/// over the bus, and the median of the seconds that its update waits for them.
+/// With the numbers of gangs behind them, where trials trained together, and those of paged
+/// optimizers, where a trial has one: the bytes that a step moves over the bus, and the median of
+/// the seconds that its update waits for them.
 std::vector<Column> shown_columns(const Results& results);
 std::optional<double> metric_of(const Results& results, const TrialResult& trial);
 

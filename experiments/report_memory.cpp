@@ -113,15 +113,18 @@ function drawMemoryTable(trial) {
 function drawMemory() {
   el('memory').hidden = remembered.length === 0;
   if (remembered.length === 0) return;
-  const trial = chosenMemory(), {predicted, damaged} = trial.memory;
+  const trial = chosenMemory(), {predicted, damaged, resumed, before} = trial.memory;
   const notes = ['Stacked: what the allocator holds, by category' + (trial.gang_size > 1 ?
     ', of the whole gang of ' + trial.gang_size + '.' : '.')];
   if (predicted !== null && trial.peak_bytes !== null) {
     const difference = trial.peak_bytes - predicted;
-    notes.push('Peak after loading: ' + bytes(trial.peak_bytes) + ', ' + (difference === 0 ?
-      'as predicted to the byte.' : 'predicted ' + bytes(predicted) + ', a difference of ' +
-      difference.toLocaleString('en-US') + ' bytes.'));
+    notes.push('Peak after loading' + (resumed ? ', since it last went on' : '') +
+      (trial.status === 'running' ? ', so far' : '') + ': ' + bytes(trial.peak_bytes) + ', ' +
+      (difference === 0 ? 'as predicted to the byte.' : 'predicted ' + bytes(predicted) +
+      (trial.status === 'running' ? '.' : ', a difference of ' +
+      difference.toLocaleString('en-US') + ' bytes.')));
   }
+  if (before !== null) notes.push('Before it went on: ' + bytes(before) + '.');
   if (damaged > 0) {
     notes.push('Lines of memory.jsonl that do not read and are left out: ' + damaged + '.');
   }

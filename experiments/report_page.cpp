@@ -85,14 +85,23 @@ Json memory_json(const TrialResult& trial) {
   return {{"moments", moments(trial.memory.samples)},
           {"phases", phase_rows(trial.memory.samples)},
           {"predicted", number(trial.predicted_peak_bytes)},
+          {"resumed", trial.resumed},
+          {"before", number(trial.peak_before)},
           {"damaged", trial.memory.damaged}};
 }
 
 Json trial_json(const TrialResult& trial) {
-  Json json{{"name", trial.name},          {"directory", trial.directory}, {"seed", trial.seed},
-            {"status", trial.status},      {"error", trial.error},         {"swept", trial.swept},
-            {"train", curve(trial.train)}, {"memory", memory_json(trial)}};
+  Json json{{"name", trial.name},
+            {"directory", trial.directory},
+            {"seed", trial.seed},
+            {"status", trial.status},
+            {"status_text", status_text(trial)},
+            {"error", trial.error},
+            {"swept", trial.swept},
+            {"train", curve(trial.train)},
+            {"memory", memory_json(trial)}};
   for (const Column& column : summary_columns()) json[column.name] = number(trial.*column.value);
+  json["gang"] = number(trial.gang);
   json["moved_bytes"] = number(trial.moved_bytes);
   json["stalled_seconds"] = number(trial.stalled_seconds);
   json["eval"] = Json::array();

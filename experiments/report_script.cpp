@@ -8,6 +8,7 @@ const data = JSON.parse(document.getElementById('data').textContent);
 const el = (id) => document.getElementById(id);
 const measured = ['eval_loss_0', 'eval_loss', 'best_eval_loss', 'train_loss', 'tokens_per_s',
   'peak_bytes', 'trainable_params', 'steps', 'trained_tokens', 'gang_size',
+  ...(data.trials.some((t) => t.gang !== null) ? ['gang'] : []),
   ...(data.trials.some((t) => t.moved_bytes !== null) ? ['moved_bytes', 'stalled_seconds'] : [])];
 const isLoss = (column) => column.includes('loss');
 const metric = measured.includes(data.metric) ? data.metric : 'eval_loss';
@@ -175,7 +176,7 @@ function drawTrials() {
     td.append(dot, t.name);
     td.title = t.directory;
   }}, {title: 'status', value: (t) => t.status, render: (td, t) => {
-    td.append(node('span', t.status, 'status ' + t.status));
+    td.append(node('span', t.status_text, 'status ' + t.status));
     td.title = t.error;
   }}, ...sweptColumns, plain('seed', (t) => t.seed, true)];
   for (const c of measured) {

@@ -205,6 +205,7 @@ void TrialRun::write_status(const char* status, const std::string& error) {
       {"peak_bytes", highest.peak},
       {"peak_bytes_by_category", category_json(highest.at_peak)},
       {"load_peak_bytes", memory_.load_peak()},
+      {"gang", gang_},
       {"gang_size", gang_size_},
       {"device", device_description(device)}};
   // Not a number where a state of an older version has no sum of them.
@@ -274,7 +275,10 @@ Gang::Gang(Library& library, Llama& model, std::vector<TrialRun*> trials, TrainC
       stepper_(model, RecomputePolicy(plan_.layers, plan_.expanded_once),
                trials_.at(0)->config_.train.graphs && !callbacks_.profile, plan_.leaner),
       peak_flops_(model.device().is_cuda() ? peak_flops(device_description(model.device())) : 0) {
-  for (TrialRun* t : trials_) t->gang_size_ = static_cast<int64_t>(trials_.size());
+  for (TrialRun* t : trials_) {
+    t->gang_ = trials_.front()->name_;
+    t->gang_size_ = static_cast<int64_t>(trials_.size());
+  }
 }
 
 std::vector<TrialRun*> Gang::running() const {
@@ -342,9 +346,11 @@ void Gang::reserve() {
   });
   plan.resident = prediction.held_expanded;
   const double seconds = predicted_seconds(prediction, rates_of(device)).of(micro_batches(papers));
-  for (TrialRun* t : trials)
+  for (TrialRun* t : trials) {
     t->predicted_ = {prediction.load_peak(), prediction.training_peak(steps), seconds,
                      describe(plan)};
+    t->write_status("running");
+  }
 }
 
 void Gang::begin(const char* phase) {

@@ -69,6 +69,7 @@ class TrialRun {
   State state_ = State::running;
   std::string error_;
   int64_t evaluated_step_ = -1, gang_size_ = 1;
+  std::string gang_;           // the name of its first trial
   double seconds_before_ = 0;  // of memory.jsonl, in earlier processes
   /// Of the gang.
   struct Predicted {

@@ -108,6 +108,8 @@ TEST_F(ForecastTest, NamesTheGangsWhereThereAreSome) {
                                                "r4-recompute-full-s0 .* 0     2     .*\n"
                                                "r8-recompute-none-s0 .* 0     1     .*\n"
                                                "r8-recompute-full-s0 .* 0     2     "));
+  const std::string three = "}\nparameters: {lora.r: {values: [4, 8, 16]}}\n";
+  EXPECT_THAT(table(two + three), testing::ContainsRegex("\nr16-s0 .* 0     -     "));
   EXPECT_THAT(table(two + swept, 1000), Not(HasSubstr("gang")));  // halved until each is alone
 }
 

@@ -169,6 +169,102 @@ TEST_F(ReportTest, LongMemoryIsThinnedToItsHighest) {
   EXPECT_EQ(moments[0][6], nullptr);         // on a CPU
 }
 
+// One process has loaded and trained up to 3 MB, the next one up to 2 MB.
+TEST_F(ReportTest, AResumedTrialHasThePeakOfEachProcess) {
+  plan();
+  run(0, 20, 4.0, "finished");
+  const auto append = [&](const char* phase, int64_t peak) {
+    MemorySample sample;
+    sample.phase = phase;
+    sample.peak = peak;
+    std::ofstream(trial_dir(0) / "memory.jsonl", std::ios::app)
+        << memory_line(sample).dump() << "\n";
+  };
+  const auto memory = [&] {
+    write_report(out());
+    return page_data()["trials"][0]["memory"];
+  };
+  append("load", 9'000'000);
+  append("load", 9'500'000);
+  append("prepare", 1'000'000);
+  append("train", 3'000'000);
+  EXPECT_EQ(memory()["resumed"], false);
+  EXPECT_EQ(memory()["before"], nullptr);
+  append("load", 8'000'000);
+  append("train", 2'000'000);
+  EXPECT_EQ(memory()["resumed"], true);
+  EXPECT_EQ(memory()["before"], 3'000'000);
+  EXPECT_EQ(page_data()["trials"][0]["peak_bytes"], 1'500'000'000);
+}
+
+// What status.json of a running trial says is from its beginning.
+TEST_F(ReportTest, OfARunningTrialWhatIsKnownSoFar) {
+  plan();
+  run(0, 7, 4.0, "running");
+  std::ofstream(trial_dir(0) / "status.json")
+      << R"({"status": "running", "trainable_params": 1000, "steps": 4, "total_steps": 20,
+             "trained_tokens": 400, "tokens_per_s": 0.0, "peak_bytes": 5, "gang_size": 1})";
+  const auto row = [&] {
+    write_report(out());
+    return lines(read(fs::path(out()) / "summary.csv"))[1];
+  };
+  EXPECT_EQ(row(), "r4-s0,4,\"[q_proj, v_proj]\",0,1000,7,700,3.3,,4,3.3,,,1,running");
+  remember(0, 6);
+  EXPECT_THAT(row(), HasSubstr(",,6000005,1,running"));  // not that of loading
+  EXPECT_THAT(read(fs::path(out()) / "summary.md"), HasSubstr("| running, step 7 of 20 |"));
+  EXPECT_THAT(summary_table(out()), HasSubstr("running, step 7 of 20\n"));
+  EXPECT_EQ(page_data()["trials"][0]["status_text"], "running, step 7 of 20");
+  EXPECT_EQ(page_data()["trials"][1]["status_text"], "pending");
+}
+
+TEST_F(ReportTest, GangsHaveNumbersWhereThereAreSome) {
+  plan();
+  for (size_t i = 0; i < 4; ++i) run(i, 20, 4.0, "finished");
+  const auto train_with = [&](size_t i, const char* gang, int size) {
+    nlohmann::json status = nlohmann::json::parse(read(trial_dir(i) / "status.json"));
+    status["gang"] = gang;
+    status["gang_size"] = size;
+    std::ofstream(trial_dir(i) / "status.json") << status.dump();
+  };
+  const auto rows = [&] {
+    write_report(out());
+    return lines(read(fs::path(out()) / "summary.csv"));
+  };
+  EXPECT_THAT(rows()[0], HasSubstr("gang_size,status"));  // of a version that wrote no names
+  for (size_t i = 0; i < 4; ++i) train_with(i, std::to_string(i).c_str(), 1);
+  EXPECT_THAT(rows()[0], HasSubstr("gang_size,status"));
+  train_with(0, "r4-s0", 2);
+  train_with(2, "r4-s0", 2);
+  EXPECT_THAT(rows()[0], HasSubstr("gang_size,gang,status"));
+  EXPECT_THAT(rows()[1], HasSubstr(",2,1,finished"));
+  EXPECT_THAT(rows()[2], HasSubstr(",1,,finished"));
+  EXPECT_THAT(rows()[3], HasSubstr(",2,1,finished"));
+  EXPECT_THAT(summary_table(out()), HasSubstr("gang_size  gang  status"));
+}
+
+// A finished trial keeps what it was run with, whatever was asked for since.
+TEST_F(ReportTest, SettingsAreThoseOfTheRuns) {
+  plan();
+  const auto recompute = [&]() -> std::string {
+    write_report(out());
+    const nlohmann::json data = page_data();
+    for (const auto& setting : data["shared"])
+      if (setting[0] == "train.recompute") return setting[1];
+    return "";
+  };
+  EXPECT_EQ(recompute(), "none");
+  for (size_t i = 0; i < 4; ++i) {
+    EXPECT_EQ(recompute(), i == 0 ? "none" : "");  // differs between trials
+    run(i, 20, 4.0, "finished");
+    Config config = sweep_.trials[i].config;
+    config.train.recompute = "full";
+    std::ofstream(trial_dir(i) / "config.yaml") << to_yaml(config);
+  }
+  EXPECT_EQ(recompute(), "full");
+  std::ofstream(trial_dir(0) / "config.yaml") << "lora: {rank_of_another_version: 3}";
+  EXPECT_EQ(recompute(), "");
+}
+
 TEST_F(ReportTest, CsvHasOneRowPerTrialInTheOrderOfThePlan) {
   plan();
   run(0, 20, 4.0, "finished");

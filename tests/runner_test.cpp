@@ -10,6 +10,7 @@ namespace {
 
 using testing::AllOf;
 using testing::HasSubstr;
+using testing::Not;
 namespace fs = std::filesystem;
 
 class RunnerTest : public TrainingTest {
@@ -96,6 +97,25 @@ TEST_P(RunnerTest, ATrialThatDivergesFailsAlone) {
   EXPECT_THAT(read_text_file(folder_ / "out/summary.csv"), HasSubstr(",failed"));
 }
 
+TEST_P(RunnerTest, ARunningTrialTellsItsGangAndPeak) {
+  std::vector<nlohmann::json> running;
+  TrainCallbacks callbacks;
+  callbacks.progress = [&](const TrainProgress&) {
+    if (running.empty()) running = with_status("running");
+  };
+  sweep("parallel: {trials_per_gpu: 2}\nparameters: {lora.r: {values: [2, 4, 8]}}\n", {},
+        callbacks);
+  ASSERT_EQ(running.size(), 2u);
+  std::map<std::string, int> gangs;
+  for (const nlohmann::json& status : running) {
+    EXPECT_EQ(status["gang"], "r2-s0");
+    EXPECT_EQ(status["gang_size"], 2);
+    EXPECT_GT(status["predicted_peak_bytes"], 0);
+  }
+  for (const nlohmann::json& status : with_status("finished")) ++gangs[status["gang"]];
+  EXPECT_EQ(gangs, (std::map<std::string, int>{{"r2-s0", 2}, {"r8-s0", 1}}));
+}
+
 TEST_P(RunnerTest, AnErrorInTheMiddleIsItsTrialsAlone) {
   TrainCallbacks callbacks;
   callbacks.progress = [&](const TrainProgress& p) {
@@ -131,7 +151,7 @@ TEST_P(RunnerTest, ATrialOfAnotherProcessIsSkippedAlone) {
     EXPECT_THAT(printed_, AllOf(HasSubstr("r4-s0: skipped: "), HasSubstr("another qlab process"),
                                 HasSubstr("1 trial was skipped")));
     EXPECT_THAT(read_text_file(folder_ / "out/summary.csv"),
-                AllOf(HasSubstr("r16-s0,16,"), HasSubstr("r4-s0,4,0,,,,,,,,,,,pending")));
+                AllOf(HasSubstr("r16-s0,16,"), HasSubstr("r4-s0,4,0,,,,,,,,,,,,pending")));
   }
   EXPECT_EQ(sweep(four).finished, 4);
 }
@@ -310,6 +330,9 @@ TEST_P(RunnerTest, RunsOfOneFileGather) {
   EXPECT_EQ(train({}, 2).finished, 1);
   EXPECT_THAT(printed_, HasSubstr("1 trial is finished already"));
   EXPECT_THAT(summary(), HasSubstr("\none-s0-2,2,"));
+  // A trial has the name of its first run, also where the file has come to say what was set then.
+  train({}, 8);
+  EXPECT_THAT(summary(), AllOf(HasSubstr("\none-r8-s0,8,"), Not(HasSubstr("\none-s0,8,"))));
   // A trial whose folder is gone leaves the report with the next run.
   for (const std::string& dir : directories())
     if (dir.ends_with("one-r8-s0")) fs::remove_all(dir);
