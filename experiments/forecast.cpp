@@ -52,13 +52,19 @@ double seconds_of(const PaperTrial& trial, const ModelSource& model, Library& li
                   const StepSeconds& step) {
   const Config& c = trial.config;
   const auto usual = static_cast<double>(std::max<int64_t>(total(trial.usual_lengths), 1));
-  if (c.data.train == "synthetic" || !why_no_lengths(c, model).empty())
-    return c.train.steps ? static_cast<double>(*c.train.steps) * step.of(c.train.grad_accum) : 0;
+  const int64_t window = c.train.batch_size * c.train.grad_accum;
+  const bool random = c.data.train == "synthetic";
+  if (random || !why_no_lengths(c, model).empty()) {
+    if (!random && !c.train.steps) return 0;
+    Dataset alike;
+    alike.examples.resize(static_cast<size_t>(synthetic_train.examples));
+    const int64_t steps = (examples_to_train(c.train, alike) + window - 1) / window;
+    return static_cast<double>(steps) * step.of(c.train.grad_accum);
+  }
   const Dataset& data = library.train_set(c);
   const double per_example =
       static_cast<double>(data.tokens) / static_cast<double>(data.examples.size());
   const int64_t examples = examples_to_train(c.train, data);
-  const int64_t window = c.train.batch_size * c.train.grad_accum;
   return static_cast<double>(examples) * per_example / usual * step.micro +
          static_cast<double>((examples + window - 1) / window) * step.update;
 }
@@ -238,10 +244,10 @@ std::string forecast_table(const Sweep& sweep, const std::vector<TrialForecast>&
                       target.capacity ? " with " + format_bytes(*target.capacity) : "");
   if (seconds > 0)
     text += fmt::format(
-        "; about {} in all for training steps alone{} ({})", duration_text(seconds),
+        "; about {} in all for training steps alone{}{} ({})", duration_text(seconds),
         untimed > 0 ? fmt::format(", {} of {} trials without a time", untimed, forecasts.size())
                     : "",
-        rates_origin(target).text);
+        too_large > 0 ? ", had all of them room" : "", rates_origin(target).text);
   text += "\n";
   if (too_large > 0) text += fmt::format("{} of {} do not fit\n", too_large, forecasts.size());
   for (const auto& [note, names] : notes)

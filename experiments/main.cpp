@@ -111,7 +111,7 @@ int run(int argc, char** argv) {
       "--check", memory.check,
       "a results directory or a trial's: the peaks predicted for its trials, and those measured");
   for (const char* other : {"target", "--gpu", "--host-memory", "--device", "--device-memory",
-                            "--set", "--table", "--format", "--out"})
+                            "--set", "--table", "--format", "--out", "--measured"})
     memory_check->excludes(memory_app->get_option(other));
   for (const char* given : {"target", "--gpu", "--host-memory", "--device-memory", "--table",
                             "--out", "--measured", "--check"})

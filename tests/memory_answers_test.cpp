@@ -77,8 +77,10 @@ TEST_F(MemoryAnswersTest, WithoutALimitNothingFitsOrDoesNot) {
   EXPECT_THAT(table(), AllOf(HasSubstr("fits"), HasSubstr("yes"),
                              HasSubstr("bytes alone: no run computes with int8"),
                              HasSubstr("for training steps alone, 1 of 2 trials without a time")));
+  EXPECT_THAT(table(), Not(HasSubstr("had all of them room")));
   target.capacity = 1000;
   EXPECT_EQ(forecast(sweep, library, target)[0].fits, false);
+  EXPECT_THAT(table(), HasSubstr("had all of them room"));
 }
 
 class ForecastTest : public testing::Test {
@@ -125,6 +127,24 @@ TEST_F(ForecastTest, ANoteNamesItsTrials) {
               HasSubstr("\nint8-s0, int8-s1, int8-s2 and 2 others" + note));
   EXPECT_THAT(table(", lora: {r: 4}, quant: {type: int8}}\nseeds: [0, 1]"),
               HasSubstr("\nall 2 trials" + note));
+}
+
+// Random data has 4,096 examples, so that epochs of it are steps.
+TEST_F(ForecastTest, RandomDataHasEpochs) {
+  const auto time = [&](const std::string& train) {
+    const Sweep sweep = load_sweep(folder_.write("run.yaml",
+                                                 "model: {path: \"synthetic:tiny\"}\nlora: {r: 4}\n"
+                                                 "data: {train: synthetic}\ntrain: " +
+                                                     train),
+                                   {});
+    Library library;
+    const MemoryTarget target{Device::cuda(), "a GPU", {}, {}, gpu_rates("")};
+    return forecast(sweep, library, target)[0].seconds;
+  };
+  EXPECT_GT(time("{batch_size: 3}"), 0);
+  EXPECT_EQ(time("{batch_size: 3}"), time("{batch_size: 3, steps: 1366}"));
+  EXPECT_EQ(time("{batch_size: 4, grad_accum: 2, epochs: 2}"),
+            time("{batch_size: 4, grad_accum: 2, steps: 1024}"));
 }
 
 // What is said of the remedy is what is said when it is made.

@@ -32,6 +32,7 @@ TEST_F(MemoryCommandTest, MemoryTables) {
                  {"--table qlora-7b", "leave out synthetic:tiny"});
   expect_refused({"memory", "--table", "qlora-7b", "--json"}, {"leave out", "--json"});
   expect_refused({"memory", "synthetic:tiny", "--format", "csv"}, {"--format", "--table"});
+  expect_refused({"memory", "--check", ".", "--measured", "m.json"}, {"--measured", "--check"});
   expect_refused({"memory", "synthetic:tiny", "--measured", "m.json"}, {"--measured", "--table"});
   expect_refused({"memory", "--table", "qlora-7b", "--out", "gone/table.txt"}, {"gone/table.txt"});
 }
