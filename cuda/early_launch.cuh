@@ -7,7 +7,8 @@
 namespace qlab::cuda {
 
 /// Every thread of a kernel launched early calls this before it touches global memory: it returns
-/// when everything issued before has finished.
+/// when everything issued before has finished. Before that it may read what no kernel launched early
+/// or just before it can have written: codes and scales of NF4 (settle() in quantize.cu).
 __device__ inline void await_previous() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;\n\tgriddepcontrol.wait;" ::: "memory");

@@ -222,6 +222,7 @@ __device__ void decode(const Nf4Arguments& a, Nf4Shared<P>& shared, const Nf4Til
   if (copier)
     for (; copied < min(P::code_slots, slots); ++copied) copy_codes<P>(a, shared, tile, copied);
   fetch(decoder);
+  await_previous();  // which may write x; codes and scales have settled
   Ring<P::stages> ring;
   for (int i = 0; i < decoder; ++i) ring.advance();
   for (int base = decoder; base < tile.steps; base += batch * P::decoders) {
@@ -401,12 +402,12 @@ __global__ void __launch_bounds__(P::threads, 1)
   const Nf4Tile tile(arguments, P::outputs, P::tokens, P::pair);
   const int group = __shfl_sync(~0u, static_cast<int>(threadIdx.x) / warpgroup_size, 0);
   if (threadIdx.x == 0) shared.init();
-  await_previous();
   if (arguments.scales.map != nullptr && threadIdx.x < map_size)
     shared.map[threadIdx.x] = arguments.scales.map[threadIdx.x];
   cluster_sync();
   if (group < P::consumers) {
     take_registers<P::consumer_registers>();
+    await_previous();
     float d[P::tokens / 2];
     multiply<P>(d, shared, tile, group);
     named_sync(1 + P::consumers, P::consumers * warpgroup_size);

@@ -267,7 +267,6 @@ __global__ void __launch_bounds__(threads, 2) nf4_mma_kernel(Problem<T> p) {
     return reinterpret_cast<float*>(memory + Place::scales + i % (scales_ahead + 1) * scale_bytes);
   };
   PairTable::fill(memory);
-  await_previous();
   const int first_output = static_cast<int>(blockIdx.x) * tile;
   const int first_token = static_cast<int>(blockIdx.z) * tokens;
   const int first_chunk = static_cast<int>(blockIdx.y) * p.steps;
@@ -275,20 +274,19 @@ __global__ void __launch_bounds__(threads, 2) nf4_mma_kernel(Problem<T> p) {
   const int end = min(p.steps, (depth + tile - 1) / tile - first_chunk);
   const uint32_t shared = shared_address(memory);
   const Loader<T, op, tokens> loader{p, first_output, first_token};
-  const auto copy = [&](int i) {  // those of x first, then those of W
-    if (const int c = i + x_ahead<tokens>; c >= 0 && c < end)
-      loader.copy_x(shared + x_at(c), first_chunk + c);
-    commit_copies();
-    if (const int c = i + codes_ahead; c < end)
-      loader.copy_codes(shared + codes_at(c), first_chunk + c);
-    commit_copies();
+  const auto copy_codes = [&](int c) {
+    if (c < end) loader.copy_codes(shared + codes_at(c), first_chunk + c);
+  };
+  const auto copy_x = [&](int c) {
+    if (c >= 0 && c < end) loader.copy_x(shared + x_at(c), first_chunk + c);
   };
   // Groups begun after the one that brings x, and after the one that brings W, of a chunk.
   constexpr int under_way =
       x_ahead<tokens> < codes_ahead ? 2 * x_ahead<tokens> - 1 : 2 * codes_ahead - 2;
 
+  // Those of W need not wait for the kernel before this one; they become part of the first group.
 #pragma unroll
-  for (int i = -codes_ahead; i < 0; ++i) copy(i);
+  for (int c = 0; c < codes_ahead; ++c) copy_codes(c);
   AnyScale scales[scales_ahead];
 #pragma unroll
   for (int i = 0; i < scales_ahead; ++i)
@@ -301,12 +299,22 @@ __global__ void __launch_bounds__(threads, 2) nf4_mma_kernel(Problem<T> p) {
   for (int i = 0; i < scales_ahead; ++i)
     if (i < end) loader.store_scale(scales_at(i), scales[i], first_chunk + i, map, offset);
 
+  await_previous();
+#pragma unroll
+  for (int i = -codes_ahead; i < 0; ++i) {
+    copy_x(i + x_ahead<tokens>);
+    commit_copies();
+    commit_copies();
+  }
   const PairTable table(memory);
   float c[tokens / 8][2][4] = {};
   for (int i = 0; i < end; ++i) {
     wait_for_copies<under_way>();
     __syncthreads();
-    copy(i);
+    copy_x(i + x_ahead<tokens>);
+    commit_copies();
+    copy_codes(i + codes_ahead);
+    commit_copies();
     // Fetched one chunk ago, and needed by the next.
     const int next = i + scales_ahead - 1;
     if (i > 0 && next < end)
