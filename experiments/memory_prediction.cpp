@@ -104,7 +104,7 @@ RunPlan asked_plan(const ModelSource& model, std::span<const PaperTrial> gang, D
   const std::string& resident = config.quant.resident.text;
   plan.resident =
       resident == "auto" ? std::numeric_limits<int64_t>::max() : parse_bytes(resident).value_or(0);
-  if (!config.lora.present) return plan;
+  if (!config.lora.present || recompute_of(config) == Recompute::none) return plan;
   const auto predict = [&](RunPlan p) {
     p.resident = 0;
     return predict_memory(model, gang, target, {}, p);
@@ -131,17 +131,20 @@ RunPlan use_spare_memory(RunPlan plan, MemoryPrediction& own,
   once.expanded_once =
       std::find_if_not(plan.layers.begin(), plan.layers.end(), again) - plan.layers.begin();
   if (once.expanded_once == 0) return plan;
-  const MemoryPrediction all = predict(once);
+  MemoryPrediction all = predict(once);
   const auto bytes = [](const MemoryPrediction& p) {
     return std::accumulate(p.work.begin(), p.work.end(), 0.0,
                            [](double sum, const ProfileLine& l) { return sum + l.work.bytes; });
   };
   if (bytes(all) >= bytes(own)) return plan;  // nothing is expanded
   const int64_t more = all.step_bytes - own.step_bytes;
+  if (more <= 0) {
+    own = std::move(all);
+    return once;
+  }
   // Of which each layer below the topmost finds an input's bytes more.
-  if (more > 0)
-    once.expanded_once -=
-        (more + own.layer_input_bytes - 1) / std::max<int64_t>(own.layer_input_bytes, 1);
+  once.expanded_once -=
+      (more + own.layer_input_bytes - 1) / std::max<int64_t>(own.layer_input_bytes, 1);
   if (once.expanded_once > 0) better(once);
   return plan;
 }

@@ -54,8 +54,12 @@ PlanSearch::PlanSearch(const ModelSource& model, std::span<const PaperTrial> gan
       layers_(model.config.num_hidden_layers),
       streamed_(streaming_choices(gang.front().config, target, layers_)),
       host_embeddings_(embedding_choices(gang.front().config, target, model.config)),
-      paged_(any_paged(gang)),
-      estimate_(model, gang, target, rates, most_resident() > 0, streamed_.back() > 0) {}
+      paged_(any_paged(gang)) {}
+
+void PlanSearch::make_estimate() {
+  if (!estimate_)
+    estimate_.emplace(model_, gang_, target_, rates_, most_resident() > 0, streamed_.back() > 0);
+}
 
 int64_t PlanSearch::most_resident() const {
   const std::string& wish = gang_.front().config.quant.resident.text;
@@ -80,14 +84,14 @@ double PlanSearch::score(double seconds, int64_t host, const PlanChoice& choice)
 
 void PlanSearch::consider(const PlanChoice& choice, std::optional<Candidate>& best) const {
   if (tried_.contains(choice)) return;
-  const int64_t peak = estimate_.peak(choice) + peak_error_;
+  const int64_t peak = estimate_->peak(choice) + peak_error_;
   const int64_t paged_out = std::max<int64_t>(peak - limits_.budget, 0);
-  const int64_t host = estimate_.host_peak(choice) + host_error_ + paged_out;
-  if (paged_out > estimate_.paged_bytes() || host > limits_.host) return;
+  const int64_t host = estimate_->host_peak(choice) + host_error_ + paged_out;
+  if (paged_out > estimate_->paged_bytes() || host > limits_.host) return;
   const int64_t resident = std::clamp<int64_t>(
-      limits_.budget - peak, 0, std::min(most_resident(), estimate_.most_resident(choice)));
+      limits_.budget - peak, 0, std::min(most_resident(), estimate_->most_resident(choice)));
   const double own =
-      score(slowness_ * estimate_.seconds(choice, resident, paged_out), host, choice);
+      score(slowness_ * estimate_->seconds(choice, resident, paged_out), host, choice);
   if (!best || own < best->score) best = {choice, own};
 }
 
@@ -96,7 +100,7 @@ void PlanSearch::consider(const PlanChoice& choice, std::optional<Candidate>& be
 std::optional<PlanSearch::Candidate> PlanSearch::best_estimate() const {
   std::optional<Candidate> best;
   const int64_t room = limits_.budget - peak_error_;
-  const auto fits = [&](const PlanChoice& choice) { return estimate_.peak(choice) <= room; };
+  const auto fits = [&](const PlanChoice& choice) { return estimate_->peak(choice) <= room; };
   for (const bool host_embeddings : host_embeddings_)
     for (const int64_t streamed : streamed_) {
       const auto row = [&](const auto& at) {
@@ -105,9 +109,9 @@ std::optional<PlanSearch::Candidate> PlanSearch::best_estimate() const {
           own.streamed = streamed, own.host_embeddings = host_embeddings;
           return own;
         };
-        for (const int64_t away : {int64_t{0}, estimate_.paged_bytes()}) {
+        for (const int64_t away : {int64_t{0}, estimate_->paged_bytes()}) {
           int64_t first = 0;
-          while (first < layers_ && estimate_.peak(choice(first)) - away > room) ++first;
+          while (first < layers_ && estimate_->peak(choice(first)) - away > room) ++first;
           consider(choice(first), best);
           if (first < layers_) consider(choice(first + 1), best);
         }
@@ -143,34 +147,50 @@ RunPlan PlanSearch::exact(const PlanChoice& choice, MemoryPrediction& own) const
   return gang_.front().config.lora.present ? use_spare_memory(plan, own, predict) : plan;
 }
 
+/// As much as the limit leaves room for.
+void PlanSearch::hold_weights(RunPlan& plan, MemoryPrediction& own) const {
+  const int64_t room = std::min(most_resident(), limits_.budget - own.peak());
+  if (room <= 0 || own.paged_out > 0) return;
+  RunPlan holding = plan;
+  holding.resident = room;
+  MemoryPrediction held = prediction(holding);
+  if (held.peak() <= limits_.budget) plan = std::move(holding), own = std::move(held);
+}
+
+/// The fastest where memory has no end.
+std::optional<RunPlan> PlanSearch::everything_kept() const {
+  const PlanChoice all{.streamed = streamed_.front(), .host_embeddings = host_embeddings_.front()};
+  MemoryPrediction own;
+  RunPlan plan = exact(all, own);
+  hold_weights(plan, own);
+  foresee(plan, own, gang_, rates_);
+  if (plan.host_peak > limits_.host) return {};
+  return plan;
+}
+
 void PlanSearch::try_out(const PlanChoice& choice) {
   MemoryPrediction own;
   RunPlan plan = exact(choice, own);
-  peak_error_ = own.peak() + own.paged_out - estimate_.peak(choice);
-  host_error_ = own.host_peak - own.paged_out - estimate_.host_peak(choice);
+  peak_error_ = own.peak() + own.paged_out - estimate_->peak(choice);
+  host_error_ = own.host_peak - own.paged_out - estimate_->host_peak(choice);
   if (own.peak() > limits_.budget || own.host_peak > limits_.host) return;
-  const int64_t room = std::min(most_resident(), limits_.budget - own.peak());
-  if (room > 0 && own.paged_out == 0) {
-    RunPlan holding = plan;
-    holding.resident = room;
-    MemoryPrediction held = prediction(holding);
-    if (held.peak() <= limits_.budget) plan = std::move(holding), own = std::move(held);
-  }
+  hold_weights(plan, own);
   foresee(plan, own, gang_, rates_);
-  const int64_t held = std::min(plan.resident, estimate_.most_resident(choice));
-  const double estimated = estimate_.seconds(choice, held, own.paged_out);
+  const int64_t held = std::min(plan.resident, estimate_->most_resident(choice));
+  const double estimated = estimate_->seconds(choice, held, own.paged_out);
   if (estimated > 0) slowness_ = plan.step_seconds / estimated;
   const double own_score = score(plan.step_seconds, plan.host_peak, choice);
   if (!found_ || own_score < found_score_) found_ = std::move(plan), found_score_ = own_score;
 }
 
-RunPlan PlanSearch::leanest(MemoryPrediction& need) const {
+RunPlan PlanSearch::leanest(MemoryPrediction& need) {
+  make_estimate();
   const int64_t aside = target_.is_cuda() ? layers_ : 0;
   std::optional<PlanChoice> least;
   for (const bool host_embeddings : host_embeddings_)
     for (const int64_t streamed : {streamed_.front(), streamed_.back()}) {
       const PlanChoice own{layers_, layers_, aside, streamed, host_embeddings};
-      if (!least || estimate_.peak(own) < estimate_.peak(*least)) least = own;
+      if (!least || estimate_->peak(own) < estimate_->peak(*least)) least = own;
     }
   RunPlan plan = exact(*least, need);
   foresee(plan, need, gang_, rates_);
@@ -178,11 +198,16 @@ RunPlan PlanSearch::leanest(MemoryPrediction& need) const {
 }
 
 std::optional<RunPlan> PlanSearch::leanest_on_host() {
-  saves_host_ = true;
+  limits_.host = unlimited, saves_host_ = true;
+  tried_.clear(), found_.reset();
+  peak_error_ = host_error_ = 0, slowness_ = 1;
   return fastest();
 }
 
 std::optional<RunPlan> PlanSearch::fastest() {
+  if (limits_.budget == unlimited && !saves_host_)
+    if (auto plan = everything_kept()) return plan;
+  make_estimate();
   for (int i = 0; i < most_trials; ++i) {
     const std::optional<Candidate> next = best_estimate();
     if (!next || (found_ && next->score >= found_score_ * (1 - least_promise))) break;

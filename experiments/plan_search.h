@@ -30,10 +30,11 @@ class PlanSearch {
 
   /// Nothing where no plan fits.
   std::optional<RunPlan> fastest();
-  /// Of those that fit into the device the one that needs the least of the host.
+  /// Of those that fit into the device the one that needs the least of the host, whatever that has;
+  /// to be called last.
   std::optional<RunPlan> leanest_on_host();
   /// The plan that needs the least of the device, and what that is.
-  RunPlan leanest(MemoryPrediction& need) const;
+  RunPlan leanest(MemoryPrediction& need);
 
  private:
   struct Candidate {
@@ -42,6 +43,9 @@ class PlanSearch {
   };
   MemoryPrediction prediction(const RunPlan& plan) const;
   RunPlan exact(const PlanChoice& choice, MemoryPrediction& own) const;
+  void hold_weights(RunPlan& plan, MemoryPrediction& own) const;
+  void make_estimate();
+  std::optional<RunPlan> everything_kept() const;
   std::optional<Candidate> best_estimate() const;
   void consider(const PlanChoice& choice, std::optional<Candidate>& best) const;
   void try_out(const PlanChoice& choice);
@@ -57,7 +61,7 @@ class PlanSearch {
   std::vector<int64_t> streamed_;  // choices
   std::vector<bool> host_embeddings_;
   bool paged_, saves_host_ = false;
-  PlanEstimate estimate_;
+  std::optional<PlanEstimate> estimate_;
   std::set<PlanChoice> tried_;
   // How the last exact prediction differed from its estimate.
   int64_t peak_error_ = 0, host_error_ = 0;

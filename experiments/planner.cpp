@@ -3,6 +3,7 @@
 #include <fmt/ranges.h>
 
 #include <algorithm>
+#include <cmath>
 #include <limits>
 
 #include "experiments/plan_sizes.h"
@@ -70,15 +71,81 @@ RunPlan plan_as_asked(const ModelSource& model, std::span<const PaperTrial> gang
 }
 
 /// What the device has room for and the host has not.
-std::optional<RunPlan> plan_for_larger_host(const ModelSource& model,
-                                            std::span<const PaperTrial> gang, Device target,
-                                            const MemoryLimits& limits, const Rates& rates) {
+std::optional<RunPlan> plan_for_larger_host(PlanSearch& search, const MemoryLimits& limits) {
   if (limits.host == unlimited) return {};
-  return PlanSearch(model, gang, target, limits.budget, rates).leanest_on_host();
+  return search.leanest_on_host();
 }
 
 bool plans(std::span<const PaperTrial> gang) {
   return gang.front().config.train.recompute == "auto";
+}
+
+/// What is asked for or, where it plans, what is left to do to the weights and each layer. Of
+/// micro-batches as in far_too_large().
+RunPlan bare_plan(const ModelSource& model, std::span<const PaperTrial> gang, Device target) {
+  const Config& c = gang.front().config;
+  const int64_t layers = model.config.num_hidden_layers;
+  RunPlan plan;
+  plan.host_embeddings = c.model.embeddings == "host";
+  plan.streamed_layers = streamed_layers(c, layers);
+  Recompute again = recompute_of(c);
+  if (plans(gang)) {
+    again = target.is_cuda() ? Recompute::offload : Recompute::full;
+    if (c.model.streamed_layers.text == "auto" && target.is_cuda() && c.quant.type == "nf4")
+      plan.streamed_layers = layers;
+    // The table leaves the device, a micro-batch's rows come.
+    if (c.model.embeddings == "auto" && target.is_cuda() && !model.config.tie_word_embeddings)
+      plan.host_embeddings = largest_tokens(gang) < model.config.vocab_size;
+  }
+  plan.layers.assign(static_cast<size_t>(layers), again);
+  return plan;
+}
+
+/// With its largest micro-batch shortened to so many tokens, and without evaluation.
+std::vector<PaperTrial> shortened(std::span<const PaperTrial> gang, int64_t tokens) {
+  const auto share = static_cast<double>(tokens) / static_cast<double>(largest_tokens(gang));
+  std::vector<PaperTrial> out(gang.begin(), gang.end());
+  for (PaperTrial& t : out) {
+    for (int64_t& n : t.train_lengths)
+      n = std::max<int64_t>(std::llround(static_cast<double>(n) * share), 1);
+    t.usual_lengths = t.train_lengths;
+    t.eval_lengths.clear();
+  }
+  return out;
+}
+
+/// Whether micro-batches of which each prediction would take seconds are more than any plan fits
+/// into the budget: from so many tokens on a step grows in proportion to them.
+bool far_too_large(const ModelSource& model, std::span<const PaperTrial> gang, Device target,
+                   int64_t budget) {
+  constexpr int64_t many = int64_t{1} << 17;
+  const int64_t tokens = largest_tokens(gang);
+  if (tokens <= many || budget == unlimited || !gang.front().config.lora.present) return false;
+  const RunPlan bare = bare_plan(model, gang, target);
+  const bool paged =
+      std::any_of(gang.begin(), gang.end(), [](const auto& t) { return is_paged(t.config); });
+  const auto need = [&](int64_t n) {
+    const MemoryPrediction own = predict_memory(model, shortened(gang, n), target, {}, bare);
+    const int64_t states = own.phases.back().held[static_cast<size_t>(Category::optimizer)];
+    return static_cast<double>(own.peak() - (paged ? states : 0));
+  };
+  const double some = need(many), each = (some - need(many / 2)) / (many / 2);
+  const auto in_proportion = [&](double share) {
+    return some + share * each * static_cast<double>(tokens - many);
+  };
+  constexpr double error = 0.05;
+  const auto room = static_cast<double>(budget);
+  if (in_proportion(1 - error) > room) return true;
+  return in_proportion(1 + error) > room && need(tokens) > room;
+}
+
+/// What such a run would take.
+RunPlan least_plan(const ModelSource& model, std::span<const PaperTrial> gang, Device target,
+                   const MemoryLimits& limits, const Rates& rates, MemoryPrediction& need) {
+  RunPlan plan = bare_plan(model, gang, target);
+  need = predict_memory(model, gang, target, limits.budget, plan);
+  foresee(plan, need, gang, rates);
+  return plan;
 }
 
 }  // namespace
@@ -98,19 +165,22 @@ std::string advice_for(const MemoryPrediction& need) {
 RunPlan plan_run(const ModelSource& model, std::span<const PaperTrial> gang, Device target,
                  const MemoryLimits& limits, const Rates& rates) {
   if (!plans(gang)) return plan_as_asked(model, gang, target, limits, rates);
+  MemoryPrediction need;
+  if (far_too_large(model, gang, target, limits.budget))
+    refuse(least_plan(model, gang, target, limits, rates, need), need, limits.budget);
   PlanSearch search(model, gang, target, limits, rates);
   if (auto plan = fastest_plan(search, model, gang, target, limits, rates)) return *plan;
-  if (const auto plan = plan_for_larger_host(model, gang, target, limits, rates)) {
+  if (const auto plan = plan_for_larger_host(search, limits)) {
     check_host_memory(*plan, limits.host);  // says what the host lacks
     return *plan;
   }
-  MemoryPrediction need;
   const RunPlan least = search.leanest(need);
   refuse(least, need, limits.budget);
 }
 
 std::optional<RunPlan> fitting_plan(const ModelSource& model, std::span<const PaperTrial> gang,
                                     Device target, const MemoryLimits& limits, const Rates& rates) {
+  if (far_too_large(model, gang, target, limits.budget)) return {};
   if (plans(gang)) {
     PlanSearch search(model, gang, target, limits, rates);
     return fastest_plan(search, model, gang, target, limits, rates);
@@ -123,10 +193,12 @@ std::optional<RunPlan> fitting_plan(const ModelSource& model, std::span<const Pa
 RunPlan plan_or_leanest(const ModelSource& model, std::span<const PaperTrial> gang, Device target,
                         const MemoryLimits& limits, const Rates& rates) {
   if (!plans(gang)) return plan_as_asked(model, gang, target, limits, rates);
+  MemoryPrediction need;
+  if (far_too_large(model, gang, target, limits.budget))
+    return least_plan(model, gang, target, limits, rates, need);
   PlanSearch search(model, gang, target, limits, rates);
   if (auto plan = fastest_plan(search, model, gang, target, limits, rates)) return *plan;
-  if (auto plan = plan_for_larger_host(model, gang, target, limits, rates)) return *plan;
-  MemoryPrediction need;
+  if (auto plan = plan_for_larger_host(search, limits)) return *plan;
   return search.leanest(need);
 }
 
