@@ -183,11 +183,23 @@ std::optional<RunPlan> fitting_plan(const ModelSource& model, std::span<const Pa
   if (far_too_large(model, gang, target, limits.budget)) return {};
   if (plans(gang)) {
     PlanSearch search(model, gang, target, limits, rates);
-    return fastest_plan(search, model, gang, target, limits, rates);
+    if (auto plan = fastest_plan(search, model, gang, target, limits, rates)) return plan;
+    auto plan = plan_for_larger_host(search, limits);
+    return plan && plan->host_peak <= limits.host ? plan : std::nullopt;
   }
   RunPlan plan = plan_as_asked(model, gang, target, limits, rates);
   if (plan.peak > limits.budget || plan.host_peak > limits.host) return {};
   return plan;
+}
+
+bool some_plan_fits(const ModelSource& model, std::span<const PaperTrial> gang, Device target,
+                    const MemoryLimits& limits, const Rates& rates) {
+  if (plans(gang) && !far_too_large(model, gang, target, limits.budget)) {
+    MemoryPrediction need;
+    const RunPlan least = least_plan(model, gang, target, limits, rates, need);
+    if (least.peak <= limits.budget && least.host_peak <= limits.host) return true;
+  }
+  return fitting_plan(model, gang, target, limits, rates).has_value();
 }
 
 RunPlan plan_or_leanest(const ModelSource& model, std::span<const PaperTrial> gang, Device target,
@@ -216,7 +228,8 @@ std::optional<int64_t> allocator_limit(const Config& config, Device target,
 
 int64_t device_limit(const Config& config, Device target, std::optional<int64_t> capacity) {
   const bool own = config.lora.present && (config.train.recompute == "auto" || is_paged(config));
-  return own ? memory_budget(config, target, capacity) : capacity.value_or(unlimited);
+  return own ? memory_budget(config, target, capacity)
+                            : capacity.value_or(unlimited);
 }
 
 void check_host_memory(const RunPlan& plan, int64_t available) {

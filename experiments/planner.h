@@ -22,6 +22,10 @@ RunPlan plan_run(const ModelSource& model, std::span<const PaperTrial> gang, Dev
 std::optional<RunPlan> fitting_plan(const ModelSource& model, std::span<const PaperTrial> gang,
                                     Device target, const MemoryLimits& limits, const Rates& rates);
 
+/// Whether fitting_plan() has one, without a search for the fastest where the leanest fits.
+bool some_plan_fits(const ModelSource& model, std::span<const PaperTrial> gang, Device target,
+                    const MemoryLimits& limits, const Rates& rates);
+
 /// plan_run() where it is not refused. Otherwise, for a forecast or a run that is forced: what fits
 /// into the device and needs the least of the host, or else the leanest.
 RunPlan plan_or_leanest(const ModelSource& model, std::span<const PaperTrial> gang, Device target,

@@ -1,8 +1,11 @@
 #include "experiments/remedy.h"
 
+#include <fmt/ranges.h>
+
 #include <algorithm>
 
 #include "experiments/setup.h"
+#include "nn/module_tree.h"
 
 namespace qlab {
 namespace {
@@ -57,25 +60,50 @@ class RemedySearch {
       : model_(model), gang_(gang), target_(target), limits_(limits), rates_(rates) {}
 
   std::optional<Remedy> run() {
-    const std::vector<Change> slower = slower_ways();
-    std::optional<Remedy> best;
-    for (const Change& change : slower) {
-      const std::optional<Remedy> own = fit({change});
-      if (own && (!best || own->step_seconds < best->step_seconds)) best = own;
-    }
-    if (best) return best;
-    std::vector<Change> all = together();
-    if (fit(all)) return without_needless(all);
-    for (const Change& change : smaller_ways()) {
-      // Of several values of one key the last counts.
-      std::erase_if(all, [&](const Change& c) { return key_of(c) == key_of(change); });
-      all.push_back(change);
-      if (fit(all)) return without_needless(all);
-    }
-    return {};
+    std::optional<Remedy> own = within_limits();
+    if (limits_.host == MemoryLimits::none || (own && own->caution.empty())) return own;
+    beyond_host_ = true;
+    const std::optional<Remedy> as_it_is = fit({});
+    std::optional<Remedy> roomier = as_it_is ? as_it_is : within_limits();
+    if (!own) return as_it_is ? std::nullopt : roomier;
+    if (!roomier || !roomier->caution.empty()) return own;
+    own->caution += fmt::format("; with the same results it would fit {}{}: {}",
+                                as_it_is ? "as it is, on a larger host" : "on a larger host with ",
+                                fmt::join(roomier->sets, " "), price_text(*roomier));
+    return own;
   }
 
  private:
+  std::optional<Remedy> within_limits() const {
+    std::optional<Remedy> best;
+    const auto better = [&](const Remedy& a, const Remedy& b) {
+      return beyond_host_ ? a.host_peak < b.host_peak : a.step_seconds < b.step_seconds;
+    };
+    for (const Change& change : slower_ways()) {
+      std::optional<Remedy> own = fit({change});
+      if (own && (!best || better(*own, *best))) best = std::move(own);
+    }
+    if (best) return best;
+    const std::vector<Change> ways = smaller_ways();
+    const auto with = [&](size_t count) {
+      std::vector<Change> all = together();
+      for (size_t i = 0; i < count; ++i) {
+        // Of several values of one key the last counts.
+        std::erase_if(all, [&](const Change& c) { return key_of(c) == key_of(ways[i]); });
+        all.push_back(ways[i]);
+      }
+      return all;
+    };
+    if (fits(with(0))) return without_needless(with(0));
+    if (!fits(with(ways.size()))) return {};
+    size_t too_few = 0, enough = ways.size();
+    while (enough - too_few > 1) {
+      const size_t middle = (too_few + enough) / 2;
+      (fits(with(middle)) ? enough : too_few) = middle;
+    }
+    return without_needless(with(enough));
+  }
+
   static std::string key_of(const Change& change) {
     return change.front().substr(0, change.front().find('='));
   }
@@ -140,7 +168,8 @@ class RemedySearch {
     return all;
   }
 
-  /// In order: smaller gangs and micro-batches, of which there are more; then what changes numbers.
+  /// In order: smaller gangs and micro-batches, of which there are more; then what changes results,
+  /// as little as possible. Each adds to those before.
   std::vector<Change> smaller_ways() const {
     std::vector<Change> ways;
     if (first().lora.present) {
@@ -162,13 +191,25 @@ class RemedySearch {
       ways.push_back(
           {first().lora.present ? "model.streamed_layers=auto" : "model.streamed_layers=all"});
     if (!first().lora.present) return ways;
-    constexpr int64_t shortest = 256;
-    if (!gang_.front().eval_lengths.empty())
-      for (int64_t n = first().data.eval_seq_len; n > shortest;)
-        ways.push_back({fmt::format("data.eval_seq_len={}", n /= 2)});
-    for (int64_t n = first().data.seq_len; n > shortest;)
-      ways.push_back({fmt::format("data.seq_len={}", n /= 2)});
+    int64_t eval_seq_len = first().data.eval_seq_len, seq_len = first().data.seq_len,
+            r = first().lora.r;
+    const auto halve = [&](const char* key, int64_t& value, int64_t least) {
+      while (value > least)
+        ways.push_back({fmt::format("{}={}", key, value = std::max(value / 2, least))});
+    };
+    constexpr std::pair<int64_t, int64_t> floors[] = {{256, 8}, {128, 4}, {64, 2}, {32, 1}, {2, 1}};
+    for (const auto& [shortest, narrowest] : floors) {
+      if (!gang_.front().eval_lengths.empty()) halve("data.eval_seq_len", eval_seq_len, shortest);
+      halve("data.seq_len", seq_len, shortest);
+      if (same_adapters()) halve("lora.r", r, narrowest);
+    }
     return ways;
+  }
+  /// Of one rank, which no earlier adapter has given.
+  bool same_adapters() const {
+    return std::all_of(gang_.begin(), gang_.end(), [&](const PaperTrial& t) {
+      return t.config.lora.r == first().lora.r && t.config.lora.adapter.empty();
+    });
   }
   /// No one setting describes a division of different batches.
   bool same_batches() const {
@@ -181,13 +222,16 @@ class RemedySearch {
 
   std::optional<Remedy> fit(const std::vector<Change>& changes) const {
     const std::vector<PaperTrial> tried = changed(gang_, changes);
-    const Config& c = tried.front().config;
-    // As a run with these settings would have it.
-    const int64_t budget = std::min(device_limit(c, target_, limits_.budget), own_budget());
+    const MemoryLimits within = limits_for(tried);
+    if (beyond_host_ && !fits(changes)) return {};
     try {
-      const auto plan = fitting_plan(model_, tried, target_, {budget, limits_.host}, rates_);
-      if (!plan) return {};
-      Remedy remedy{{}, plan->peak, plan->step_seconds, plan->host_peak};
+      // Beyond the host's end that is what needs the least of it.
+      const auto plan = beyond_host_
+                            ? std::optional(plan_or_leanest(model_, tried, target_, within, rates_))
+                            : fitting_plan(model_, tried, target_, within, rates_);
+      if (!plan || plan->peak > within.budget) return {};
+      Remedy remedy{{}, plan->peak, plan->step_seconds, plan->host_peak, {}, caution(changes)};
+      if (plan->host_peak > within.host) remedy.host_has = within.host;
       for (const Change& change : changes)
         remedy.sets.insert(remedy.sets.end(), change.begin(), change.end());
       return remedy;
@@ -195,13 +239,54 @@ class RemedySearch {
       return {};
     }
   }
+  bool fits(const std::vector<Change>& changes) const {
+    const std::vector<PaperTrial> tried = changed(gang_, changes);
+    MemoryLimits within = limits_for(tried);
+    if (beyond_host_) within.host = MemoryLimits::none;
+    try {
+      return some_plan_fits(model_, tried, target_, within, rates_);
+    } catch (const OutOfMemory&) {
+      return false;
+    }
+  }
+  /// As a run with these settings would have it.
+  MemoryLimits limits_for(const std::vector<PaperTrial>& tried) const {
+    const int64_t own = device_limit(tried.front().config, target_, limits_.budget);
+    return {std::min(own, own_budget()), limits_.host};
+  }
+
+  /// What they change of the experiment; nothing where results stay the same.
+  std::string caution(const std::vector<Change>& changes) const {
+    const auto longest = [&](auto lengths) {
+      int64_t most = 0;
+      for (const PaperTrial& t : gang_)
+        for (const int64_t n : t.*lengths) most = std::max(most, n);
+      return with_commas(most);
+    };
+    std::vector<std::string> parts;
+    for (const Change& change : changes) {
+      const std::string key = key_of(change);
+      const std::string what =
+          key == "data.seq_len" ? fmt::format("cuts the data, examples of up to {} tokens",
+                                              longest(&PaperTrial::train_lengths))
+          : key == "data.eval_seq_len"
+              ? fmt::format("cuts the evaluation's data, examples of up to {} tokens",
+                            longest(&PaperTrial::eval_lengths))
+          : key == "lora.r"                                    ? "trains fewer parameters"
+          : key == "quant.type" || key == "quant.double_quant" ? "changes the base"
+                                                               : "";
+      if (!what.empty()) parts.push_back(change.front() + " " + what);
+    }
+    if (parts.empty()) return "";
+    return fmt::format("another experiment: {}", fmt::join(parts, "; "));
+  }
 
   /// Without each change that is not needed, those that change the most first.
   std::optional<Remedy> without_needless(std::vector<Change> changes) const {
     for (size_t i = changes.size(); i-- > 0 && changes.size() > 1;) {
       std::vector<Change> fewer = changes;
       fewer.erase(fewer.begin() + static_cast<std::ptrdiff_t>(i));
-      if (fit(fewer)) changes = std::move(fewer);
+      if (fits(fewer)) changes = std::move(fewer);
     }
     return fit(changes);
   }
@@ -211,6 +296,7 @@ class RemedySearch {
   Device target_;
   MemoryLimits limits_;
   const Rates& rates_;
+  bool beyond_host_ = false;  // search as if the host had no end
 };
 
 }  // namespace
@@ -218,9 +304,13 @@ class RemedySearch {
 std::string price_text(const Remedy& remedy) {
   std::string text = "peak " + format_bytes(remedy.peak);
   if (remedy.host_peak > 0) text += fmt::format(", {} on the host", format_bytes(remedy.host_peak));
+  if (remedy.host_has)
+    text += fmt::format(" ({} more than the {} it has)",
+                        format_bytes(remedy.host_peak - *remedy.host_has),
+                        format_bytes(*remedy.host_has));
   if (remedy.step_seconds > 0)
     text += fmt::format(", {} a step", duration_text(remedy.step_seconds));
-  return text;
+  return text + (remedy.caution.empty() ? "" : "; " + remedy.caution);
 }
 
 std::optional<Remedy> cheapest_fit(const ModelSource& model, std::span<const PaperTrial> gang,

@@ -1,6 +1,7 @@
 // Plans within a memory budget: kept to the byte, the same bits, faster with more.
 #include "experiments/planner.h"
 
+#include <chrono>
 #include <map>
 
 #include "experiments/gpus.h"
@@ -407,6 +408,42 @@ TEST(Planner, KeepsToTheHostsMemory) {
       }),
       testing::HasSubstr(fmt::format("take {} (activations ", format_bytes(least->host_peak))));
   EXPECT_LE(long_8b.plan({}, {budget, least->host_peak}).host_peak, least->host_peak);
+}
+
+// A search of a step of millions of tokens would predict it some 60 times, seconds each.
+TEST(Planner, WhatIsFarTooLargeIsKnownAtOnce) {
+  const Config c = small_batch("llama-3.1-8b", "auto", {"data.seq_len=1000000"});
+  const ModelSource model = open_model(c.model.path);
+  const std::vector<PaperTrial> gang = {assumed_trial(c, Device::cuda())};
+  const Rates rates = gpu_rates("h100-80gb");
+  const auto seconds = [](const auto& run) {
+    const auto begin = std::chrono::steady_clock::now();
+    run();
+    return std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
+  };
+  RunPlan lean;
+  lean.layers.assign(static_cast<size_t>(model.config.num_hidden_layers), Recompute::offload);
+  lean.streamed_layers = model.config.num_hidden_layers;
+  MemoryPrediction least;
+  const double once =
+      seconds([&] { least = predict_memory(model, gang, Device::cuda(), {}, lean); });
+  const auto plan = [&](int64_t budget) {
+    return plan_run(model, gang, Device::cuda(), budget, rates);
+  };
+  std::string error;
+  EXPECT_LT(seconds([&] { error = error_of([&] { plan(*parse_bytes("40GB")); }); }), 4 * once);
+  EXPECT_THAT(error, testing::HasSubstr("40.00 GB is too little"));
+  EXPECT_THAT(error, testing::HasSubstr(needed_text(least)));
+  // Nor is there anything to search for where memory has no end.
+  EXPECT_LT(seconds([&] { EXPECT_EQ(plan(MemoryLimits::none).layers.front(), Recompute::none); }),
+            4 * once);
+  // In proportion means about: what is near is predicted.
+  const auto fits = [&](int64_t budget) {
+    return some_plan_fits(model, gang, Device::cuda(), budget, rates);
+  };
+  EXPECT_TRUE(fits(least.peak()));
+  EXPECT_FALSE(fits(least.peak() - least.peak() / 100));
+  EXPECT_FALSE(fits(least.peak() - least.peak() / 10));
 }
 
 TEST(Planner, AsksTheHostForRoom) {

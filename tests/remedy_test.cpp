@@ -133,13 +133,59 @@ TEST(Remedy, StreamsAsFewLayersAsFit) {
 }
 
 TEST(Remedy, KeepsToTheHostsMemory) {
-  const Asked free("llama-2-7b", {"lora.r=16", "train.batch_size=1"}, 3'500'000'000);
-  const auto streams = free.remedy();
-  ASSERT_TRUE(streams);
-  const Asked bound("llama-2-7b", {"lora.r=16", "train.batch_size=1"},
-                    {3'500'000'000, int64_t{300} << 20});
-  const auto none = bound.remedy();
+  const std::vector<std::string> sets = {"lora.r=16", "train.batch_size=1", "train.recompute=auto"};
+  const Asked free("llama-2-7b", sets, 3'500'000'000);
+  EXPECT_TRUE(free.fits({}));
+  const Asked bound("llama-2-7b", sets, {3'500'000'000, int64_t{300} << 20});
+  const auto none = bound.remedy();  // it is the host that lacks something, no setting
   EXPECT_FALSE(none) << none->sets.front();
+}
+
+// Where the host's memory is what is short, what would fit on a larger one.
+TEST(Remedy, SaysWhatTheHostLacks) {
+  constexpr int64_t device = 3'500'000'000, host = int64_t{300} << 20;
+  const Asked asked("llama-2-7b", {"lora.r=16", "train.batch_size=1"}, {device, host});
+  const auto remedy = asked.remedy();
+  ASSERT_TRUE(remedy);
+  EXPECT_EQ(remedy->host_has, host);
+  EXPECT_GT(remedy->host_peak, host);
+  EXPECT_FALSE(asked.fits(remedy->sets));
+  Asked roomier = asked;
+  roomier.limits.host = remedy->host_peak;
+  EXPECT_TRUE(roomier.fits(remedy->sets));
+  EXPECT_THAT(price_text(*remedy),
+              HasSubstr(fmt::format("{} on the host ({} more than the {} it has)",
+                                    format_bytes(remedy->host_peak),
+                                    format_bytes(remedy->host_peak - host), format_bytes(host))));
+}
+
+// Of both, what can be set here comes first.
+TEST(Remedy, AnotherExperimentOrALargerHost) {
+  const Asked asked("llama-3.1-8b", {"lora.r=16"},
+                    {find_gpu("6GiB").usable(), *parse_bytes("2GiB")});
+  const auto remedy = asked.remedy();
+  ASSERT_TRUE(remedy);
+  EXPECT_THAT(remedy->sets, Contains(StartsWith("lora.r=")));
+  EXPECT_THAT(remedy->caution, HasSubstr("with the same results it would fit on a larger host"));
+  EXPECT_LE(remedy->host_peak, asked.limits.host);
+  asked.expect_minimal(*remedy);
+}
+
+// Shorter than is usual, and with fewer parameters, before nothing helps; and it is said.
+TEST(Remedy, SaysWhatMakesAnotherExperiment) {
+  const Asked asked("llama-3.1-8b", {"lora.r=256"}, *parse_bytes("1.8GiB"));
+  const auto remedy = asked.remedy();
+  ASSERT_TRUE(remedy);
+  EXPECT_THAT(remedy->sets, Contains(StartsWith("lora.r=")));
+  EXPECT_THAT(remedy->sets, Contains(StartsWith("data.seq_len=")));
+  EXPECT_THAT(remedy->sets, testing::Not(Contains("data.seq_len=256")));
+  EXPECT_THAT(price_text(*remedy), HasSubstr(" a step; another experiment: "));
+  EXPECT_THAT(remedy->caution, HasSubstr("cuts the data, examples of up to 512 tokens"));
+  EXPECT_THAT(remedy->caution, HasSubstr("trains fewer parameters"));
+  asked.expect_minimal(*remedy);
+  const auto same = Asked("llama-3.1-8b", {"lora.r=16"}, *parse_bytes("5GiB")).remedy();
+  ASSERT_TRUE(same);
+  EXPECT_EQ(same->caution, "");
 }
 
 }  // namespace
