@@ -90,6 +90,7 @@ struct GangForecast {
   RunPlan plan;
   bool fits = true;
   bool limited = false;
+  bool faster_in_halves = false;
   std::string note;
 };
 
@@ -110,6 +111,10 @@ GangForecast forecast_gang(const ModelSource& model, const std::vector<PaperTria
     out.note = fmt::format("needs {} of host memory, of {}", format_bytes(out.plan.host_peak),
                            format_bytes(host));
   out.fits = out.fits && host_fits;
+  if (out.fits && gang.size() > 1)
+    out.faster_in_halves =
+        faster_in_halves(model, gang, out.plan, target.device, {limit, host}, target.rates)
+            .has_value();
   if (out.fits || gang.size() > 1) return out;
   const int64_t capacity = target.capacity.value_or(MemoryLimits::none);
   const auto remedy = cheapest_fit(model, gang, target.device, {capacity, host}, target.rates);
@@ -126,7 +131,7 @@ class Forecaster {
              const MemoryTarget& target, std::vector<TrialForecast>& out)
       : configs_(configs), library_(library), target_(target), out_(out) {}
 
-  /// A gang that does not fit is halved, as in a run.
+  /// A gang that does not fit, or is slower than its halves, is halved, as in a run.
   void run(std::span<const size_t> gang) {
     const ModelSource& model = library_.model(configs_[gang[0]]->model.path);
     std::vector<PaperTrial> papers;
@@ -139,7 +144,7 @@ class Forecaster {
     if (it == known_.end())
       it = known_.emplace(std::move(key), forecast_gang(model, papers, target_)).first;
     const GangForecast& own = it->second;
-    if (!own.fits && gang.size() > 1) {
+    if ((!own.fits || own.faster_in_halves) && gang.size() > 1) {
       run(gang.first(gang.size() / 2));
       return run(gang.subspan(gang.size() / 2));
     }

@@ -27,4 +27,23 @@ std::vector<std::vector<size_t>> gangs_of(const std::vector<const Config*>& tria
   return gangs;
 }
 
+std::optional<double> faster_in_halves(const ModelSource& model, std::span<const PaperTrial> gang,
+                                       const RunPlan& plan, Device target,
+                                       const MemoryLimits& limits, const Rates& rates) {
+  const Config& first = gang.front().config;
+  const bool by_memory =
+      first.train.recompute == "auto" || first.quant.resident.text != "0" || plan.paged_out > 0;
+  if (gang.size() < 2 || !by_memory) return {};
+  constexpr double least_gain = 0.01;
+  double seconds = 0;
+  const size_t half = gang.size() / 2;
+  for (const auto& part : {gang.first(half), gang.subspan(half)}) {
+    const auto own = fitting_plan(model, part, target, limits, rates);
+    if (!own) return {};
+    seconds += own->step_seconds;
+  }
+  if (seconds >= plan.step_seconds * (1 - least_gain)) return {};
+  return seconds;
+}
+
 }  // namespace qlab

@@ -227,6 +227,10 @@ class Runner {
     const std::vector<Planned> gang = claim(planned, files);
     if (gang.empty()) return;
     try {
+      if (const std::string why = why_in_halves(gang); !why.empty()) {
+        files.clear();
+        return run_halves(gang, why);
+      }
       train(gang, std::move(files));
     } catch (const Interrupted&) {
       result_.interrupted = true;
@@ -268,10 +272,31 @@ class Runner {
     return force_ || !host ? MemoryLimits::none : *host + library_.streamed_bytes();
   }
 
-  RunPlan fitting_plan(const std::vector<Planned>& gang) {
-    const MemoryTarget target = target_here(device_);
+  std::vector<PaperTrial> on_paper(const std::vector<Planned>& gang) {
     std::vector<PaperTrial> papers;
     for (const Planned& p : gang) papers.push_back(paper_trial(p.trial->config, library_, device_));
+    return papers;
+  }
+
+  /// "" unless a gang is slower together.
+  std::string why_in_halves(const std::vector<Planned>& gang) {
+    if (gang.size() < 2 || force_) return "";
+    const MemoryTarget target = target_here(device_);
+    const std::vector<PaperTrial> papers = on_paper(gang);
+    const Config& first = papers.front().config;
+    const ModelSource& model = library_.model(first.model.path);
+    const MemoryLimits limits{device_limit(first, device_, target.capacity), host_memory()};
+    const auto plan = qlab::fitting_plan(model, papers, device_, limits, target.rates);
+    if (!plan) return "";
+    const auto halves = faster_in_halves(model, papers, *plan, device_, limits, target.rates);
+    if (!halves) return "";
+    return fmt::format("is predicted to take {} a step, its halves one after the other {}",
+                       duration_text(plan->step_seconds), duration_text(*halves));
+  }
+
+  RunPlan fitting_plan(const std::vector<Planned>& gang) {
+    const MemoryTarget target = target_here(device_);
+    const std::vector<PaperTrial> papers = on_paper(gang);
     const Config& first = papers.front().config;
     const ModelSource& model = library_.model(first.model.path);
     const MemoryLimits limits{device_limit(first, device_, target.capacity), host_memory()};
@@ -358,6 +383,10 @@ class Runner {
   /// The error of a gang may be one trial's, or its size: its halves are tried.
   void give_up(const std::vector<Planned>& gang, const std::string& error, const std::string& why) {
     if (gang.size() == 1) return fail_trial(gang.front(), error);
+    run_halves(gang, why);
+  }
+
+  void run_halves(const std::vector<Planned>& gang, const std::string& why) {
     print_(fmt::format("a gang of {} {}; trying halves", gang.size(), why));
     const auto middle = gang.begin() + static_cast<std::ptrdiff_t>(gang.size() / 2);
     run({gang.begin(), middle});

@@ -147,6 +147,27 @@ TEST_F(ForecastTest, RandomDataHasEpochs) {
             time("{batch_size: 4, grad_accum: 2, steps: 1024}"));
 }
 
+// With less memory for each the trials of a gang compute more again: one after another is faster.
+TEST_F(MemoryAnswersTest, GangsAreAsLargeAsIsFast) {
+  const auto gang_size = [&](const std::string& train) {
+    const Sweep sweep = load_sweep(
+        folder_.write("gang.yaml",
+                      "base: {model: {path: \"synthetic:llama-3.1-8b\"}, lora: {r: 16}, data: "
+                      "{train: synthetic, seq_len: 2048}, train: {steps: 5, batch_size: 4, " +
+                          train +
+                          "}}\nparallel: {trials_per_gpu: 4}\n"
+                          "parameters: {optim.lr: {values: [1e-4, 2e-4, 3e-4, 4e-4]}}\n"),
+        {});
+    Library library;
+    const std::vector<TrialForecast> trials =
+        forecast(sweep, library, memory_target("h200", "auto"));
+    for (const TrialForecast& t : trials) EXPECT_EQ(t.fits, true) << t.note;
+    return trials.front().gang_size;
+  };
+  EXPECT_EQ(gang_size("recompute: auto, memory_budget: 24GiB"), 1u);
+  EXPECT_EQ(gang_size("recompute: full"), 4u);
+}
+
 // What is said of the remedy is what is said when it is made.
 TEST_F(MemoryAnswersTest, ARemedyHasAPrice) {
   const std::string model = "synthetic:llama-3.1-8b";

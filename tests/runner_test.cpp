@@ -116,6 +116,28 @@ TEST_P(RunnerTest, ARunningTrialTellsItsGangAndPeak) {
   EXPECT_EQ(gangs, (std::map<std::string, int>{{"r2-s0", 2}, {"r8-s0", 1}}));
 }
 
+TEST_P(RunnerTest, AGangThatIsSlowerThanItsHalvesIsHalved) {
+  QLAB_SKIP_WITHOUT_PLANS();
+  const std::vector<std::string> sets = {"data.train=synthetic", "data.eval=\"\"",
+                                         "data.seq_len=256",     "train.batch_size=8",
+                                         "train.steps=1",        "train.recompute=auto"};
+  Config lean = config(sets);
+  lean.train.recompute = "full";
+  const std::vector<PaperTrial> two(2, assumed_trial(lean, device()));
+  const int64_t enough =
+      plan_run(open_model(lean.model.path), two, device(), int64_t{1} << 40, rates_of(device()))
+          .peak;
+  const std::string gang = "parallel: {trials_per_gpu: 2}\nseeds: [0, 1]\n";
+  std::vector<std::string> within = sets;
+  within.push_back(fmt::format("train.memory_budget={}B", enough));
+  EXPECT_EQ(sweep(gang, within).finished, 2);
+  EXPECT_THAT(printed_, HasSubstr("a gang of 2 is predicted to take"));
+  for (const auto& status : with_status("finished")) EXPECT_EQ(status["gang_size"], 1);
+  fs::remove_all(folder_ / "out");
+  EXPECT_EQ(sweep(gang, sets).finished, 2);
+  for (const auto& status : with_status("finished")) EXPECT_EQ(status["gang_size"], 2);
+}
+
 TEST_P(RunnerTest, AnErrorInTheMiddleIsItsTrialsAlone) {
   TrainCallbacks callbacks;
   callbacks.progress = [&](const TrainProgress& p) {
