@@ -183,6 +183,7 @@ std::string assumptions(const Config& config, const ModelSource& model) {
   const std::string why = why_no_lengths(config, model);
   if (config.lora.present && !why.empty()) text = why + ": full batches of data.seq_len";
   if (model.shapes_alone) append(text, "the weights are not here: shapes by config.json");
+  append(text, budget_without_effect(config));
   return text;
 }
 

@@ -31,7 +31,8 @@ std::vector<TrialForecast> forecast(const Sweep& sweep, Library& library,
 std::string forecast_table(const Sweep& sweep, const std::vector<TrialForecast>& forecasts,
                            const MemoryTarget& target);
 
-/// What a prediction takes for granted about data and weights that are not on this machine, or "".
+/// What a prediction takes for granted about data and weights that are not on this machine, and a
+/// budget that nothing heeds; or "".
 std::string assumptions(const Config& config, const ModelSource& model);
 /// The lengths of a trial's batches: of its data where that is here, otherwise assumed. Error for
 /// sequences longer than the model's positions.

@@ -76,6 +76,11 @@ std::optional<RunPlan> plan_for_larger_host(PlanSearch& search, const MemoryLimi
   return search.leanest_on_host();
 }
 
+/// Whether train.memory_budget is what a run may take.
+bool has_budget(const Config& config) {
+  return config.lora.present && (config.train.recompute == "auto" || is_paged(config));
+}
+
 bool plans(std::span<const PaperTrial> gang) {
   return gang.front().config.train.recompute == "auto";
 }
@@ -227,9 +232,20 @@ std::optional<int64_t> allocator_limit(const Config& config, Device target,
 }
 
 int64_t device_limit(const Config& config, Device target, std::optional<int64_t> capacity) {
-  const bool own = config.lora.present && (config.train.recompute == "auto" || is_paged(config));
-  return own ? memory_budget(config, target, capacity)
+  return has_budget(config) ? memory_budget(config, target, capacity)
                             : capacity.value_or(unlimited);
+}
+
+std::string budget_without_effect(const Config& config) {
+  if (config.train.memory_budget.text == "auto" || has_budget(config)) return "";
+  return fmt::format(
+      "train.memory_budget: {} has no effect: {}; set train.recompute: auto or a paged optim.type, "
+      "or limit the device with --device-memory",
+      config.train.memory_budget.text,
+      config.lora.present ? fmt::format("train.recompute: {} plans nothing, and optim.type: {} "
+                                        "moves nothing",
+                                        config.train.recompute, config.optim.type)
+                          : "without a lora key nothing is planned");
 }
 
 void check_host_memory(const RunPlan& plan, int64_t available) {

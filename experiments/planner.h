@@ -49,6 +49,10 @@ std::optional<int64_t> allocator_limit(const Config& config, Device target,
 /// otherwise all.
 int64_t device_limit(const Config& config, Device target, std::optional<int64_t> capacity);
 
+/// Where train.memory_budget is given and device_limit() does not look at it: that, and what would;
+/// otherwise "".
+std::string budget_without_effect(const Config& config);
+
 /// Throws OutOfMemory, with what to do, where a GPU's run needs more host memory than `available`:
 /// for loading, embeddings, inputs of layers that are put aside, pages of optimizers.
 void check_host_memory(const RunPlan& plan, int64_t available);

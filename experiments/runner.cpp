@@ -471,6 +471,9 @@ RunnerResult run_sweep(const Sweep& sweep, const RunnerOptions& options,
     if (!text.empty() && swept &&
         std::find(warnings.begin(), warnings.end(), text) == warnings.end())
       warnings.push_back(text);
+    const std::string budget = budget_without_effect(t.config);
+    if (!budget.empty() && std::find(warnings.begin(), warnings.end(), budget) == warnings.end())
+      warnings.push_back(budget);
   }
   for (const std::string& w : warnings) print("warning: " + w);
 

@@ -186,6 +186,29 @@ TEST_F(MemoryAnswersTest, ARemedyHasAPrice) {
     EXPECT_EQ(made[key], remedy[key]) << key;
 }
 
+TEST_F(MemoryAnswersTest, ABudgetThatNothingHeedsIsSaid) {
+  const Arguments budget = {"--gpu", "24GiB", "--set", "train.memory_budget=1GB"};
+  const auto with = [&](const std::string& set) {
+    Arguments all = budget;
+    all.insert(all.end(), {"--set", set});
+    return text("synthetic:tiny", all);
+  };
+  const std::string warning = "train.memory_budget: 1GB has no effect";
+  EXPECT_THAT(text("synthetic:tiny", budget), HasSubstr(warning));
+  EXPECT_THAT(with("train.recompute=full"),
+              AllOf(HasSubstr(warning), HasSubstr("train.recompute: full plans nothing")));
+  EXPECT_THAT(with("train.recompute=auto"), Not(HasSubstr("no effect")));
+  EXPECT_THAT(with("optim.type=paged_adamw"), Not(HasSubstr("no effect")));
+  EXPECT_THAT(text("synthetic:tiny", {"--gpu", "24GiB"}), Not(HasSubstr("no effect")));
+  for (const bool dry : {true, false}) {
+    Arguments train = {"train", run_file(), "--set", "train.memory_budget=1GB", "--device", "cpu"};
+    if (dry) train.emplace_back("--dry-run");
+    const Ended ended = run(train);
+    EXPECT_EQ(ended.code, 0) << ended.err;
+    EXPECT_THAT(ended.out + ended.err, HasSubstr(warning));
+  }
+}
+
 TEST_F(MemoryAnswersTest, BytesWithoutTheirUnitAreRefused) {
   const std::string hint = "did you mean 24GiB?";
   for (const char* option : {"--gpu", "--device-memory", "--host-memory"})
