@@ -83,11 +83,11 @@ struct Piece {
   }
 };
 
-/// Fills the tables; returns the offset of the nested scales. Reads nothing that a kernel just
-/// before may have written: the first codes and scales are fetched before await_previous() as well.
+/// Fills the tables; returns the offset of the nested scales.
 template <class T>
 __device__ float prepare(char* memory, const Problem<T>& p) {
   PairTable::fill(memory);
+  await_previous();
   float offset = 0;
   if (p.scales.codes != nullptr) {
     float* const map = reinterpret_cast<float*>(memory + map_at);
@@ -114,16 +114,13 @@ __global__ void __launch_bounds__(threads) nf4_simt_forward_kernel(Problem<T> p)
 #pragma unroll
   for (int t = 0; t < tokens; ++t)  // past the last row the last one, whose result is not stored
     x[t] = p.x + min(first_token + t, p.m - 1) * p.x_pitch;
-  const int row_step = static_cast<int>(gridDim.x) * warps * rows;
-  Own next;
-  next.fetch(p, warp * rows, 0, p.n);
-  await_previous();
-  for (int row = warp * rows; row < p.n; row += row_step) {
+  for (int row = warp * rows; row < p.n; row += static_cast<int>(gridDim.x) * warps * rows) {
     float sum[rows][tokens] = {};
+    Own next;
+    next.fetch(p, row, 0, p.n);
     for (int column = 0; column < p.k; column += words * warp_codes) {
       const Own piece = next;
-      const bool last = column + words * warp_codes >= p.k;
-      next.fetch(p, last ? row + row_step : row, last ? 0 : column + words * warp_codes, p.n);
+      if (column + words * warp_codes < p.k) next.fetch(p, row, column + words * warp_codes, p.n);
       float scales[Own::scales];
       piece.decode_scales(scales, p.scales, map, offset);
 #pragma unroll
@@ -179,7 +176,6 @@ __global__ void __launch_bounds__(threads) nf4_simt_backward_kernel(Problem<T> p
   float sum[tokens][words][word_codes] = {};
   Own next;
   next.fetch(p, first, column, end);
-  await_previous();
   for (int row = first; row < end; row += warps * rows) {
     const Own piece = next;
     next.fetch(p, row + warps * rows, column, end);

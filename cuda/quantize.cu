@@ -187,8 +187,7 @@ constexpr int words_per_warp = words_per_lane * warp_size;
 constexpr int words_per_block = words_per_lane * dequantize_threads;
 
 // One warp per 256 words of eight codes, a lane per word and 16 bytes of bf16 to a store. Lane i
-// holds value(i % 16), so a code is a shuffle. Reads 0.52, writes 2 (bf16) bytes per element. Codes
-// and scales are read while the kernel before this one ends: see settle().
+// holds value(i % 16), so a code is a shuffle. Reads 0.52, writes 2 (bf16) bytes per element.
 template <class T, bool nested>
 __global__ void __launch_bounds__(dequantize_threads)
     dequantize_words_kernel(T* y, const uint32_t* codes, Scales scales, uint32_t words,
@@ -197,6 +196,7 @@ __global__ void __launch_bounds__(dequantize_threads)
   const uint32_t lane = threadIdx.x % warp_size, warp = threadIdx.x / warp_size;
   const uint32_t first = blockIdx.x * words_per_block + warp * words_per_warp + lane;
   const float value = selected_value(threadIdx.x);
+  await_previous();
   uint32_t word[words_per_lane];
   Scale<nested> scale[words_per_lane];
 #pragma unroll
@@ -210,7 +210,6 @@ __global__ void __launch_bounds__(dequantize_threads)
     for (int i = threadIdx.x; i < map_size; i += dequantize_threads) map[i] = scales.map[i];
     __syncthreads();
   }
-  await_previous();  // which may still read y
 #pragma unroll
   for (int u = 0; u < words_per_lane; ++u) {
     const uint32_t w = first + u * warp_size;
@@ -262,8 +261,8 @@ void dequantize(const Tensor& y, const Tensor& codes, const Scales& scales) {
 __global__ void settle_kernel() {}
 
 /// After codes or scales were written by kernels: an ordinary launch, which starts when they have
-/// finished and before which none that follows starts, so that kernels launched early find them.
-/// Copies into these tensors need none.
+/// finished and before which none that follows starts, so that products launched early find them
+/// (nf4_linear_mma.cu, nf4_linear_hopper.cu). Copies into these tensors need none.
 void settle() { launch_kernel("quantize_nf4", settle_kernel, {1, 1}); }
 
 }  // namespace

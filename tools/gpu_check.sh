@@ -84,7 +84,11 @@ sanitize_part() {
     "$sanitizer" --tool "$1" --error-exitcode "$own_code" --print-limit 0 "$build/qlab_tests" \
     --gtest_filter="$2" >"$log" 2>&1 || status=1
   [[ $1 != racecheck || $(count_races "$log") == 0 ]] || status=1
-  ((status == 0)) || tail -n 40 "$log"
+  if ((status != 0)); then # what is reported, and how often
+    grep -E '^=+ +(at |Uninitialized|Invalid|Host API)|^=+ [A-Z].* error' "$log" |
+      sed 's/0x[0-9a-f]*/ADDRESS/g; s/ in block.*//' | sort | uniq -c | sort -rn | head -n 20
+    tail -n 40 "$log"
+  fi
   grep -hE '^========= (ERROR|RACECHECK) SUMMARY|PASSED|tests ran' "$log"
   return "$status"
 }
