@@ -17,9 +17,6 @@ import re
 import subprocess
 import sys
 
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent))
-import report
-
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 TABLE = ROOT / "quant/nf4_dispatch_table.inc"
 FUSED = ("simt", "mma", "wgmma", "wgmma2", "wgmma3")
@@ -32,16 +29,21 @@ HEAD = """// Written by `make tune` (bench/tune.py) from bench/results/linear.js
 
 
 def measured(result, gpu):
-    """{(pass, n, k): {M: {implementation: row}}} of one GPU."""
-    own = {index for index, call in enumerate(result["calls"]) if call["gpu"]["name"] == gpu}
-    rows = {side: [row for row in result.get(side, []) if row["call"] in own]
-            for side in ("ours", "peers")}
+    """{(pass, n, k): {M: {implementation: row}}} of one GPU: of each case what the latest call has
+    that measured `scratch`, without which there is nothing to choose by."""
+    calls = {}  # {case: {call: {implementation: row}}}
+    for row in result["ours"]:
+        if row["name"].startswith("linear/") and "us" in row and (
+                result["calls"][row["call"]]["gpu"]["name"] == gpu):
+            case, name = row["name"].removeprefix("linear/").rsplit("/", 1)
+            calls.setdefault(case, {}).setdefault(row["call"], {})[name] = row
     times = {}
-    for case, found in report.by_case({"linear": rows}, "linear", "linear/").items():
+    for case, found in calls.items():
         direction, shape, m = case.split("/")
         n, k = map(int, shape.split("x"))
-        times.setdefault((direction, n, k), {})[int(m[1:])] = {
-            name: row for name, row in found.items() if "us" in row}
+        whole = [call for call, rows in found.items() if "scratch" in rows]
+        if whole:
+            times.setdefault((direction, n, k), {})[int(m[1:])] = found[max(whole)]
     return times
 
 
@@ -53,8 +55,6 @@ def beats(row, other):
 
 def fastest(rows):
     """The fused kernel that beats `scratch`, the fastest of them; None otherwise."""
-    if "scratch" not in rows:
-        return None
     better = [name for name in FUSED if name in rows and beats(rows[name], rows["scratch"])]
     return min(better, key=lambda name: rows[name]["us"], default=None)
 

@@ -23,9 +23,9 @@ class TuneTest(unittest.TestCase):
         self.results = pathlib.Path(self.folder.name) / "linear.json"
         self.table = pathlib.Path(self.folder.name) / "table.inc"
 
-    def tune(self, rows, gpus=(GPU,), options=()):
+    def tune(self, rows, gpus=(GPU,), options=(), peers=()):
         calls = [{"gpu": {"name": name}} for name in gpus]
-        self.results.write_text(json.dumps({"calls": calls, "ours": rows}))
+        self.results.write_text(json.dumps({"calls": calls, "ours": rows, "peers": peers}))
         result = subprocess.run([sys.executable, ROOT / "bench/tune.py", "--results", self.results,
                                  "--table", self.table, *options], capture_output=True, text=True)
         lines = self.table.read_text().splitlines() if self.table.exists() else []
@@ -58,10 +58,21 @@ class TuneTest(unittest.TestCase):
             self.assertEqual(lines, [f'{{"{GPU}", Op::none, 8, 8, 1, {kernel}}},'], us)
 
     def test_times_of_two_calls_are_not_compared(self):
-        _, lines = self.tune([row("dx", "8x8", 1, "mma", 5, call=0),
-                              row("dx", "8x8", 1, "scratch", 6, call=0),
-                              row("dx", "8x8", 1, "mma", 2, call=1)], (GPU, GPU))
-        self.assertEqual(lines, [f'{{"{GPU}", Op::none, 8, 8, 1, std::nullopt}},'])
+        for first, second, kernel in ((5, None, "Nf4Kernel::mma"), (5, 6, "std::nullopt"),
+                                      (7, None, "std::nullopt")):
+            rows = [row("dx", "8x8", 1, "mma", first, call=0),
+                    row("dx", "8x8", 1, "scratch", 6, call=0),
+                    row("dx", "8x8", 1, "mma", 2 if second is None else 6, call=1)]
+            rows += [row("dx", "8x8", 1, "scratch", second, call=1)] if second else []
+            _, lines = self.tune(rows, (GPU, GPU))
+            self.assertEqual(lines, [f'{{"{GPU}", Op::none, 8, 8, 1, {kernel}}},'])
+
+    def test_a_case_that_is_the_peers_alone_decides_nothing(self):
+        ours = [row("dx", "8x8", 1, name, us) for name, us in (("mma", 1), ("scratch", 2))]
+        peers = [row("dx", shape, m, "bitsandbytes", 3, call=1)
+                 for shape, m in (("8x8", 1), ("8x8", 4), ("32x8", 1))]
+        _, lines = self.tune(ours, (GPU, GPU), peers=peers)
+        self.assertEqual(lines, [f'{{"{GPU}", Op::none, 8, 8, 1, Nf4Kernel::mma}},'])
 
     def test_other_gpus_keep_their_lines(self):
         other = '{"Another", Op::none, 5, 1, 1, Nf4Kernel::simt},'
