@@ -100,12 +100,17 @@ def main():
         result = json.loads(pathlib.Path(options.results).read_text())
     except FileNotFoundError:
         sys.exit(f"{options.results} is not there: `make gpu-bench PART=linear` writes it")
+    except ValueError as error:
+        sys.exit(f"{options.results} is not what `make gpu-bench PART=linear` writes: {error}")
     gpu = gpu_of(result, options.gpu)
     if gpu is None:
         of = f" of {options.gpu}" if options.gpu else ""
         sys.exit(f"{options.results} has no linear layers{of}: measure them with "
                  "`make gpu-bench PART=linear`")
     times = measured(result, gpu)
+    if not times:
+        sys.exit(f"{options.results} has no case of {gpu} with `scratch`, by which the others are "
+                 "judged: measure whole cases with `make gpu-bench PART=linear`")
     if options.tests:
         test = subprocess.run([options.tests, "--gtest_brief=1",
                                "--gtest_filter=*Nf4Linear*RowsAreIndependentOfTheirNumber*cuda*"],

@@ -99,6 +99,22 @@ class TuneTest(unittest.TestCase):
             self.assertIn("has no linear layers", result.stderr)
             self.assertEqual(lines, [])
 
+    def test_nothing_to_choose_by_leaves_the_table(self):
+        before = f'{{"{GPU}", Op::none, 5, 1, 1, Nf4Kernel::mma}},'
+        self.table.write_text(before + "\n")
+        result, lines = self.tune([row("dx", "8x8", 1, "mma", 1)])
+        self.assertNotEqual(result.returncode, 0)
+        self.assertIn(f"no case of {GPU} with `scratch`", result.stderr)
+        self.assertEqual(lines, [before])
+
+    def test_a_broken_file_is_said(self):
+        self.results.write_text('{"calls": [')
+        result = subprocess.run([sys.executable, ROOT / "bench/tune.py", "--results", self.results,
+                                 "--table", self.table], capture_output=True, text=True)
+        self.assertEqual(result.returncode, 1)
+        self.assertRegex(result.stderr, r"^\S+linear.json is not what `make gpu-bench PART=linear`")
+        self.assertFalse(self.table.exists())
+
 
 if __name__ == "__main__":
     unittest.main()
