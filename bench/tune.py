@@ -21,6 +21,8 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 TABLE = ROOT / "quant/nf4_dispatch_table.inc"
 FUSED = ("simt", "mma", "wgmma", "wgmma2", "wgmma3")
 MARGIN = 0.03  # at least
+# Rows in products of any number of them, and in each tile of the kernels that choose among several.
+BITS = "*Nf4Linear*RowsAreIndependentOfTheirNumber*cuda*:*Nf4Linear*WarpgroupTilesAgree*cuda*"
 OPS = {"forward": "Op::transpose", "dx": "Op::none"}
 LINE = re.compile(r'\{"(.*?)", (.*)\},')
 HEAD = """// Written by `make tune` (bench/tune.py) from bench/results/linear.json. Of a GPU: the product, the
@@ -112,8 +114,7 @@ def main():
         sys.exit(f"{options.results} has no case of {gpu} with `scratch`, by which the others are "
                  "judged: measure whole cases with `make gpu-bench PART=linear`")
     if options.tests:
-        test = subprocess.run([options.tests, "--gtest_brief=1",
-                               "--gtest_filter=*Nf4Linear*RowsAreIndependentOfTheirNumber*cuda*"],
+        test = subprocess.run([options.tests, "--gtest_brief=1", "--gtest_filter=" + BITS],
                               capture_output=True, text=True)
         if test.returncode != 0 or not re.search(r"PASSED  \] [1-9]", test.stdout):
             sys.exit("The rows' bits depend on their number, or no test ran: no kernel is admitted.\n"

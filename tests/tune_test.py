@@ -107,6 +107,20 @@ class TuneTest(unittest.TestCase):
         self.assertIn(f"no case of {GPU} with `scratch`", result.stderr)
         self.assertEqual(lines, [before])
 
+    def test_no_kernel_without_its_test_of_bits(self):
+        tests = pathlib.Path(self.folder.name) / "tests"
+        rows = [row("dx", "8x8", 1, name, us) for name, us in (("mma", 1), ("scratch", 2))]
+        for passed, status, admitted in ((2, 0, True), (2, 1, False), (0, 0, False)):
+            self.table.unlink(missing_ok=True)
+            tests.write_text(f"#!/bin/sh\nprintf '%s\\n' \"$*\" >'{tests}.arguments'\n"
+                             f"echo '[  PASSED  ] {passed} tests.'\nexit {status}\n")
+            tests.chmod(0o755)
+            result, lines = self.tune(rows, options=("--tests", str(tests)))
+            self.assertEqual((result.returncode == 0, len(lines)), (admitted, int(admitted)))
+            asked = pathlib.Path(f"{tests}.arguments").read_text()
+            self.assertIn("RowsAreIndependentOfTheirNumber", asked)
+            self.assertIn("WarpgroupTilesAgree", asked)
+
     def test_a_broken_file_is_said(self):
         self.results.write_text('{"calls": [')
         result = subprocess.run([sys.executable, ROOT / "bench/tune.py", "--results", self.results,
