@@ -5,6 +5,7 @@ import math
 PANEL_W, PANEL_H, LEFT, TOP, GAP = 400, 260, 62, 58, 64
 COLORS = ["#1f6fb4", "#c8501e", "#2f8f4e", "#7d4fb0", "#b08a00", "#0f8f8f", "#a8326e"]
 PEER = "#777777"
+IN_A_ROW = 8  # of the legend
 SHAPES = ("4096x4096", "14336x4096")
 
 
@@ -94,17 +95,19 @@ def plot(rows, title):
                 points = [(m, row_[name]) for m, row_ in ratios.items() if name in row_]
                 if points:
                     parts += panel.curve(points, color, dash)
-    width, height = LEFT + 2 * PANEL_W + GAP + 30, TOP + 2 * (PANEL_H + GAP) + 20
+    width, foot = LEFT + 2 * PANEL_W + GAP + 30, TOP + 2 * (PANEL_H + GAP) - 16
+    step = (width - LEFT) / IN_A_ROW
     legend = []
     for i, (name, (color, dash)) in enumerate(style.items()):
-        x, y = LEFT + i * 130, height - 18
+        x, y = LEFT + i % IN_A_ROW * step, foot + 18 * (1 + i // IN_A_ROW)
         legend += [line(x, y - 4, x + 24, y - 4, color, 3, dash),
                    text(x + 30, y, name, 12, "start")]
+    height = foot + 18 * -(-len(style) // IN_A_ROW) + 18
     head = [f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" '
             f'viewBox="0 0 {width} {height}" font-family="sans-serif">',
             f'<rect width="{width}" height="{height}" fill="#ffffff"/>',
             text(LEFT, 24, title, 14, "start", "bold"),
             text(16, TOP + PANEL_H + 20, "time over dense bf16", 12).replace(
                 "<text ", f'<text transform="rotate(-90 16 {TOP + PANEL_H + 20})" '),
-            text(LEFT + PANEL_W + GAP / 2, height - 36, "M (rows of x)", 12)]
+            text(LEFT + PANEL_W + GAP / 2, foot, "M (rows of x)", 12)]
     return "\n".join(head + parts + legend + ["</svg>"]) + "\n"

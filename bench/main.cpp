@@ -1,7 +1,9 @@
 // qlab-bench: Google Benchmark with its standard flags, such as --benchmark_filter=REGEX,
-// --benchmark_list_tests and --benchmark_out=FILE. Ends with 1 when a result was wrong. Where
-// QLAB_BENCH_SECONDS is set, benchmarks that would begin later are left out.
+// --benchmark_list_tests and --benchmark_out=FILE. Ends with 1 when a result was wrong, with 2 when
+// a filter finds nothing. Where QLAB_BENCH_SECONDS is set, benchmarks that would begin later are
+// left out.
 #include <cstdio>
+#include <string>
 
 #include "bench/support.h"
 #include "generated/version.h"
@@ -19,8 +21,9 @@ int main(int argc, char** argv) {
     bench::run_registered();
     benchmark::Initialize(&argc, argv);
     if (benchmark::ReportUnrecognizedArguments(argc, argv)) return 2;
-    benchmark::RunSpecifiedBenchmarks();
+    const size_t found = benchmark::RunSpecifiedBenchmarks();
     benchmark::Shutdown();
+    if (found == 0 && flags.find("--benchmark_list_tests") == std::string::npos) return 2;
   } catch (const std::exception& error) {
     std::fprintf(stderr, "qlab-bench: %s\n", error.what());
     return 2;

@@ -6,6 +6,7 @@ files in bench/results. Standard library only; `make gpu-bench` runs it.
 
 import argparse
 import json
+import os
 import pathlib
 import re
 import sys
@@ -286,6 +287,13 @@ def replace_tables(text, new):
     return text
 
 
+def replace_file(path, text):
+    """As a whole: a killed report leaves the older one."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text)
+    os.replace(temporary, path)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--results", type=pathlib.Path, default=headline.RESULTS)
@@ -293,13 +301,13 @@ def main():
     options = parser.parse_args()
     raw = headline.load(options.results)
     entries = headline.headline(raw)
-    (options.results / "headline.json").write_text(json.dumps(entries, indent=1) + "\n")
+    replace_file(options.results / "headline.json", json.dumps(entries, indent=1) + "\n")
     memory_runs, budget_runs = (memory.read_results(options.results / f"{name}.json")
                                 for name in ("memory", "budget"))
     content = tables(raw, entries, memory_runs, budget_runs)
 
     def show(name, svg, title):
-        (options.docs / f"performance-{name}.svg").write_text(svg)
+        replace_file(options.docs / f"performance-{name}.svg", svg)
         content[name] = f"![{title}](performance-{name}.svg)\n\n{content[name]}"
 
     rows = linear_rows(raw)
@@ -311,7 +319,7 @@ def main():
     if budgets:
         show("budget", budgets, "Tokens per second against the memory budget")
     page = options.docs / "performance.md"
-    page.write_text(replace_tables(page.read_text(), content))
+    replace_file(page, replace_tables(page.read_text(), content))
     met = sum(entry["met"] for entry in entries)
     print(f"{met} of {len(entries)} targets met; {options.results / 'headline.json'}, {page}")
 

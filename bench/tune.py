@@ -17,13 +17,12 @@ import re
 import subprocess
 import sys
 
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent))
-import report
-
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 TABLE = ROOT / "quant/nf4_dispatch_table.inc"
 FUSED = ("simt", "mma", "wgmma", "wgmma2", "wgmma3")
 MARGIN = 0.03  # at least
+# Rows in products of any number of them, and in each tile of the kernels that choose among several.
+BITS = "*Nf4Linear*RowsAreIndependentOfTheirNumber*cuda*:*Nf4Linear*WarpgroupTilesAgree*cuda*"
 OPS = {"forward": "Op::transpose", "dx": "Op::none"}
 LINE = re.compile(r'\{"(.*?)", (.*)\},')
 HEAD = """// Written by `make tune` (bench/tune.py) from bench/results/linear.json. Of a GPU: the product, the
@@ -32,16 +31,21 @@ HEAD = """// Written by `make tune` (bench/tune.py) from bench/results/linear.js
 
 
 def measured(result, gpu):
-    """{(pass, n, k): {M: {implementation: row}}} of one GPU."""
-    own = {index for index, call in enumerate(result["calls"]) if call["gpu"]["name"] == gpu}
-    rows = {side: [row for row in result.get(side, []) if row["call"] in own]
-            for side in ("ours", "peers")}
+    """{(pass, n, k): {M: {implementation: row}}} of one GPU: of each case what the latest call has
+    that measured `scratch`, without which there is nothing to choose by."""
+    calls = {}  # {case: {call: {implementation: row}}}
+    for row in result["ours"]:
+        if row["name"].startswith("linear/") and "us" in row and (
+                result["calls"][row["call"]]["gpu"]["name"] == gpu):
+            case, name = row["name"].removeprefix("linear/").rsplit("/", 1)
+            calls.setdefault(case, {}).setdefault(row["call"], {})[name] = row
     times = {}
-    for case, found in report.by_case({"linear": rows}, "linear", "linear/").items():
+    for case, found in calls.items():
         direction, shape, m = case.split("/")
         n, k = map(int, shape.split("x"))
-        times.setdefault((direction, n, k), {})[int(m[1:])] = {
-            name: row for name, row in found.items() if "us" in row}
+        whole = [call for call, rows in found.items() if "scratch" in rows]
+        if whole:
+            times.setdefault((direction, n, k), {})[int(m[1:])] = found[max(whole)]
     return times
 
 
@@ -53,8 +57,6 @@ def beats(row, other):
 
 def fastest(rows):
     """The fused kernel that beats `scratch`, the fastest of them; None otherwise."""
-    if "scratch" not in rows:
-        return None
     better = [name for name in FUSED if name in rows and beats(rows[name], rows["scratch"])]
     return min(better, key=lambda name: rows[name]["us"], default=None)
 
@@ -100,15 +102,19 @@ def main():
         result = json.loads(pathlib.Path(options.results).read_text())
     except FileNotFoundError:
         sys.exit(f"{options.results} is not there: `make gpu-bench PART=linear` writes it")
+    except ValueError as error:
+        sys.exit(f"{options.results} is not what `make gpu-bench PART=linear` writes: {error}")
     gpu = gpu_of(result, options.gpu)
     if gpu is None:
         of = f" of {options.gpu}" if options.gpu else ""
         sys.exit(f"{options.results} has no linear layers{of}: measure them with "
                  "`make gpu-bench PART=linear`")
     times = measured(result, gpu)
+    if not times:
+        sys.exit(f"{options.results} has no case of {gpu} with `scratch`, by which the others are "
+                 "judged: measure whole cases with `make gpu-bench PART=linear`")
     if options.tests:
-        test = subprocess.run([options.tests, "--gtest_brief=1",
-                               "--gtest_filter=*Nf4Linear*RowsAreIndependentOfTheirNumber*cuda*"],
+        test = subprocess.run([options.tests, "--gtest_brief=1", "--gtest_filter=" + BITS],
                               capture_output=True, text=True)
         if test.returncode != 0 or not re.search(r"PASSED  \] [1-9]", test.stdout):
             sys.exit("The rows' bits depend on their number, or no test ran: no kernel is admitted.\n"

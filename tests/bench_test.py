@@ -78,6 +78,9 @@ def main():
         print(f"qlab-bench wrote no results (exit status {run.returncode})")
         return 1
     wrong = problems(everything, chosen, run.returncode, rows)
+    nothing = subprocess.run([program, "--benchmark_filter=no such case"], capture_output=True)
+    if nothing.returncode != 2:
+        wrong.append(f"exit status {nothing.returncode} where a filter finds nothing")
     for row in rows:
         print(re.sub(r"/iterations.*", "", row["name"]), f"{row.get('us', 0):.1f} us")
     print(*wrong, f"{len(rows)} cases, {len(wrong)} problems", sep="\n")

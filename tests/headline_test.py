@@ -66,8 +66,8 @@ def main():
     results = pathlib.Path(sys.argv[1]) if len(sys.argv) > 1 else headline.RESULTS
     path = results / "headline.json"
     if not path.exists():
-        print("no headline has been recorded yet (make gpu-bench writes it)")
-        return 0
+        print(f"{path} is missing (make gpu-bench writes it)")
+        return 1
     entries, wrong = json.loads(path.read_text()), 0
     for entry in entries:
         try:

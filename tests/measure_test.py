@@ -15,6 +15,7 @@ import unittest.mock
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "bench"))
+import crossover
 import gpu_state
 import headline
 import measure
@@ -166,6 +167,20 @@ class StateTest(unittest.TestCase):
         self.assertGreater(sampler.summary["samples"], 2)
         self.assertEqual(sampler.summary["reasons"], {"software power cap": 1})
         self.assertIsNotNone(sampler.process.returncode)
+
+
+class PlotTest(unittest.TestCase):
+    def test_the_legend_lies_within_the_plot_however_many_kernels_there_are(self):
+        for count in (1, 9, 17):
+            kernels = {f"kernel number {i}": {"ratio": 1.5} for i in range(count)}
+            svg = crossover.plot({("forward", crossover.SHAPES[0]): {1: kernels, 64: kernels}}, "")
+            width, height = map(int, re.search(r'width="(\d+)" height="(\d+)"', svg).groups())
+            places = [(float(x), float(y)) for x, y in
+                      re.findall(r'<text x="([\d.]+)" y="([\d.]+)"[^>]*>kernel number', svg)]
+            self.assertEqual(len(set(places)), count)
+            for x, y in places:
+                self.assertLess(x, width - 60)
+                self.assertLess(y, height)
 
 
 class FilterTest(unittest.TestCase):

@@ -23,9 +23,9 @@ class TuneTest(unittest.TestCase):
         self.results = pathlib.Path(self.folder.name) / "linear.json"
         self.table = pathlib.Path(self.folder.name) / "table.inc"
 
-    def tune(self, rows, gpus=(GPU,), options=()):
+    def tune(self, rows, gpus=(GPU,), options=(), peers=()):
         calls = [{"gpu": {"name": name}} for name in gpus]
-        self.results.write_text(json.dumps({"calls": calls, "ours": rows}))
+        self.results.write_text(json.dumps({"calls": calls, "ours": rows, "peers": peers}))
         result = subprocess.run([sys.executable, ROOT / "bench/tune.py", "--results", self.results,
                                  "--table", self.table, *options], capture_output=True, text=True)
         lines = self.table.read_text().splitlines() if self.table.exists() else []
@@ -58,10 +58,21 @@ class TuneTest(unittest.TestCase):
             self.assertEqual(lines, [f'{{"{GPU}", Op::none, 8, 8, 1, {kernel}}},'], us)
 
     def test_times_of_two_calls_are_not_compared(self):
-        _, lines = self.tune([row("dx", "8x8", 1, "mma", 5, call=0),
-                              row("dx", "8x8", 1, "scratch", 6, call=0),
-                              row("dx", "8x8", 1, "mma", 2, call=1)], (GPU, GPU))
-        self.assertEqual(lines, [f'{{"{GPU}", Op::none, 8, 8, 1, std::nullopt}},'])
+        for first, second, kernel in ((5, None, "Nf4Kernel::mma"), (5, 6, "std::nullopt"),
+                                      (7, None, "std::nullopt")):
+            rows = [row("dx", "8x8", 1, "mma", first, call=0),
+                    row("dx", "8x8", 1, "scratch", 6, call=0),
+                    row("dx", "8x8", 1, "mma", 2 if second is None else 6, call=1)]
+            rows += [row("dx", "8x8", 1, "scratch", second, call=1)] if second else []
+            _, lines = self.tune(rows, (GPU, GPU))
+            self.assertEqual(lines, [f'{{"{GPU}", Op::none, 8, 8, 1, {kernel}}},'])
+
+    def test_a_case_that_is_the_peers_alone_decides_nothing(self):
+        ours = [row("dx", "8x8", 1, name, us) for name, us in (("mma", 1), ("scratch", 2))]
+        peers = [row("dx", shape, m, "bitsandbytes", 3, call=1)
+                 for shape, m in (("8x8", 1), ("8x8", 4), ("32x8", 1))]
+        _, lines = self.tune(ours, (GPU, GPU), peers=peers)
+        self.assertEqual(lines, [f'{{"{GPU}", Op::none, 8, 8, 1, Nf4Kernel::mma}},'])
 
     def test_other_gpus_keep_their_lines(self):
         other = '{"Another", Op::none, 5, 1, 1, Nf4Kernel::simt},'
@@ -87,6 +98,36 @@ class TuneTest(unittest.TestCase):
             self.assertNotEqual(result.returncode, 0)
             self.assertIn("has no linear layers", result.stderr)
             self.assertEqual(lines, [])
+
+    def test_nothing_to_choose_by_leaves_the_table(self):
+        before = f'{{"{GPU}", Op::none, 5, 1, 1, Nf4Kernel::mma}},'
+        self.table.write_text(before + "\n")
+        result, lines = self.tune([row("dx", "8x8", 1, "mma", 1)])
+        self.assertNotEqual(result.returncode, 0)
+        self.assertIn(f"no case of {GPU} with `scratch`", result.stderr)
+        self.assertEqual(lines, [before])
+
+    def test_no_kernel_without_its_test_of_bits(self):
+        tests = pathlib.Path(self.folder.name) / "tests"
+        rows = [row("dx", "8x8", 1, name, us) for name, us in (("mma", 1), ("scratch", 2))]
+        for passed, status, admitted in ((2, 0, True), (2, 1, False), (0, 0, False)):
+            self.table.unlink(missing_ok=True)
+            tests.write_text(f"#!/bin/sh\nprintf '%s\\n' \"$*\" >'{tests}.arguments'\n"
+                             f"echo '[  PASSED  ] {passed} tests.'\nexit {status}\n")
+            tests.chmod(0o755)
+            result, lines = self.tune(rows, options=("--tests", str(tests)))
+            self.assertEqual((result.returncode == 0, len(lines)), (admitted, int(admitted)))
+            asked = pathlib.Path(f"{tests}.arguments").read_text()
+            self.assertIn("RowsAreIndependentOfTheirNumber", asked)
+            self.assertIn("WarpgroupTilesAgree", asked)
+
+    def test_a_broken_file_is_said(self):
+        self.results.write_text('{"calls": [')
+        result = subprocess.run([sys.executable, ROOT / "bench/tune.py", "--results", self.results,
+                                 "--table", self.table], capture_output=True, text=True)
+        self.assertEqual(result.returncode, 1)
+        self.assertRegex(result.stderr, r"^\S+linear.json is not what `make gpu-bench PART=linear`")
+        self.assertFalse(self.table.exists())
 
 
 if __name__ == "__main__":
