@@ -8,7 +8,7 @@
 #include <memory>
 #include <mutex>
 
-#include "cuda/launch.cuh"
+#include "cuda/early_launch.cuh"
 
 namespace qlab::cuda {
 namespace {
@@ -241,6 +241,8 @@ void synchronize() { check(cudaDeviceSynchronize(), "cudaDeviceSynchronize"); }
 Graph::Graph(const std::function<void()>& issue) {
   const cudaStream_t stream = current_stream();
   cudaGraph_t graph = nullptr;
+  // A graph starts when all before it has ended, and what it records has not happened yet.
+  const bool outside = writes_read_early().exchange(false);
   check(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal), "cudaStreamBeginCapture");
   try {
     issue();
@@ -248,8 +250,10 @@ Graph::Graph(const std::function<void()>& issue) {
     if (cudaStreamEndCapture(stream, &graph) == cudaSuccess && graph != nullptr)
       cudaGraphDestroy(graph);
     cudaGetLastError();
+    writes_read_early() = outside;
     throw;
   }
+  writes_read_early() = outside;
   check(cudaStreamEndCapture(stream, &graph), "cudaStreamEndCapture");
   cudaGraphExec_t executable = nullptr;
   const cudaError_t status = cudaGraphInstantiate(&executable, graph, 0);

@@ -222,7 +222,7 @@ __device__ void decode(const Nf4Arguments& a, Nf4Shared<P>& shared, const Nf4Til
   if (copier)
     for (; copied < min(P::code_slots, slots); ++copied) copy_codes<P>(a, shared, tile, copied);
   fetch(decoder);
-  await_previous();  // which may write x; codes and scales have settled
+  await_previous();  // which may write x
   Ring<P::stages> ring;
   for (int i = 0; i < decoder; ++i) ring.advance();
   for (int base = decoder; base < tile.steps; base += batch * P::decoders) {
@@ -498,7 +498,7 @@ void launch_nf4(const Matrix16& y, const Matrix16& x, const Nf4Matrix& w, const 
   attributes[0].id = cudaLaunchAttributeClusterDimension;
   attributes[0].val.clusterDim = {static_cast<unsigned>(P::pair * parts), 1, 1};
   attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attributes[1].val.programmaticStreamSerializationAllowed = 1;
+  attributes[1].val.programmaticStreamSerializationAllowed = may_overlap() ? 1 : 0;
   cudaLaunchConfig_t config{};
   config.gridDim = grid_of("nf4_matmul", y.cols / P::outputs * token_tiles * parts);
   config.blockDim = P::threads;

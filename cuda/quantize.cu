@@ -258,13 +258,6 @@ void dequantize(const Tensor& y, const Tensor& codes, const Scales& scales) {
                static_cast<uint32_t>(words), Divider(cols / vector_width), y.pitch());
 }
 
-__global__ void settle_kernel() {}
-
-/// After codes or scales were written by kernels: an ordinary launch, which starts when they have
-/// finished and before which none that follows starts, so that products launched early find them
-/// (nf4_linear_mma.cu, nf4_linear_hopper.cu). Copies into these tensors need none.
-void settle() { launch_kernel("quantize_nf4", settle_kernel, {1, 1}); }
-
 }  // namespace
 
 void quantize_nf4(const Tensor& codes, const Tensor& absmax, const Tensor& sums, const Tensor& x,
@@ -285,7 +278,8 @@ void quantize_nf4(const Tensor& codes, const Tensor& absmax, const Tensor& sums,
                     codes.data<uint8_t>(), absmax.data<float>(), sum, x.data<T>(), n, blocks,
                     block_size);
   });
-  settle();
+  // An ordinary launch, before which all earlier writes ended; behind `sums` comes quantize_scales.
+  writes_read_early() = !sums.defined();
 }
 
 void quantize_scales(const Nf4Tensor& out, const Tensor& absmax, const Tensor& sums) {
@@ -298,7 +292,7 @@ void quantize_scales(const Nf4Tensor& out, const Tensor& absmax, const Tensor& s
                grid_of("quantize_scales", ceil_div<int64_t>(nested, warps_per_block)), threads,
                out.absmax_code.data<uint8_t>(), out.absmax2.data<float>(), absmax.data<float>(),
                mean, out.map.data<float>(), blocks);
-  settle();
+  writes_read_early() = true;
 }
 
 void dequantize_nf4(const Tensor& y, const Nf4Tensor& x) {

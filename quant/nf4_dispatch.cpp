@@ -68,20 +68,30 @@ std::optional<Nf4Kernel> kernel_of(std::span<const Nf4Line> lines, std::string_v
   return std::nullopt;
 }
 
+std::optional<Nf4Kernel> fastest_nf4_kernel(std::string_view gpu, const Nf4Tensor& w, Op op,
+                                            int64_t rows, DType dtype, Device device) {
+  const auto supported = [&](Nf4Kernel kernel) {
+    return nf4_matmul_supported(kernel, w, op, rows, dtype, device);
+  };
+  if (!gpu.empty()) {
+    const auto measured = kernel_of(lines, gpu, op, w.shape[0], w.shape[1], rows);
+    if (!measured || supported(*measured)) return measured;
+  }
+  const auto of_warpgroups = warpgroup_kernel(w.shape[op == Op::transpose ? 0 : 1], rows);
+  if (of_warpgroups && supported(*of_warpgroups)) return of_warpgroups;
+  const auto chosen = kernel_of(lines, "", op, w.shape[0], w.shape[1], rows);
+  if (!chosen) return std::nullopt;
+  // The other kernel needs no tensor cores.
+  for (const Nf4Kernel kernel : {*chosen, Nf4Kernel::simt})
+    if (supported(kernel)) return kernel;
+  return std::nullopt;
+}
+
 std::optional<Nf4Kernel> fastest_nf4_kernel(const Nf4Tensor& w, Op op, int64_t rows, DType dtype,
                                             Device device) {
   if (device.target == DeviceType::cpu) return std::nullopt;
   const std::string_view gpu = device.capability == 0 ? known_gpu(device.index) : "";
-  if (gpu.empty())
-    if (const auto kernel = warpgroup_kernel(w.shape[op == Op::transpose ? 0 : 1], rows);
-        kernel && nf4_matmul_supported(*kernel, w, op, rows, dtype, device))
-      return kernel;
-  const std::optional<Nf4Kernel> chosen = kernel_of(lines, gpu, op, w.shape[0], w.shape[1], rows);
-  if (!chosen) return std::nullopt;
-  // The other kernel needs no tensor cores.
-  for (const Nf4Kernel kernel : {*chosen, Nf4Kernel::simt})
-    if (nf4_matmul_supported(kernel, w, op, rows, dtype, device)) return kernel;
-  return std::nullopt;
+  return fastest_nf4_kernel(gpu, w, op, rows, dtype, device);
 }
 
 }  // namespace qlab

@@ -22,4 +22,9 @@ struct Nf4Line {
 std::optional<Nf4Kernel> kernel_of(std::span<const Nf4Line> lines, std::string_view gpu, Op op,
                                    int64_t n, int64_t k, int64_t rows);
 
+/// fastest_nf4_kernel on the GPU so called; what its line names may not take this matrix, and then
+/// the choice is that of a GPU without lines.
+std::optional<Nf4Kernel> fastest_nf4_kernel(std::string_view gpu, const Nf4Tensor& w, Op op,
+                                            int64_t rows, DType dtype, Device device);
+
 }  // namespace qlab

@@ -229,6 +229,21 @@ TEST(Nf4Linear, WarpgroupsOfHopper) {
   EXPECT_EQ(kernel({4104, 4096}, Op::transpose, 64), mma);  // outputs that they do not take
 }
 
+TEST(Nf4Linear, WhereTheKernelOfAKnownGpuRefusesAnotherIsTaken) {
+  using enum Nf4Kernel;
+  Nf4Tensor w;
+  const auto kernel = [&](const Shape& shape, int64_t block_size, int capability) {
+    w.shape = shape, w.block_size = block_size;
+    return fastest_nf4_kernel("NVIDIA H100 80GB HBM3", w, Op::transpose, 64, DType::bf16,
+                              Device::gpu(capability).meta());
+  };
+  EXPECT_EQ(kernel({4096, 4096}, 64, 90), wgmma3);
+  EXPECT_EQ(kernel({4096, 4096}, 32, 90), mma);  // blocks
+  EXPECT_EQ(kernel({4104, 4096}, 64, 90), mma);  // outputs
+  EXPECT_EQ(kernel({4096, 4096}, 64, 80), mma);  // its PTX for older GPUs
+  EXPECT_EQ(kernel({4096, 4096}, 64, 75), std::nullopt);
+}
+
 // The matrix itself, else the smallest that is no smaller, else the largest; then the number of
 // rows.
 TEST(Nf4Linear, LinesOfTheTable) {
