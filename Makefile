@@ -4,7 +4,8 @@
 #   make demo       the same, then fetch the demo model, prepare its data and run a small sweep
 #   make gpu-check  on a machine with an NVIDIA GPU: tests, compute-sanitizer, a short 8B training;
 #                   PTX=75 or PTX=80: its tests from that generic code alone, as an older GPU has it
-#   make gpu-bench PART=step|kernels|linear|attention [FILTER=regex]   measure beside the peers
+#   make gpu-bench PART=step|kernels|linear|attention [FILTER=regex]   measure beside the peers;
+#                   CHECK=all: each step also without graphs, for the bits of its adapter
 #   make gpu-bench PART=memory [FILTER=regex]   peaks beside the predicted ones, speed by memory budget
 #   make gpu-bench PART=long FILTER=regex       longest sequences, 65B paged, a checkpoint's loading
 #   make tune       choose kernels for this GPU by what gpu-bench PART=linear measured
@@ -73,7 +74,7 @@ gpu-check: setup
 	@tools/gpu_check.sh $(BUILD) $(JOBS) "$(PTX)" "$(TOOLS)"
 
 gpu-bench: setup
-	@tools/gpu_bench.sh $(BUILD) $(JOBS) "$(PART)" "$(FILTER)"
+	@tools/gpu_bench.sh $(BUILD) $(JOBS) "$(PART)" "$(FILTER)" "$(CHECK)"
 
 tune: build
 	$(call say,Choosing the kernels of NF4 linear layers)

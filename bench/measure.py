@@ -132,10 +132,10 @@ def our_kernels(build, part, chosen, folder, seconds):
     return rows, {key: value for key, value in result["context"].items() if key not in hidden}
 
 
-def our_steps(build, chosen, folder, seconds):
+def our_steps(build, chosen, check, folder, seconds):
     output = folder / "ours.json"
     run([sys.executable, BENCH / "steps.py", "--qlab", build / "qlab", "--output", output,
-         "--rows", chosen], seconds)
+         "--rows", chosen, "--check", check], seconds)
     if not output.exists():
         sys.exit("bench/steps.py wrote nothing")
     return json.loads(output.read_text())["rows"]
@@ -217,7 +217,7 @@ def measure(options, folder):
     with Sampler() as samples:
         if options.part == "step":
             call["commit"] = qlab_commit(build / "qlab")
-            ours = our_steps(build, options.filter, folder, share)
+            ours = our_steps(build, options.filter, options.check, folder, share)
         else:
             ours, call["context"] = our_kernels(build, options.part, options.filter, folder, share)
             call["commit"] = commit_of(build / "qlab-bench", call["context"].get("qlab_commit"))
@@ -241,6 +241,8 @@ def main():
     parser.add_argument("--build", default=str(ROOT / "build"))
     parser.add_argument("--filter", default="", help="only cases whose name this finds")
     parser.add_argument("--no-peers", action="store_true")
+    parser.add_argument("--check", choices=["few", "all", "none"], default="few",
+                        help="of steps: rows that are also trained without graphs, for their bits")
     parser.add_argument("--seconds", type=float, default=400,
                         help="after these nothing new is begun; ours has 60 %% of them")
     parser.add_argument("--results", default=str(BENCH / "results"))

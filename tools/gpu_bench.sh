@@ -9,6 +9,7 @@ build=$1
 jobs=$2
 part=$3
 filter=$4
+check=${5:-few} # of steps: the rows trained without graphs too, for their bits
 limit=460 # seconds: a part stays under 8 minutes, its build included
 
 case $part in
@@ -42,7 +43,7 @@ rest=$((limit - (SECONDS - start)))
 if [[ $part == memory || $part == long ]]; then
   python3 "bench/$part.py" --qlab "$build/qlab" --filter "$filter" --seconds $((rest - 20)) || status=$?
 else
-  timeout "$rest" python3 bench/measure.py "$part" --build "$build" --filter "$filter" \
+  timeout "$rest" python3 bench/measure.py "$part" --build "$build" --filter "$filter" --check "$check" \
     --seconds $((rest - 40)) || status=$?
 fi
 ((status != 124)) || echo "Stopped after $limit s: at most our side was recorded; measure less with FILTER."
