@@ -50,7 +50,7 @@ def shown(value, digits=4):
 
 def by_case(raw, file, prefix=""):
     """{case: {implementation: row}} of the cases whose name begins with `prefix`: the rows of one
-    call, the latest that has both sides of the case, or else the latest."""
+    call, the latest that has both sides of the case, or else the latest that has ours."""
     calls = {}  # {case: {call: {side: {implementation: row}}}}
     for side in ("ours", "peers"):
         for row in raw.get(file, {}).get(side, []):
@@ -59,7 +59,7 @@ def by_case(raw, file, prefix=""):
                 of_call = calls.setdefault(case.removeprefix(prefix), {})
                 found = of_call.setdefault(row["call"], {})
                 found.setdefault(side, {})[implementation] = row
-    chosen = {case: found[max(found, key=lambda call: (len(found[call]), call))]
+    chosen = {case: found[max(found, key=lambda call: (len(found[call]), "ours" in found[call], call))]
               for case, found in calls.items()}
     return {case: found.get("ours", {}) | found.get("peers", {}) for case, found in chosen.items()}
 
@@ -202,6 +202,32 @@ def linear_table(raw):
     return "\n\n".join(parts)
 
 
+def best_linear_table(raw):
+    """Per matrix and number of rows the fastest of our implementations that reads NF4."""
+    cases = {key: rows for key, rows in linear_rows(raw).items()
+             if any("scratch" in row for row in rows.values())}
+    rows_of_x = sorted({m for rows in cases.values() for m in rows})
+
+    def size(shape):
+        n, k = map(int, shape.split("x"))
+        return n * k, n
+
+    def cell(row):
+        own = {name: r for name, r in row.items()
+               if name in ("scratch", "simt", "mma", "wgmma", "wgmma2", "wgmma3")}
+        if not own:
+            return "-"
+        best = min(own, key=lambda name: own[name]["us"])
+        text = best + (f" {own[best]['ratio']:.2f}" if own[best]["ratio"] else "")
+        peer = row.get("bitsandbytes")
+        return text + (f" ({own[best]['us'] / peer['us']:.2f})" if peer else "")
+
+    body = [[f"{direction} {shape}"] + [cell(rows.get(m, {})) for m in rows_of_x]
+            for (direction, shape), rows in sorted(
+                cases.items(), key=lambda case: (case[0][0] == "dx", size(case[0][1])))]
+    return table(["M ="] + [str(m) for m in rows_of_x], body)
+
+
 def kernel_table(raw, file, prefixes, rate):
     """One row per case: our time, rate and share of the ceiling, and the peers' times."""
     cases = {prefix + case: found for prefix in prefixes
@@ -266,6 +292,7 @@ def tables(raw, entries, memory_runs, budget_runs):
         "cpu": cpu_table(raw) + "\n\n" + provenance(raw, "cpu_step"),
         "ceilings": ceiling_table(raw) + "\n\n" + provenance(raw, "kernels"),
         "linear": linear_table(raw) + "\n\n" + provenance(raw, "linear"),
+        "linear-best": best_linear_table(raw),
         "nf4": kernel_table(raw, "kernels", ("dequantize/", "quantize/"),
                             "GB/s"),
         "attention": kernel_table(raw, "attention", ("attention/",), "TFLOP/s") + "\n\n" +
