@@ -39,9 +39,7 @@ std::string duration_text(double seconds);
 struct StepSeconds {
   double micro = 0;   // each of its micro-batches
   double update = 0;  // what follows on them: the optimizer, and the pages of its states
-  double of(int64_t micro_batches) const {
-    return static_cast<double>(micro_batches) * micro + update;
-  }
+  double of(double micro_batches) const { return micro_batches * micro + update; }
 };
 
 }  // namespace qlab

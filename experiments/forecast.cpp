@@ -59,7 +59,7 @@ double seconds_of(const PaperTrial& trial, const ModelSource& model, Library& li
     Dataset alike;
     alike.examples.resize(static_cast<size_t>(synthetic_train.examples));
     const int64_t steps = (examples_to_train(c.train, alike) + window - 1) / window;
-    return static_cast<double>(steps) * step.of(c.train.grad_accum);
+    return static_cast<double>(steps) * step.of(static_cast<double>(c.train.grad_accum));
   }
   const Dataset& data = library.train_set(c);
   const double per_example =

@@ -85,10 +85,14 @@ PaperTrial assumed_trial(const Config& config, Device target) {
   return trial;
 }
 
-int64_t micro_batches(std::span<const PaperTrial> gang) {
-  int64_t most = 0;
-  for (const PaperTrial& t : gang) most = std::max(most, t.config.train.grad_accum);
-  return most;
+double micro_batches(std::span<const PaperTrial> gang) {
+  int64_t tokens = 0, of_a_step = 0;
+  for (const PaperTrial& t : gang) {
+    const int64_t own = std::accumulate(t.usual_lengths.begin(), t.usual_lengths.end(), int64_t{0});
+    tokens += own;
+    of_a_step += own * t.config.train.grad_accum;
+  }
+  return static_cast<double>(of_a_step) / static_cast<double>(tokens);
 }
 
 StepSeconds predicted_seconds(const MemoryPrediction& prediction, const Rates& rates) {

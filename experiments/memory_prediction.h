@@ -59,8 +59,9 @@ struct RunPlan {
   StepSeconds seconds;            // of usual micro-batches, predicted by experiments/cost_model.h
   double step_seconds = 0;        // of a whole optimizer step
 };
-/// Micro-batches of an optimizer step: the most that any of the gang takes.
-int64_t micro_batches(std::span<const PaperTrial> gang);
+/// Micro-batches of an optimizer step, counted as if the whole gang took part in each: a trial
+/// takes part in its own train.grad_accum alone.
+double micro_batches(std::span<const PaperTrial> gang);
 /// What train.recompute (not auto), quant.resident and the model's placement of the first trial ask
 /// for, and use_spare_memory().
 RunPlan asked_plan(const ModelSource& model, std::span<const PaperTrial> gang, Device target);

@@ -50,7 +50,8 @@ class PlanEstimate {
   double pass_seconds(const PlanChoice& choice, size_t pass, double saved) const;
 
   const Rates& rates_;
-  int64_t layers_, micro_batches_;
+  int64_t layers_;
+  double micro_batches_;
   int64_t base_ = 0, load_ = 0, host_load_ = 0;  // held by the base; more while it is loaded
   int64_t table_ = 0, rows_ = 0;                 // embeddings; those of a micro-batch
   int64_t layer_ = 0;                            // of the weights of a layer

@@ -168,6 +168,26 @@ TEST_F(MemoryAnswersTest, GangsAreAsLargeAsIsFast) {
   EXPECT_EQ(gang_size("recompute: full"), 4u);
 }
 
+// A trial takes part in its own micro-batches alone.
+TEST_F(MemoryAnswersTest, GangsMayAccumulateDifferently) {
+  const auto trials = [&](int together) {
+    const Sweep sweep = load_sweep(
+        folder_.write("gang.yaml",
+                      "base: {model: {path: \"synthetic:llama-3.1-8b\"}, lora: {r: 16}, data: "
+                      "{train: synthetic, seq_len: 2048}, train: {steps: 5, recompute: auto}}\n"
+                      "parameters: {train.grad_accum: {values: [1, 8]}}\n"
+                      "parallel: {trials_per_gpu: " +
+                          std::to_string(together) + "}\n"),
+        {});
+    Library library;
+    return forecast(sweep, library, memory_target("200GB", "auto"));
+  };
+  const std::vector<TrialForecast> gang = trials(2), alone = trials(1);
+  EXPECT_EQ(gang.front().gang_size, 2u) << gang.front().note;
+  EXPECT_EQ(alone.front().gang_size, 1u);
+  EXPECT_LT(gang[0].seconds + gang[1].seconds, alone[0].seconds + alone[1].seconds);
+}
+
 // What is said of the remedy is what is said when it is made.
 TEST_F(MemoryAnswersTest, ARemedyHasAPrice) {
   const std::string model = "synthetic:llama-3.1-8b";
