@@ -15,18 +15,24 @@
 namespace qlab {
 namespace {
 
-bool is_here(const std::string& path) {
-  return path.empty() || path == "synthetic" || std::filesystem::exists(path);
-}
+bool is_random(const std::string& path) { return path.empty() || path == "synthetic"; }
+bool is_here(const std::string& path) { return is_random(path) || std::filesystem::exists(path); }
 
 /// Why the lengths of a trial's examples cannot be known, or "". Random ones have data.seq_len.
 std::string why_no_lengths(const Config& config, const ModelSource& model) {
   if (config.data.train.empty()) return "no data.train";
   if (!is_here(config.data.train) || !is_here(config.data.eval)) return "data is not here";
   const bool tokenizes =
-      config.data.train == "synthetic" || !model.shapes_alone ||
+      (config.data.train == "synthetic" && is_random(config.data.eval)) || !model.shapes_alone ||
       std::filesystem::exists(resolve_model_path(model.path) + "/tokenizer.json");
   return tokenizes ? "" : "the tokenizer is not here";
+}
+
+/// Of random ones.
+int64_t random_examples_to_train(const TrainConfig& config) {
+  Dataset alike;
+  alike.examples.resize(static_cast<size_t>(synthetic_train.examples));
+  return examples_to_train(config, alike);
 }
 
 void append(std::string& notes, const std::string& note) {
@@ -56,9 +62,7 @@ double seconds_of(const PaperTrial& trial, const ModelSource& model, Library& li
   const bool random = c.data.train == "synthetic";
   if (random || !why_no_lengths(c, model).empty()) {
     if (!random && !c.train.steps) return 0;
-    Dataset alike;
-    alike.examples.resize(static_cast<size_t>(synthetic_train.examples));
-    const int64_t steps = (examples_to_train(c.train, alike) + window - 1) / window;
+    const int64_t steps = (random_examples_to_train(c.train) + window - 1) / window;
     return static_cast<double>(steps) * step.of(static_cast<double>(c.train.grad_accum));
   }
   const Dataset& data = library.train_set(c);
@@ -198,10 +202,17 @@ PaperTrial trial_on_paper(const Config& config, Library& library, Device target)
   if (config.train.batch_size > most_tokens / config.data.seq_len)
     fail("train.batch_size {} of data.seq_len {} are more tokens than a micro-batch can have",
          config.train.batch_size, config.data.seq_len);
+  if (!why_no_lengths(config, model).empty()) return assumed_trial(config, target);
+  if (config.data.train != "synthetic") return paper_trial(config, library, target);
   // Random data is as long as it may be; making it would take time and memory.
-  if (config.data.train == "synthetic" || !why_no_lengths(config, model).empty())
-    return assumed_trial(config, target);
-  return paper_trial(config, library, target);
+  PaperTrial trial = assumed_trial(config, target);
+  const auto batch = static_cast<size_t>(
+      std::min(config.train.batch_size, random_examples_to_train(config.train)));
+  trial.train_lengths.resize(batch);
+  trial.usual_lengths.resize(batch);
+  if (!is_random(config.data.eval))
+    trial.eval_lengths = largest_evaluation(library.eval_set(config), evaluation_tokens(target));
+  return trial;
 }
 
 std::vector<TrialForecast> forecast(const Sweep& sweep, Library& library,
