@@ -490,21 +490,26 @@ void Gang::run() {
   while (true) {
     evaluate_due();
     const bool stop = callbacks_.stop && callbacks_.stop();
+    const auto done = [](const TrialRun* t) {
+      return t->progress_.step >= t->total_steps_ && !t->evaluation_due();
+    };
     for (TrialRun* t : running()) {
-      const bool done = t->progress_.step >= t->total_steps_ && !t->evaluation_due();
       const int64_t every = t->config_.train.save_every;
       const bool saves =
-          done || stop || (every > 0 && t->progress_.step % every == 0 && t->progress_.step > 0);
+          done(t) || stop || (every > 0 && t->progress_.step % every == 0 && t->progress_.step > 0);
       if (saves) {
         begin("save");
         t->files_.save_state(t->progress_, *t->adapter_, *t->optimizer_);
       }
-      if (done) t->save_adapter_files();
-      if (done || stop) {
-        library_.memory().look_closely();
-        write_memory();
-      }
-      if (done) {
+      if (done(t)) t->save_adapter_files();
+    }
+    // The peak of each has what saving the others took, as predicted.
+    if (stop || std::ranges::any_of(running(), done)) {
+      library_.memory().look_closely();
+      write_memory();
+    }
+    for (TrialRun* t : running()) {
+      if (done(t)) {
         t->state_ = TrialRun::State::finished;
         t->files_.log("finished");
         t->write_status("finished");

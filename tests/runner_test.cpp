@@ -116,6 +116,16 @@ TEST_P(RunnerTest, ARunningTrialTellsItsGangAndPeak) {
   EXPECT_EQ(gangs, (std::map<std::string, int>{{"r2-s0", 2}, {"r8-s0", 1}}));
 }
 
+// On a CPU a copy of bf16 adapters is made beside all else, and the largest comes last.
+TEST_P(RunnerTest, ThePeakOfAGangHasTheSavingOfAll) {
+  sweep("parallel: {trials_per_gpu: 2}\nparameters: {lora.r: {values: [2, 3]}}\n",
+        {"lora.dtype=bf16", "data.eval=\"\""});
+  const auto finished = with_status("finished");
+  ASSERT_EQ(finished.size(), 2u);
+  for (const nlohmann::json& status : finished)
+    EXPECT_EQ(status["peak_bytes"], status["predicted_peak_bytes"]);
+}
+
 TEST_P(RunnerTest, AGangThatIsSlowerThanItsHalvesIsHalved) {
   QLAB_SKIP_WITHOUT_PLANS();
   const std::vector<std::string> sets = {"data.train=synthetic", "data.eval=\"\"",
