@@ -211,6 +211,12 @@ class RemedySearch {
       return t.config.lora.r == first().lora.r && t.config.lora.adapter.empty();
     });
   }
+  /// So that another division of a step's examples has another loss.
+  bool weighs_micro_batches() const {
+    return std::any_of(gang_.begin(), gang_.end(), [](const PaperTrial& t) {
+      return t.config.train.loss_norm == "microbatch";
+    });
+  }
   /// No one setting describes a division of different batches.
   bool same_batches() const {
     const TrainConfig& own = first().train;
@@ -272,6 +278,8 @@ class RemedySearch {
           : key == "data.eval_seq_len"
               ? fmt::format("cuts the evaluation's data, examples of up to {} tokens",
                             longest(&PaperTrial::eval_lengths))
+          : key == "train.batch_size" && weighs_micro_batches()
+              ? "weighs examples otherwise, as train.loss_norm: microbatch does"
           : key == "lora.r"                                    ? "trains fewer parameters"
           : key == "quant.type" || key == "quant.double_quant" ? "changes the base"
                                                                : "";

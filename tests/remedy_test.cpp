@@ -188,5 +188,22 @@ TEST(Remedy, SaysWhatMakesAnotherExperiment) {
   EXPECT_EQ(same->caution, "");
 }
 
+// The mean of more and smaller micro-batches' means is another one.
+TEST(Remedy, ADivisionMayChangeTheLoss) {
+  for (const char* norm : {"tokens", "microbatch"}) {
+    const Asked asked("llama-3.1-8b",
+                      {"lora.r=16", "data.seq_len=2048", std::string("train.loss_norm=") + norm},
+                      *parse_bytes("3GiB"));
+    const auto remedy = asked.remedy();
+    ASSERT_TRUE(remedy);
+    EXPECT_THAT(remedy->sets, Contains("train.batch_size=2"));
+    EXPECT_EQ(remedy->caution,
+              std::string_view(norm) == "tokens"
+                  ? ""
+                  : "another experiment: train.batch_size=2 weighs examples otherwise, as "
+                    "train.loss_norm: microbatch does");
+  }
+}
+
 }  // namespace
 }  // namespace qlab::test
