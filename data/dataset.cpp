@@ -209,7 +209,7 @@ Dataset load_dataset(const std::string& path, const Tokenizer& tokenizer,
     fail("{}: none of its {} examples has a token to train within seq_len {}: {}", path,
          dataset.lines, options.seq_len,
          dataset.truncated > 0
-             ? "raise data.seq_len"
+             ? "raise data.seq_len, or data.eval_seq_len for data.eval"
              : "give each a completion, a message of the assistant, or labels other than -100");
   // The tokens besides the bytes: a tokenizer that was edited gives other numbers.
   Fingerprint fingerprint;

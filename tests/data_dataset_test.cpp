@@ -204,7 +204,8 @@ TEST_F(DatasetTest, ErrorsOfTheWholeSet) {
   EXPECT_THAT(error(""), HasSubstr("no example"));
   EXPECT_THAT(error("\n\n"), HasSubstr("no example"));
   EXPECT_THAT(error(R"({"prompt": "a b c d e f g", "completion": "h"})", {.seq_len = 3}),
-              AllOf(HasSubstr("none of its 1"), HasSubstr("seq_len 3")));
+              AllOf(HasSubstr("none of its 1"), HasSubstr("seq_len 3"),
+                    HasSubstr("data.eval_seq_len for data.eval")));
   EXPECT_THAT(error(R"({"text": "a"})", {.seq_len = 1}), HasSubstr("seq_len"));
   EXPECT_THAT(error(R"({"text": "a"})", {.chat_template = "llama3"}), HasSubstr("llama3"));
   EXPECT_THAT(test::error_of([&] { load_dataset(folder_ / "absent", tokenizer(), {}); }),
