@@ -136,7 +136,8 @@ class Forecaster {
       : configs_(configs), library_(library), target_(target), out_(out) {}
 
   /// A gang that does not fit, or is slower than its halves, is halved, as in a run.
-  void run(std::span<const size_t> gang) {
+  /// `halved`: why it is no larger.
+  void run(std::span<const size_t> gang, const std::string& halved = "") {
     const ModelSource& model = library_.model(configs_[gang[0]]->model.path);
     std::vector<PaperTrial> papers;
     std::string key;
@@ -149,8 +150,13 @@ class Forecaster {
       it = known_.emplace(std::move(key), forecast_gang(model, papers, target_)).first;
     const GangForecast& own = it->second;
     if ((!own.fits || own.faster_in_halves) && gang.size() > 1) {
-      run(gang.first(gang.size() / 2));
-      return run(gang.subspan(gang.size() / 2));
+      const std::string why =
+          !halved.empty() ? halved
+                          : fmt::format("a gang of {} {}", gang.size(),
+                                        own.fits ? "is slower than its halves one after the other"
+                                                 : "does not fit");
+      run(gang.first(gang.size() / 2), why);
+      return run(gang.subspan(gang.size() / 2), why);
     }
     const size_t number = number_of(gang);
     for (size_t j = 0; j < gang.size(); ++j) {
@@ -160,6 +166,7 @@ class Forecaster {
       out_[gang[j]] = {
           own.plan.peak, own.limited ? std::optional(own.fits) : std::nullopt, number,
           gang.size(),   seconds / static_cast<double>(gang.size()),           own.note};
+      if (own.fits) append(out_[gang[j]].note, halved);
       append(out_[gang[j]].note, assumptions(papers[j].config, model));
     }
   }
@@ -257,8 +264,9 @@ std::string forecast_table(const Sweep& sweep, const std::vector<TrialForecast>&
   if (!limited) columns.pop_back();
   if (!together) columns.erase(columns.begin());
   std::string text = trial_table(sweep, columns);
-  text += fmt::format("predicted for {}{}", target.name,
-                      target.capacity ? " with " + format_bytes(*target.capacity) : "");
+  text += fmt::format(
+      "predicted for {}{}", target.name,
+      target.capacity ? " with " + format_bytes(std::max<int64_t>(*target.capacity, 0)) : "");
   if (seconds > 0)
     text += fmt::format(
         "; about {} in all for training steps alone{}{} ({})", duration_text(seconds),

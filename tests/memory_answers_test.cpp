@@ -113,6 +113,7 @@ TEST_F(ForecastTest, NamesTheGangsWhereThereAreSome) {
   const std::string three = "}\nparameters: {lora.r: {values: [4, 8, 16]}}\n";
   EXPECT_THAT(table(two + three), testing::ContainsRegex("\nr16-s0 .* 0     -     "));
   EXPECT_THAT(table(two + swept, 1000), Not(HasSubstr("gang")));  // halved until each is alone
+  EXPECT_THAT(table(two + swept, -1000), HasSubstr("with 0 B"));  // less than a context
 }
 
 TEST_F(ForecastTest, ANoteNamesItsTrials) {
@@ -181,7 +182,12 @@ TEST_F(MemoryAnswersTest, GangsAreAsLargeAsIsFast) {
     Library library;
     const std::vector<TrialForecast> trials =
         forecast(sweep, library, memory_target("h200", "auto"));
-    for (const TrialForecast& t : trials) EXPECT_EQ(t.fits, true) << t.note;
+    for (const TrialForecast& t : trials) {
+      EXPECT_EQ(t.fits, true) << t.note;
+      EXPECT_EQ(t.note, t.gang_size == 4
+                            ? ""
+                            : "a gang of 4 is slower than its halves one after the other");
+    }
     return trials.front().gang_size;
   };
   EXPECT_EQ(gang_size("recompute: auto, memory_budget: 24GiB"), 1u);
