@@ -341,12 +341,11 @@ void Gang::reserve() {
   plan.streamed_layers = model_.streamed_layers();
   const MemoryPrediction prediction =
       predict_memory(library_.model(papers[0].config.model.path), papers, device, capacity, plan);
-  const bool steps = std::any_of(trials.begin(), trials.end(), [](const TrialRun* t) {
-    return t->progress_.step < t->total_steps_;
-  });
   plan.resident = prediction.held_expanded;
   const double seconds = predicted_seconds(prediction, rates_of(device)).of(micro_batches(papers));
   for (TrialRun* t : trials) {
+    // Without steps left it evaluates, and ends before the gang's first step.
+    const bool steps = t->progress_.step < t->total_steps_;
     t->predicted_ = {prediction.load_peak(), prediction.training_peak(steps), seconds,
                      describe(plan)};
     t->write_status("running");

@@ -99,6 +99,20 @@ TEST_P(MemoryCheckTest, ARunThatOnlyEvaluatesWhenItContinues) {
   EXPECT_TRUE(all_equal(check())) << check_text(check());
 }
 
+// So has a trial of a gang whose others go on; the optimizers' first step is not among its peaks.
+TEST_P(MemoryCheckTest, ATrialThatOnlyEvaluatesWhenItsGangContinues) {
+  const std::string gang =
+      "parallel: {trials_per_gpu: 2}\npaired:\n  - {lora.r: 4, train.steps: 2}\n"
+      "  - {lora.r: 64, train.steps: 4}\n";
+  bool ended = false;
+  TrainCallbacks callbacks;
+  callbacks.progress = [&](const TrainProgress& p) { ended = ended || p.last; };
+  callbacks.stop = [&] { return ended; };
+  ASSERT_TRUE(sweep(gang, {}, callbacks).interrupted);
+  ASSERT_EQ(sweep(gang).finished, 2);
+  EXPECT_TRUE(all_equal(check())) << check_text(check());
+}
+
 // What a base took on for the longer sequences of one gang is gone when the next one begins.
 TEST_P(MemoryCheckTest, GangsThatFollowOneAnother) {
   ASSERT_EQ(sweep("parameters:\n  data.seq_len: {values: [64, 20]}\n  lora.r: {values: [64, 2]}\n"
