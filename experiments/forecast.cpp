@@ -108,7 +108,7 @@ GangForecast forecast_gang(const ModelSource& model, const std::vector<PaperTria
   out.fits = out.plan.peak <= limit;
   const bool host_fits = out.plan.host_peak <= host;
   if (!host_fits)
-    out.note = fmt::format("needs {} of host memory, of {}", format_bytes(out.plan.host_peak),
+    out.note = fmt::format("needs {} of host memory, of {}", format_minimum(out.plan.host_peak),
                            format_bytes(host));
   out.fits = out.fits && host_fits;
   if (out.fits && gang.size() > 1)

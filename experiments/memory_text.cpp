@@ -43,10 +43,10 @@ std::string remedy_text(const MemoryQuestion& question, const MemoryPrediction& 
     const bool small = p.peak() > question.target.capacity.value_or(MemoryLimits::none);
     std::string way = small ? "take a larger GPU or a smaller model" : "";
     if (!small && p.peak() > question.budget.value_or(MemoryLimits::none))
-      way = fmt::format("set train.memory_budget to {} or more", format_bytes(p.peak()));
+      way = fmt::format("set train.memory_budget to {} or more", format_minimum(p.peak()));
     if (!host_fits(question, p))
-      way +=
-          fmt::format("{}give the host {}", way.empty() ? "" : ", and ", format_bytes(p.host_peak));
+      way += fmt::format("{}give the host {}", way.empty() ? "" : ", and ",
+                         format_minimum(p.host_peak));
     return fmt::format("  nothing else that qlab can change makes it fit: {}\n", way);
   }
   std::string sets;

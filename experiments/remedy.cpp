@@ -303,10 +303,12 @@ class RemedySearch {
 
 std::string price_text(const Remedy& remedy) {
   std::string text = "peak " + format_bytes(remedy.peak);
-  if (remedy.host_peak > 0) text += fmt::format(", {} on the host", format_bytes(remedy.host_peak));
+  if (remedy.host_peak > 0)
+    text += fmt::format(", {} on the host", remedy.host_has ? format_minimum(remedy.host_peak)
+                                                            : format_bytes(remedy.host_peak));
   if (remedy.host_has)
     text += fmt::format(" ({} more than the {} it has)",
-                        format_bytes(remedy.host_peak - *remedy.host_has),
+                        format_minimum(remedy.host_peak - *remedy.host_has),
                         format_bytes(*remedy.host_has));
   if (remedy.step_seconds > 0)
     text += fmt::format(", {} a step", duration_text(remedy.step_seconds));

@@ -1,5 +1,7 @@
 // qlab memory, and runs that do not fit, as a user meets them.
-#include "experiments/gpus.h"
+#include <regex>
+
+#include "experiments/planner.h"
 #include "tests/support/command.h"
 
 namespace qlab::test {
@@ -95,12 +97,43 @@ TEST_F(MemoryCommandTest, MemoryFitsWhereTheRunWouldBeAccepted) {
   const Ended told = run({"memory", "synthetic:tiny", "--gpu", "24GiB", "--set", "lora.r=4",
                           "--set", planned, "--set", "train.memory_budget=1000B"});
   EXPECT_THAT(told.out,
-              AllOf(HasSubstr("the least that this run can take is " + format_bytes(least)),
-                    HasSubstr("set train.memory_budget to " + format_bytes(least) + " or more"),
+              AllOf(HasSubstr("the least that this run can take is " + format_minimum(least)),
+                    HasSubstr("set train.memory_budget to " + format_minimum(least) + " or more"),
                     Not(HasSubstr("a larger GPU"))));
   const int64_t peak = memory(plenty, {full})["peak_bytes"];
   EXPECT_EQ(memory(peak, {full})["fits"], true);
   EXPECT_EQ(memory(peak - 1, {full})["fits"], false);
+}
+
+// Who gives what a refusal names gives enough, whatever its last digit was rounded to.
+TEST_F(MemoryCommandTest, TheLeastThatIsNamedIsEnough) {
+  const auto with = [&](const std::string& command, const std::string& what,
+                        const std::string& budget) {
+    Arguments arguments = {command,    what,
+                           "--device", "cpu",
+                           "--set",    "train.recompute=auto",
+                           "--set",    "train.memory_budget=" + budget,
+                           "--set",    "data.train=synthetic",
+                           "--set",    "data.eval=null",
+                           "--set",    "train.steps=1"};
+    if (command == "memory") arguments.insert(arguments.end(), {"--set", "lora.r=4", "--json"});
+    return run(arguments);
+  };
+  const std::string file = folder_.write("one.yaml",
+                                         "model: {path: \"synthetic:tiny\"}\n"
+                                         "lora: {r: 4}\n");
+  const auto small = nlohmann::json::parse(with("memory", "synthetic:tiny", "1kB").out);
+  const int64_t least = small["peak_bytes"];
+  ASSERT_LT(*parse_bytes(format_bytes(least)), least) << "rounded up anyway";
+  EXPECT_EQ(with("train", file, format_bytes(least)).code, 2);
+  const Ended refused = with("train", file, "1kB");
+  EXPECT_EQ(refused.code, 2);
+  std::smatch named;
+  ASSERT_TRUE(std::regex_search(refused.err, named, std::regex("(\\d+\\.\\d+ MB) at its peak")))
+      << refused.err;
+  EXPECT_EQ(named[1], format_minimum(least));
+  const Ended enough = with("train", file, named[1]);
+  EXPECT_EQ(enough.code, 0) << enough.err;
 }
 
 // As train has it: of the allocator, without room for a context.

@@ -155,8 +155,8 @@ TEST(Remedy, SaysWhatTheHostLacks) {
   EXPECT_TRUE(roomier.fits(remedy->sets));
   EXPECT_THAT(price_text(*remedy),
               HasSubstr(fmt::format("{} on the host ({} more than the {} it has)",
-                                    format_bytes(remedy->host_peak),
-                                    format_bytes(remedy->host_peak - host), format_bytes(host))));
+                                    format_minimum(remedy->host_peak),
+                                    format_minimum(remedy->host_peak - host), format_bytes(host))));
 }
 
 // Of both, what can be set here comes first.
