@@ -116,12 +116,12 @@ TEST_F(MemoryCommandTest, TheLeastThatIsNamedIsEnough) {
                            "--set",    "data.train=synthetic",
                            "--set",    "data.eval=null",
                            "--set",    "train.steps=1"};
-    if (command == "memory") arguments.insert(arguments.end(), {"--set", "lora.r=4", "--json"});
+    if (command == "memory") arguments.insert(arguments.end(), {"--set", "lora.r=5", "--json"});
     return run(arguments);
   };
   const std::string file = folder_.write("one.yaml",
                                          "model: {path: \"synthetic:tiny\"}\n"
-                                         "lora: {r: 4}\n");
+                                         "lora: {r: 5}\n");
   const auto small = nlohmann::json::parse(with("memory", "synthetic:tiny", "1kB").out);
   const int64_t least = small["peak_bytes"];
   ASSERT_LT(*parse_bytes(format_bytes(least)), least) << "rounded up anyway";
