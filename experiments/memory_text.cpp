@@ -213,7 +213,8 @@ Json memory_json(const MemoryQuestion& question, const MemoryPrediction& p,
       json["fits_with"] = {{"set", remedy->sets},
                            {"peak_bytes", remedy->peak},
                            {"host_bytes", remedy->host_peak},
-                           {"step_seconds", remedy->step_seconds}};
+                           {"step_seconds", remedy->step_seconds},
+                           {"trials", remedy->trials}};
   }
   json["largest"] = Json::array();
   for (size_t i = 0; i < std::min<size_t>(5, p.at_peak.size()); ++i) {
