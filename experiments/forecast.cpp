@@ -90,7 +90,7 @@ struct GangForecast {
   RunPlan plan;
   bool fits = true;
   bool limited = false;
-  bool faster_in_halves = false;
+  std::string why_in_halves;  // "": it stays as it is
   std::string note;
 };
 
@@ -111,10 +111,12 @@ GangForecast forecast_gang(const ModelSource& model, const std::vector<PaperTria
     out.note = fmt::format("needs {} of host memory, of {}", format_minimum(out.plan.host_peak),
                            format_bytes(host));
   out.fits = out.fits && host_fits;
-  if (out.fits && gang.size() > 1)
-    out.faster_in_halves =
-        faster_in_halves(model, gang, out.plan, target.device, {limit, host}, target.rates)
-            .has_value();
+  if (gang.size() > 1) {
+    if (!out.fits)
+      out.why_in_halves = "does not fit";
+    else if (faster_in_halves(model, gang, out.plan, target.device, {limit, host}, target.rates))
+      out.why_in_halves = "is predicted to be slower together";
+  }
   if (out.fits || gang.size() > 1) return out;
   const int64_t capacity = target.capacity.value_or(MemoryLimits::none);
   const auto remedy = cheapest_fit(model, gang, target.device, {capacity, host}, target.rates);
@@ -131,8 +133,9 @@ class Forecaster {
              const MemoryTarget& target, std::vector<TrialForecast>& out)
       : configs_(configs), library_(library), target_(target), out_(out) {}
 
-  /// A gang that does not fit, or is slower than its halves, is halved, as in a run.
-  void run(std::span<const size_t> gang) {
+  /// A gang that does not fit, or is slower than its halves, is halved, as in a run. `halved`: what
+  /// larger gang these are left of, and why.
+  void run(std::span<const size_t> gang, std::string halved = "") {
     const ModelSource& model = library_.model(configs_[gang[0]]->model.path);
     std::vector<PaperTrial> papers;
     std::string key;
@@ -144,18 +147,19 @@ class Forecaster {
     if (it == known_.end())
       it = known_.emplace(std::move(key), forecast_gang(model, papers, target_)).first;
     const GangForecast& own = it->second;
-    if ((!own.fits || own.faster_in_halves) && gang.size() > 1) {
-      run(gang.first(gang.size() / 2));
-      return run(gang.subspan(gang.size() / 2));
+    if (!own.why_in_halves.empty()) {
+      append(halved, fmt::format("a gang of {} {}: in halves", gang.size(), own.why_in_halves));
+      run(gang.first(gang.size() / 2), halved);
+      return run(gang.subspan(gang.size() / 2), halved);
     }
     const size_t number = number_of(gang);
     for (size_t j = 0; j < gang.size(); ++j) {
       const bool computes = why_not_computable(papers[j].config).empty();
       const double seconds =
           computes ? seconds_of(papers[j], model, library_, own.plan.seconds) : 0;
-      out_[gang[j]] = {
-          own.plan.peak, own.limited ? std::optional(own.fits) : std::nullopt, number,
-          gang.size(),   seconds / static_cast<double>(gang.size()),           own.note};
+      out_[gang[j]] = {own.plan.peak, own.limited ? std::optional(own.fits) : std::nullopt, number,
+                       gang.size(),   seconds / static_cast<double>(gang.size()),           halved};
+      append(out_[gang[j]].note, own.note);
       append(out_[gang[j]].note, assumptions(papers[j].config, model));
     }
   }

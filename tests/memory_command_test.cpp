@@ -136,6 +136,34 @@ TEST_F(MemoryCommandTest, TheLeastThatIsNamedIsEnough) {
   EXPECT_EQ(enough.code, 0) << enough.err;
 }
 
+// Gangs are forecast as the run has them, and why is said by both.
+TEST_F(MemoryCommandTest, AGangThatDoesNotFitIsForecastInHalves) {
+  const std::string file = folder_.write(
+      "gangs.yaml",
+      "base: {model: {path: \"synthetic:tiny\"}, lora: {r: 64}, data: {train: synthetic}, "
+      "train: {steps: 1}}\nparallel: {trials_per_gpu: 4}\nseeds: [0, 1, 2, 3]\n");
+  const auto peak = [&](const std::string& trials) {
+    return int64_t{nlohmann::json::parse(
+        run({"memory", "synthetic:tiny", "--device", "cpu", "--json", "--set", "lora.r=64", "--set",
+             "data.train=synthetic", "--set", "parallel.trials_per_gpu=" + trials})
+            .out)["peak_bytes"]};
+  };
+  const int64_t two = peak("2");
+  ASSERT_LT(two, peak("4"));
+  Arguments sweep = {"sweep", file, "--device", "cpu", "--device-memory", fmt::format("{}B", two)};
+  const Ended ran = run(sweep);
+  EXPECT_EQ(ran.code, 0) << ran.err;
+  EXPECT_THAT(ran.out, HasSubstr("a gang of 4 does not fit; trying halves"));
+  for (const auto& trial : fs::directory_iterator(work_ + "/runs/gangs/trials"))
+    EXPECT_EQ(nlohmann::json::parse(read_text_file(trial.path() / "status.json"))["gang_size"], 2);
+  sweep.emplace_back("--dry-run");
+  EXPECT_THAT(
+      run(sweep).out,
+      AllOf(testing::ContainsRegex("s0  0     1     .*s1  1     1     .*\n.*s2  2     2     "
+                                   ".*\n.*s3  3     2     "),
+            HasSubstr("all 4 trials: a gang of 4 does not fit: in halves\n")));
+}
+
 // As train has it: of the allocator, without room for a context.
 TEST_F(MemoryCommandTest, MemoryWithinDeviceMemory) {
   const auto memory = [&](const std::string& bytes) {
