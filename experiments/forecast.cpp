@@ -120,9 +120,7 @@ GangForecast forecast_gang(const ModelSource& model, const std::vector<PaperTria
   if (out.fits || gang.size() > 1) return out;
   const int64_t capacity = target.capacity.value_or(MemoryLimits::none);
   const auto remedy = cheapest_fit(model, gang, target.device, {capacity, host}, target.rates);
-  append(out.note, remedy ? fmt::format("would fit with {}: {}", fmt::join(remedy->sets, " "),
-                                        price_text(*remedy))
-                          : "nothing that can be set makes it fit");
+  append(out.note, way_out(remedy, target, limit, out.plan.peak, out.plan.host_peak));
   return out;
 }
 

@@ -338,4 +338,21 @@ std::optional<Remedy> cheapest_fit(const ModelSource& model, std::span<const Pap
   return RemedySearch(model, gang, target, limits, rates).run();
 }
 
+std::string way_out(const std::optional<Remedy>& remedy, const MemoryTarget& target, int64_t budget,
+                    int64_t peak, int64_t host_peak) {
+  if (remedy) {
+    std::string sets;
+    for (const std::string& s : remedy->sets) sets += " --set " + s;
+    return fmt::format("would fit with{}: {}", sets, price_text(*remedy));
+  }
+  const bool small = peak > target.capacity.value_or(MemoryLimits::none);
+  std::string way = small ? "take a larger GPU or a smaller model" : "";
+  if (!small && peak > budget)
+    way = fmt::format("set train.memory_budget to {} or more", format_minimum(peak));
+  if (host_peak > target.host.value_or(MemoryLimits::none))
+    way +=
+        fmt::format("{}give the host {}", way.empty() ? "" : ", and ", format_minimum(host_peak));
+  return "nothing else that qlab can change makes it fit: " + way;
+}
+
 }  // namespace qlab

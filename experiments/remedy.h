@@ -29,5 +29,9 @@ std::string price_text(const Remedy& remedy);
 /// host, or only another experiment, it is sought without the host's end.
 std::optional<Remedy> cheapest_fit(const ModelSource& model, std::span<const PaperTrial> gang,
                                    Device target, const MemoryLimits& limits, const Rates& rates);
+/// What a user is told of a run that does not fit: "would fit with --set ...", and its price; or
+/// what to give it. `budget`: device_limit(); the peaks are the run's.
+std::string way_out(const std::optional<Remedy>& remedy, const MemoryTarget& target, int64_t budget,
+                    int64_t peak, int64_t host_peak);
 
 }  // namespace qlab

@@ -118,7 +118,7 @@ TEST_F(ForecastTest, NamesTheGangsWhereThereAreSome) {
   // Halved until each is alone, as in a run, which says so too.
   EXPECT_THAT(table(two + swept, 1000),
               AllOf(Not(HasSubstr("seed  gang")),
-                    HasSubstr("all 4 trials: a gang of 2 does not fit: in halves; nothing that")));
+                    HasSubstr("all 4 trials: a gang of 2 does not fit: in halves; nothing else")));
 }
 
 TEST_F(ForecastTest, ANoteNamesItsTrials) {

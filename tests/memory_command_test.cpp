@@ -57,8 +57,9 @@ TEST_F(MemoryCommandTest, ABudgetBelowTheMinimumIsRefusedUnlessForced) {
       "--set", "train.recompute=auto",          "--set",    "train.memory_budget=100kB"};
   const Ended refused = run(train);
   EXPECT_EQ(refused.code, 2);
-  EXPECT_THAT(refused.err, AllOf(HasSubstr("100.00 kB is too little"), HasSubstr("needs"),
-                                 HasSubstr("(weights "), HasSubstr("--force")));
+  EXPECT_THAT(refused.err,
+              AllOf(HasSubstr("and its budget has 100.00 kB"), HasSubstr("leanest plan"),
+                    HasSubstr("(weights "), HasSubstr("--force")));
   EXPECT_TRUE(fs::is_empty(work_));
   train.push_back("--force");
   const Ended forced = run(train);
@@ -134,6 +135,28 @@ TEST_F(MemoryCommandTest, TheLeastThatIsNamedIsEnough) {
   EXPECT_EQ(named[1], format_minimum(least));
   const Ended enough = with("train", file, named[1]);
   EXPECT_EQ(enough.code, 0) << enough.err;
+}
+
+// What a run is refused with is what is said before: the settings, and their price.
+TEST_F(MemoryCommandTest, ARefusedRunNamesTheRemedyThatMemoryNames) {
+  for (const char* recompute : {"none", "auto"}) {
+    const std::string file = folder_.write(
+        "large.yaml", fmt::format("model: {{path: \"synthetic:tiny\"}}\nlora: {{r: 4}}\ndata: "
+                                  "{{train: synthetic}}\ntrain: {{steps: 1, recompute: {}}}\n",
+                                  recompute));
+    const auto asked = [&](const std::string& command) {
+      return run({command, file, "--device", "cpu", "--device-memory", "9MB"});
+    };
+    std::smatch remedy;
+    const std::string foretold = asked("memory").out;
+    ASSERT_TRUE(std::regex_search(foretold, remedy, std::regex("would fit with --set .*")))
+        << foretold;
+    const Ended trained = asked("train");
+    EXPECT_EQ(trained.code, 2);
+    EXPECT_THAT(trained.err, AllOf(HasSubstr(remedy[0]), HasSubstr("has 9.00 MB")));
+    EXPECT_EQ(trained.err.find("leanest plan") != std::string::npos,
+              std::string_view(recompute) == "auto");
+  }
 }
 
 // Gangs are forecast as the run has them, and why is said by both.
