@@ -228,16 +228,21 @@ std::string forecast_table(const Sweep& sweep, const std::vector<TrialForecast>&
   double seconds = 0;
   size_t too_large = 0, untimed = 0;
   bool limited = false, together = false;
+  int64_t tightest = 0;
+  const auto is_barely = [&](const TrialForecast& f) {
+    return !barely_text(target, f.peak).empty();
+  };
   std::vector<std::pair<std::string, std::vector<std::string>>> notes;  // and the trials' names
   for (size_t i = 0; i < forecasts.size(); ++i) {
     const TrialForecast& f = forecasts[i];
     columns[0].push_back(f.gang > 0 ? std::to_string(f.gang) : "-");
     columns[1].push_back(f.peak > 0 ? format_bytes(f.peak) : "?");
     columns[2].push_back(f.seconds > 0 ? duration_text(f.seconds) : "?");
-    columns[3].push_back(!f.fits ? "?" : *f.fits ? "yes" : "no");
+    columns[3].push_back(!f.fits ? "?" : !*f.fits ? "no" : is_barely(f) ? "barely" : "yes");
     seconds += f.seconds;
     untimed += f.seconds == 0;
     too_large += f.fits == false;
+    if (f.fits == true && is_barely(f)) tightest = std::max(tightest, f.peak);
     limited = limited || f.fits;
     together = together || f.gang_size > 1;
     if (f.note.empty()) continue;
@@ -258,6 +263,7 @@ std::string forecast_table(const Sweep& sweep, const std::vector<TrialForecast>&
         too_large > 0 ? ", had all of them room" : "", rates_origin(target).text);
   text += "\n";
   if (too_large > 0) text += fmt::format("{} of {} do not fit\n", too_large, forecasts.size());
+  if (tightest > 0) text += barely_text(target, tightest) + "\n";
   for (const auto& [note, names] : notes)
     text += some_of(names, forecasts.size()) + ": " + note + "\n";
   text.pop_back();

@@ -21,7 +21,9 @@ bool fits(const MemoryQuestion& question, const MemoryPrediction& prediction) {
 /// What stands behind room that is left.
 std::string verdict(const MemoryQuestion& question, const MemoryPrediction& prediction) {
   if (!question.refused.empty()) return question.refused;
-  return fits(question, prediction) ? "fits" : "";
+  if (!fits(question, prediction)) return "";
+  const std::string barely = barely_text(question.target, prediction.peak());
+  return barely.empty() ? "fits" : "fits " + barely;
 }
 
 // Numbers of any length end in one column; of 10 TB and more they begin further left.

@@ -343,7 +343,9 @@ std::string way_out(const std::optional<Remedy>& remedy, const MemoryTarget& tar
   if (remedy) {
     std::string sets;
     for (const std::string& s : remedy->sets) sets += " --set " + s;
-    return fmt::format("would fit with{}: {}", sets, price_text(*remedy));
+    const std::string barely = barely_text(target, remedy->peak);
+    return fmt::format("would fit with{}: {}{}{}", sets, price_text(*remedy),
+                       barely.empty() ? "" : "; ", barely);
   }
   const bool small = peak > target.capacity.value_or(MemoryLimits::none);
   std::string way = small ? "take a larger GPU or a smaller model" : "";

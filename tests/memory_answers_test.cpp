@@ -197,6 +197,36 @@ TEST_F(MemoryAnswersTest, ARemedyHasAPrice) {
     EXPECT_EQ(made[key], remedy[key]) << key;
 }
 
+// Room that an assumed context may not leave is named as such, wherever something fits.
+TEST_F(MemoryAnswersTest, BarelyIsSaid) {
+  const auto shown = [&](const std::string& set, bool json = false) {
+    Arguments asked = {
+        "memory", "synthetic:llama-3.1-8b", "--gpu", "t4", "--set", "lora.r=16", "--set", set};
+    if (json) asked.emplace_back("--json");
+    return run(asked).out;
+  };
+  EXPECT_THAT(shown("model.streamed_layers=0"),
+              AllOf(HasSubstr("would fit with --set model.streamed_layers=5: "),
+                    HasSubstr(" a step; barely: 38.68 MB free, and the context is assumed: ")));
+  EXPECT_THAT(shown("model.streamed_layers=5"),
+              HasSubstr("fits barely: 38.68 MB free, and the context is assumed: an H100's takes "
+                        "444.60 MB more"));
+  EXPECT_THAT(shown("model.streamed_layers=16"),
+              AllOf(HasSubstr("  fits\n"), Not(HasSubstr("barely"))));
+  const int64_t peak = Json::parse(shown("model.streamed_layers=5", true))["peak_bytes"];
+  MemoryTarget target = memory_target("t4", "auto");
+  EXPECT_NE(barely_text(target, peak), "");
+  target.gpu->measured = true;
+  EXPECT_EQ(barely_text(target, peak), "");
+  const std::string file = folder_.write(
+      "two.yaml",
+      "base: {model: {path: \"synthetic:llama-3.1-8b\", streamed_layers: 5}, lora: {r: 16}, data: "
+      "{train: synthetic}, train: {steps: 1}}\nseeds: [0, 1]\n");
+  const Ended table = run({"memory", file, "--gpu", "t4"});
+  EXPECT_THAT(table.out, AllOf(HasSubstr(" barely\n"), HasSubstr("\nbarely: 38.68 MB free")))
+      << table.err;
+}
+
 TEST_F(MemoryAnswersTest, ABudgetThatNothingHeedsIsSaid) {
   const Arguments budget = {"--gpu", "24GiB", "--set", "train.memory_budget=1GB"};
   const auto with = [&](const std::string& set) {
