@@ -94,7 +94,7 @@ struct GangForecast {
   RunPlan plan;
   bool fits = true;
   bool limited = false;
-  bool faster_in_halves = false;
+  std::string why_in_halves;  // "": it stays as it is
   std::string note;
 };
 
@@ -112,19 +112,19 @@ GangForecast forecast_gang(const ModelSource& model, const std::vector<PaperTria
   out.fits = out.plan.peak <= limit;
   const bool host_fits = out.plan.host_peak <= host;
   if (!host_fits)
-    out.note = fmt::format("needs {} of host memory, of {}", format_bytes(out.plan.host_peak),
+    out.note = fmt::format("needs {} of host memory, of {}", format_minimum(out.plan.host_peak),
                            format_bytes(host));
   out.fits = out.fits && host_fits;
-  if (out.fits && gang.size() > 1)
-    out.faster_in_halves =
-        faster_in_halves(model, gang, out.plan, target.device, {limit, host}, target.rates)
-            .has_value();
+  if (gang.size() > 1) {
+    if (!out.fits)
+      out.why_in_halves = "does not fit";
+    else if (faster_in_halves(model, gang, out.plan, target.device, {limit, host}, target.rates))
+      out.why_in_halves = "is predicted to be slower together";
+  }
   if (out.fits || gang.size() > 1) return out;
   const int64_t capacity = target.capacity.value_or(MemoryLimits::none);
   const auto remedy = cheapest_fit(model, gang, target.device, {capacity, host}, target.rates);
-  append(out.note, remedy ? fmt::format("would fit with {}: {}", fmt::join(remedy->sets, " "),
-                                        price_text(*remedy))
-                          : "nothing that can be set makes it fit");
+  append(out.note, way_out(remedy, target, limit, out.plan.peak, out.plan.host_peak));
   return out;
 }
 
@@ -135,9 +135,9 @@ class Forecaster {
              const MemoryTarget& target, std::vector<TrialForecast>& out)
       : configs_(configs), library_(library), target_(target), out_(out) {}
 
-  /// A gang that does not fit, or is slower than its halves, is halved, as in a run.
-  /// `halved`: why it is no larger.
-  void run(std::span<const size_t> gang, const std::string& halved = "") {
+  /// A gang that does not fit, or is slower than its halves, is halved, as in a run. `halved`: what
+  /// larger gang these are left of, and why.
+  void run(std::span<const size_t> gang, std::string halved = "") {
     const ModelSource& model = library_.model(configs_[gang[0]]->model.path);
     std::vector<PaperTrial> papers;
     std::string key;
@@ -149,24 +149,19 @@ class Forecaster {
     if (it == known_.end())
       it = known_.emplace(std::move(key), forecast_gang(model, papers, target_)).first;
     const GangForecast& own = it->second;
-    if ((!own.fits || own.faster_in_halves) && gang.size() > 1) {
-      const std::string why =
-          !halved.empty() ? halved
-                          : fmt::format("a gang of {} {}", gang.size(),
-                                        own.fits ? "is slower than its halves one after the other"
-                                                 : "does not fit");
-      run(gang.first(gang.size() / 2), why);
-      return run(gang.subspan(gang.size() / 2), why);
+    if (!own.why_in_halves.empty()) {
+      append(halved, fmt::format("a gang of {} {}: in halves", gang.size(), own.why_in_halves));
+      run(gang.first(gang.size() / 2), halved);
+      return run(gang.subspan(gang.size() / 2), halved);
     }
     const size_t number = number_of(gang);
     for (size_t j = 0; j < gang.size(); ++j) {
       const bool computes = why_not_computable(papers[j].config).empty();
       const double seconds =
           computes ? seconds_of(papers[j], model, library_, own.plan.seconds) : 0;
-      out_[gang[j]] = {
-          own.plan.peak, own.limited ? std::optional(own.fits) : std::nullopt, number,
-          gang.size(),   seconds / static_cast<double>(gang.size()),           own.note};
-      if (own.fits) append(out_[gang[j]].note, halved);
+      out_[gang[j]] = {own.plan.peak, own.limited ? std::optional(own.fits) : std::nullopt, number,
+                       gang.size(),   seconds / static_cast<double>(gang.size()),           halved};
+      append(out_[gang[j]].note, own.note);
       append(out_[gang[j]].note, assumptions(papers[j].config, model));
     }
   }
@@ -244,16 +239,21 @@ std::string forecast_table(const Sweep& sweep, const std::vector<TrialForecast>&
   double seconds = 0;
   size_t too_large = 0, untimed = 0;
   bool limited = false, together = false;
+  int64_t tightest = 0;
+  const auto is_barely = [&](const TrialForecast& f) {
+    return !barely_text(target, f.peak).empty();
+  };
   std::vector<std::pair<std::string, std::vector<std::string>>> notes;  // and the trials' names
   for (size_t i = 0; i < forecasts.size(); ++i) {
     const TrialForecast& f = forecasts[i];
     columns[0].push_back(f.gang > 0 ? std::to_string(f.gang) : "-");
     columns[1].push_back(f.peak > 0 ? format_bytes(f.peak) : "?");
     columns[2].push_back(f.seconds > 0 ? duration_text(f.seconds) : "?");
-    columns[3].push_back(!f.fits ? "?" : *f.fits ? "yes" : "no");
+    columns[3].push_back(!f.fits ? "?" : !*f.fits ? "no" : is_barely(f) ? "barely" : "yes");
     seconds += f.seconds;
     untimed += f.seconds == 0;
     too_large += f.fits == false;
+    if (f.fits == true && is_barely(f)) tightest = std::max(tightest, f.peak);
     limited = limited || f.fits;
     together = together || f.gang_size > 1;
     if (f.note.empty()) continue;
@@ -275,6 +275,7 @@ std::string forecast_table(const Sweep& sweep, const std::vector<TrialForecast>&
         too_large > 0 ? ", had all of them room" : "", rates_origin(target).text);
   text += "\n";
   if (too_large > 0) text += fmt::format("{} of {} do not fit\n", too_large, forecasts.size());
+  if (tightest > 0) text += barely_text(target, tightest) + "\n";
   for (const auto& [note, names] : notes)
     text += some_of(names, forecasts.size()) + ": " + note + "\n";
   text.pop_back();

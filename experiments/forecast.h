@@ -16,7 +16,7 @@ struct TrialForecast {
   std::optional<bool> fits;        // none: there is no limit, or it cannot be said
   size_t gang = 0, gang_size = 1;  // which gang, from 1 on in the order they train; 0: alone
   double seconds = 0;  // of its steps, its share of the gang's; 0 where their number is unknown
-  std::string note;    // settings with which it would fit, or why it cannot be said
+  std::string note;    // why its gang is smaller, settings with which it would fit, what is unknown
 };
 
 /// As the trials would run on the target, in gangs. Data that is not here is taken for full batches

@@ -20,7 +20,8 @@ struct Row {
   int64_t mib;                          // total memory in nvidia-smi
   std::optional<int64_t> context = {};  // MiB, where it was measured
 };
-constexpr Row rows[] = {{"h100-80gb", 90, 81559, 1024},
+constexpr int64_t h100_context = 1024, assumed_context = 600;
+constexpr Row rows[] = {{"h100-80gb", 90, 81559, h100_context},
                         {"h200", 90, 143771},
                         {"a100-40gb", 80, 40960},
                         {"a100-80gb", 80, 81920},
@@ -31,7 +32,6 @@ constexpr Row rows[] = {{"h100-80gb", 90, 81559, 1024},
                         {"rtx4090", 89, 24564},
                         {"rtx5090", 120, 32607},
                         {"t4", 75, 15360}};
-constexpr int64_t assumed_context = 600;
 constexpr const char* not_measured = "assumed: not measured on this GPU";
 constexpr const char* bytes_wanted =
     "bytes, for example 24GiB or 9.2GB (B, kB, MB, GB, TB, KiB, MiB, GiB, TiB)";
@@ -101,6 +101,15 @@ RatesOrigin rates_origin(const MemoryTarget& target) {
   const bool here = target.gpu && target.gpu->measured;
   return {"h100", here ? "at an H100's rates: this card's are not known"
                        : "at an H100's rates: no card is named"};
+}
+
+std::string barely_text(const MemoryTarget& target, int64_t peak) {
+  if (!target.gpu || target.gpu->measured) return "";
+  constexpr int64_t doubt = (h100_context - assumed_context) << 20;
+  const int64_t left = target.gpu->usable() - peak;
+  if (left < 0 || left >= doubt) return "";
+  return fmt::format("barely: {} free, and the context is assumed: an H100's takes {} more",
+                     format_bytes(left), format_bytes(doubt));
 }
 
 MemoryTarget target_here(Device device) {

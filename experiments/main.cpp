@@ -37,7 +37,11 @@ void add_run(CLI::App* app, qlab::SweepOptions& options, qlab::CommonOptions& co
       ->check(not_empty);
   app->add_flag("--dry-run", options.dry_run,
                 "print the trials, what they need and whether it fits, and stop");
-  app->add_flag("--force", options.force, "run although the predicted memory does not fit");
+  app->add_flag(
+      "--force", options.force,
+      "run although the predicted memory does not fit; the allocator still ends the run at "
+      "--device-memory, except with a paged optim.type, which may take what was "
+      "predicted");
   add_common(app, common);
 }
 

@@ -21,7 +21,9 @@ bool fits(const MemoryQuestion& question, const MemoryPrediction& prediction) {
 /// What stands behind room that is left.
 std::string verdict(const MemoryQuestion& question, const MemoryPrediction& prediction) {
   if (!question.refused.empty()) return question.refused;
-  return fits(question, prediction) ? "fits" : "";
+  if (!fits(question, prediction)) return "";
+  const std::string barely = barely_text(question.target, prediction.peak());
+  return barely.empty() ? "fits" : "fits " + barely;
 }
 
 // Numbers of any length end in one column; of 10 TB and more they begin further left.
@@ -33,25 +35,6 @@ std::string row(const std::string& what, int64_t bytes, const std::string& note 
 
 int64_t at(const CategoryBytes& bytes, Category category) {
   return bytes[static_cast<size_t>(category)];
-}
-
-std::string remedy_text(const MemoryQuestion& question, const MemoryPrediction& p,
-                        const std::optional<Remedy>& remedy) {
-  if (!question.refused.empty())
-    return "  " + question.refused + ": set quant.type to nf4, bf16, fp16 or fp32\n";
-  if (!remedy) {
-    const bool small = p.peak() > question.target.capacity.value_or(MemoryLimits::none);
-    std::string way = small ? "take a larger GPU or a smaller model" : "";
-    if (!small && p.peak() > question.budget.value_or(MemoryLimits::none))
-      way = fmt::format("set train.memory_budget to {} or more", format_bytes(p.peak()));
-    if (!host_fits(question, p))
-      way +=
-          fmt::format("{}give the host {}", way.empty() ? "" : ", and ", format_bytes(p.host_peak));
-    return fmt::format("  nothing else that qlab can change makes it fit: {}\n", way);
-  }
-  std::string sets;
-  for (const std::string& s : remedy->sets) sets += " --set " + s;
-  return fmt::format("  would fit with{}: {}\n", sets, price_text(*remedy));
 }
 
 std::string setting(const Config& c, size_t trials) {
@@ -138,7 +121,13 @@ std::string memory_text(const MemoryQuestion& question, const Config& config,
                             "does not fit" + (note.empty() ? "" : ": " + note));
     if (left < 0) text += fmt::format("  the least that this run can take is {}\n", needed_text(p));
   }
-  if (!fits(question, p)) text += remedy_text(question, p, remedy);
+  if (!question.refused.empty() && !fits(question, p))
+    text += "  " + question.refused + ": set quant.type to nf4, bf16, fp16 or fp32\n";
+  else if (!fits(question, p))
+    text += "  " +
+            way_out(remedy, question.target, question.budget.value_or(MemoryLimits::none), p.peak(),
+                    p.host_peak) +
+            "\n";
   if (p.trainable_params > 0) {
     if (config.train.recompute == "auto") text += "\nplan: " + describe(question.plan) + "\n";
     const RunPlan& plan = question.plan;
@@ -213,7 +202,8 @@ Json memory_json(const MemoryQuestion& question, const MemoryPrediction& p,
       json["fits_with"] = {{"set", remedy->sets},
                            {"peak_bytes", remedy->peak},
                            {"host_bytes", remedy->host_peak},
-                           {"step_seconds", remedy->step_seconds}};
+                           {"step_seconds", remedy->step_seconds},
+                           {"trials", remedy->trials}};
   }
   json["largest"] = Json::array();
   for (size_t i = 0; i < std::min<size_t>(5, p.at_peak.size()); ++i) {

@@ -155,8 +155,15 @@ RunPlan least_plan(const ModelSource& model, std::span<const PaperTrial> gang, D
 
 }  // namespace
 
+std::string format_minimum(int64_t bytes) {
+  int64_t last_digit = 1;
+  for (int64_t unit = 1000; unit <= 1'000'000'000'000; unit *= 1000)
+    if (bytes >= unit - unit / 2000) last_digit = unit / 100;  // format_bytes() takes this unit
+  return format_bytes((bytes + last_digit - 1) / last_digit * last_digit);
+}
+
 std::string needed_text(const MemoryPrediction& need) {
-  return fmt::format("{} at its peak, {} ({})", format_bytes(need.peak()), need.moment,
+  return fmt::format("{} at its peak, {} ({})", format_minimum(need.peak()), need.moment,
                      parts_text(need.highest().at_peak));
 }
 
@@ -264,7 +271,7 @@ void check_host_memory(const RunPlan& plan, int64_t available) {
   throw OutOfMemory(fmt::format(
       "too little host memory: loading, and what this run keeps beside the GPU, take {} ({}) and "
       "{} is available; free as much{}{}; --force tries all the same",
-      format_bytes(plan.host_peak), parts_text(plan.host_at_peak), format_bytes(available),
+      format_minimum(plan.host_peak), parts_text(plan.host_at_peak), format_bytes(available),
       advice.empty() ? "" : ", or set ", fmt::join(advice, " and ")));
 }
 

@@ -31,6 +31,8 @@ bool some_plan_fits(const ModelSource& model, std::span<const PaperTrial> gang, 
 RunPlan plan_or_leanest(const ModelSource& model, std::span<const PaperTrial> gang, Device target,
                         const MemoryLimits& limits, const Rates& rates);
 
+/// As format_bytes() has it, rounded up: who gives that much gives enough.
+std::string format_minimum(int64_t bytes);
 /// "8.91 GB at its peak, training step: backward model.layers.31 (weights 4.54 GB, ...)"
 std::string needed_text(const MemoryPrediction& need);
 /// Settings that would lessen it, by what the peak is.

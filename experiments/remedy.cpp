@@ -53,6 +53,14 @@ std::vector<PaperTrial> changed(std::span<const PaperTrial> gang,
   return out;
 }
 
+double seconds_each(const Remedy& remedy) {
+  return remedy.step_seconds / static_cast<double>(remedy.trials);
+}
+
+void append(std::vector<Change>& ways, const std::vector<Change>& more) {
+  ways.insert(ways.end(), more.begin(), more.end());
+}
+
 class RemedySearch {
  public:
   RemedySearch(const ModelSource& model, std::span<const PaperTrial> gang, Device target,
@@ -77,7 +85,7 @@ class RemedySearch {
   std::optional<Remedy> within_limits() const {
     std::optional<Remedy> best;
     const auto better = [&](const Remedy& a, const Remedy& b) {
-      return beyond_host_ ? a.host_peak < b.host_peak : a.step_seconds < b.step_seconds;
+      return beyond_host_ ? a.host_peak < b.host_peak : seconds_each(a) < seconds_each(b);
     };
     for (const Change& change : slower_ways()) {
       std::optional<Remedy> own = fit({change});
@@ -137,6 +145,13 @@ class RemedySearch {
       ways.push_back({"model.embeddings=host"});
     if (can_page()) ways.push_back({"optim.type=paged_" + first().optim.type});
     if (can_stream()) ways.push_back(streaming());
+    if (first().lora.present) append(ways, smaller_gangs());
+    return ways;
+  }
+  std::vector<Change> smaller_gangs() const {
+    std::vector<Change> ways;
+    for (size_t n = gang_.size(); n > 1;)
+      ways.push_back({fmt::format("parallel.trials_per_gpu={}", n = (n + 1) / 2)});
     return ways;
   }
 
@@ -173,8 +188,7 @@ class RemedySearch {
   std::vector<Change> smaller_ways() const {
     std::vector<Change> ways;
     if (first().lora.present) {
-      for (size_t n = gang_.size(); n > 1;)
-        ways.push_back({fmt::format("parallel.trials_per_gpu={}", n = (n + 1) / 2)});
+      append(ways, smaller_gangs());
       if (same_batches())
         for (int64_t batch = first().train.batch_size, accum = first().train.grad_accum;
              batch > 1;) {
@@ -236,7 +250,8 @@ class RemedySearch {
                             ? std::optional(plan_or_leanest(model_, tried, target_, within, rates_))
                             : fitting_plan(model_, tried, target_, within, rates_);
       if (!plan || plan->peak > within.budget) return {};
-      Remedy remedy{{}, plan->peak, plan->step_seconds, plan->host_peak, {}, caution(changes)};
+      Remedy remedy{{}, plan->peak,      plan->step_seconds, tried.size(), plan->host_peak,
+                    {}, caution(changes)};
       if (plan->host_peak > within.host) remedy.host_has = within.host;
       for (const Change& change : changes)
         remedy.sets.insert(remedy.sets.end(), change.begin(), change.end());
@@ -311,19 +326,43 @@ class RemedySearch {
 
 std::string price_text(const Remedy& remedy) {
   std::string text = "peak " + format_bytes(remedy.peak);
-  if (remedy.host_peak > 0) text += fmt::format(", {} on the host", format_bytes(remedy.host_peak));
+  if (remedy.host_peak > 0)
+    text += fmt::format(", {} on the host", remedy.host_has ? format_minimum(remedy.host_peak)
+                                                            : format_bytes(remedy.host_peak));
   if (remedy.host_has)
     text += fmt::format(" ({} more than the {} it has)",
-                        format_bytes(remedy.host_peak - *remedy.host_has),
+                        format_minimum(remedy.host_peak - *remedy.host_has),
                         format_bytes(*remedy.host_has));
   if (remedy.step_seconds > 0)
     text += fmt::format(", {} a step", duration_text(remedy.step_seconds));
+  if (remedy.step_seconds > 0 && remedy.trials > 1)
+    text += fmt::format(" of {} trials, {} for each", remedy.trials,
+                        duration_text(seconds_each(remedy)));
   return text + (remedy.caution.empty() ? "" : "; " + remedy.caution);
 }
 
 std::optional<Remedy> cheapest_fit(const ModelSource& model, std::span<const PaperTrial> gang,
                                    Device target, const MemoryLimits& limits, const Rates& rates) {
   return RemedySearch(model, gang, target, limits, rates).run();
+}
+
+std::string way_out(const std::optional<Remedy>& remedy, const MemoryTarget& target, int64_t budget,
+                    int64_t peak, int64_t host_peak) {
+  if (remedy) {
+    std::string sets;
+    for (const std::string& s : remedy->sets) sets += " --set " + s;
+    const std::string barely = barely_text(target, remedy->peak);
+    return fmt::format("would fit with{}: {}{}{}", sets, price_text(*remedy),
+                       barely.empty() ? "" : "; ", barely);
+  }
+  const bool small = peak > target.capacity.value_or(MemoryLimits::none);
+  std::string way = small ? "take a larger GPU or a smaller model" : "";
+  if (!small && peak > budget)
+    way = fmt::format("set train.memory_budget to {} or more", format_minimum(peak));
+  if (host_peak > target.host.value_or(MemoryLimits::none))
+    way +=
+        fmt::format("{}give the host {}", way.empty() ? "" : ", and ", format_minimum(host_peak));
+  return "nothing else that qlab can change makes it fit: " + way;
 }
 
 }  // namespace qlab

@@ -260,9 +260,34 @@ class Runner {
   /// Throws OutOfMemory before anything is loaded where minutes later the allocator would. Returns
   /// the plan.
   RunPlan check_fits(const std::vector<Planned>& gang) {
-    const RunPlan plan = fitting_plan(gang);
-    check_host_memory(plan, host_memory());
-    return plan;
+    MemoryTarget target = target_here(device_);
+    const std::vector<PaperTrial> papers = on_paper(gang);
+    const Config& first = papers.front().config;
+    const ModelSource& model = library_.model(first.model.path);
+    const MemoryLimits limits{device_limit(first, device_, target.capacity), host_memory()};
+    const RunPlan plan = plan_or_leanest(model, papers, device_, limits, target.rates);
+    if (force_ || (plan.peak <= limits.budget && plan.host_peak <= limits.host)) return plan;
+    if (gang.size() > 1) throw OutOfMemory("does not fit");  // its halves are tried
+    std::vector<std::string> lacks;
+    if (plan.peak > limits.budget) {
+      const MemoryPrediction need = predict_memory(
+          model, papers, device_, allocator_limit(first, device_, target.capacity), plan);
+      lacks.push_back(fmt::format(
+          "would take {}{}, and {} has {}", needed_text(need),
+          first.train.recompute == "auto" ? ", by its leanest plan (" + describe(plan) + ")" : "",
+          limits.budget < target.capacity ? "its budget" : target.name,
+          format_bytes(limits.budget)));
+    }
+    if (plan.host_peak > limits.host)
+      lacks.push_back(fmt::format("needs {} of host memory, of {}", format_minimum(plan.host_peak),
+                                  format_bytes(limits.host)));
+    target.host = limits.host;
+    const auto remedy =
+        cheapest_fit(model, papers, device_,
+                     {target.capacity.value_or(MemoryLimits::none), limits.host}, target.rates);
+    throw OutOfMemory(fmt::format(
+        "does not fit: the run {}; {}; --force tries all the same", fmt::join(lacks, ", and "),
+        way_out(remedy, target, limits.budget, plan.peak, plan.host_peak)));
   }
 
  private:
@@ -286,35 +311,12 @@ class Runner {
     const Config& first = papers.front().config;
     const ModelSource& model = library_.model(first.model.path);
     const MemoryLimits limits{device_limit(first, device_, target.capacity), host_memory()};
-    const auto plan = qlab::fitting_plan(model, papers, device_, limits, target.rates);
+    const auto plan = fitting_plan(model, papers, device_, limits, target.rates);
     if (!plan) return "";
     const auto halves = faster_in_halves(model, papers, *plan, device_, limits, target.rates);
     if (!halves) return "";
     return fmt::format("is predicted to take {} a step, its halves one after the other {}",
                        duration_text(plan->step_seconds), duration_text(*halves));
-  }
-
-  RunPlan fitting_plan(const std::vector<Planned>& gang) {
-    const MemoryTarget target = target_here(device_);
-    const std::vector<PaperTrial> papers = on_paper(gang);
-    const Config& first = papers.front().config;
-    const ModelSource& model = library_.model(first.model.path);
-    const MemoryLimits limits{device_limit(first, device_, target.capacity), host_memory()};
-    if (force_) return plan_or_leanest(model, papers, device_, limits, target.rates);
-    const RunPlan plan = plan_run(model, papers, device_, limits, target.rates);
-    if (plan.peak <= limits.budget) return plan;
-    const auto remedy =
-        cheapest_fit(model, papers, device_,
-                     {target.capacity.value_or(MemoryLimits::none), host_memory()}, target.rates);
-    std::string sets;
-    if (remedy)
-      for (const std::string& set : remedy->sets) sets += " --set " + set;
-    throw OutOfMemory(fmt::format(
-        "does not fit: the run would take {} and {} has {}. {}; --force tries all the same",
-        format_bytes(plan.peak), limits.budget < target.capacity ? "its budget" : target.name,
-        format_bytes(limits.budget),
-        remedy ? fmt::format("It would fit with{}: {}", sets, price_text(*remedy))
-               : "Nothing that can be set makes it fit"));
   }
 
   /// Those of the trials that are left to do, and their directories; other processes may share the

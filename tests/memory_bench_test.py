@@ -197,7 +197,7 @@ class WholeTest(unittest.TestCase):
         groups = [{"name": "a", "model": "synthetic:tiny", "rows": [TINY, gang]}, budget]
         result = self.measure(groups)
         self.assertEqual(result.returncode, 1, result.stdout + result.stderr)
-        self.assertIn("1.02 kB is too little", result.stderr)
+        self.assertIn("and its budget has 1.02 kB", result.stderr)
         self.assertIn("3 of 3 rows took what was predicted", result.stdout)
         runs = self.results("memory")
         self.assertEqual([run["set"] for run in runs], [TINY, gang])

@@ -1,5 +1,7 @@
 // qlab memory, and runs that do not fit, as a user meets them.
-#include "experiments/gpus.h"
+#include <regex>
+
+#include "experiments/planner.h"
 #include "tests/support/command.h"
 
 namespace qlab::test {
@@ -55,8 +57,9 @@ TEST_F(MemoryCommandTest, ABudgetBelowTheMinimumIsRefusedUnlessForced) {
       "--set", "train.recompute=auto",          "--set",    "train.memory_budget=100kB"};
   const Ended refused = run(train);
   EXPECT_EQ(refused.code, 2);
-  EXPECT_THAT(refused.err, AllOf(HasSubstr("100.00 kB is too little"), HasSubstr("needs"),
-                                 HasSubstr("(weights "), HasSubstr("--force")));
+  EXPECT_THAT(refused.err,
+              AllOf(HasSubstr("and its budget has 100.00 kB"), HasSubstr("leanest plan"),
+                    HasSubstr("(weights "), HasSubstr("--force")));
   EXPECT_TRUE(fs::is_empty(work_));
   train.push_back("--force");
   const Ended forced = run(train);
@@ -95,12 +98,93 @@ TEST_F(MemoryCommandTest, MemoryFitsWhereTheRunWouldBeAccepted) {
   const Ended told = run({"memory", "synthetic:tiny", "--gpu", "24GiB", "--set", "lora.r=4",
                           "--set", planned, "--set", "train.memory_budget=1000B"});
   EXPECT_THAT(told.out,
-              AllOf(HasSubstr("the least that this run can take is " + format_bytes(least)),
-                    HasSubstr("set train.memory_budget to " + format_bytes(least) + " or more"),
+              AllOf(HasSubstr("the least that this run can take is " + format_minimum(least)),
+                    HasSubstr("set train.memory_budget to " + format_minimum(least) + " or more"),
                     Not(HasSubstr("a larger GPU"))));
   const int64_t peak = memory(plenty, {full})["peak_bytes"];
   EXPECT_EQ(memory(peak, {full})["fits"], true);
   EXPECT_EQ(memory(peak - 1, {full})["fits"], false);
+}
+
+// Who gives what a refusal names gives enough, whatever its last digit was rounded to.
+TEST_F(MemoryCommandTest, TheLeastThatIsNamedIsEnough) {
+  const auto with = [&](const std::string& command, const std::string& what,
+                        const std::string& budget) {
+    Arguments arguments = {command,    what,
+                           "--device", "cpu",
+                           "--set",    "train.recompute=auto",
+                           "--set",    "train.memory_budget=" + budget,
+                           "--set",    "data.train=synthetic",
+                           "--set",    "data.eval=null",
+                           "--set",    "train.steps=1"};
+    if (command == "memory") arguments.insert(arguments.end(), {"--set", "lora.r=5", "--json"});
+    return run(arguments);
+  };
+  const std::string file = folder_.write("one.yaml",
+                                         "model: {path: \"synthetic:tiny\"}\n"
+                                         "lora: {r: 5}\n");
+  const auto small = nlohmann::json::parse(with("memory", "synthetic:tiny", "1kB").out);
+  const int64_t least = small["peak_bytes"];
+  ASSERT_LT(*parse_bytes(format_bytes(least)), least) << "rounded up anyway";
+  EXPECT_EQ(with("train", file, format_bytes(least)).code, 2);
+  const Ended refused = with("train", file, "1kB");
+  EXPECT_EQ(refused.code, 2);
+  std::smatch named;
+  ASSERT_TRUE(std::regex_search(refused.err, named, std::regex("(\\d+\\.\\d+ MB) at its peak")))
+      << refused.err;
+  EXPECT_EQ(named[1], format_minimum(least));
+  const Ended enough = with("train", file, named[1]);
+  EXPECT_EQ(enough.code, 0) << enough.err;
+}
+
+// What a run is refused with is what is said before: the settings, and their price.
+TEST_F(MemoryCommandTest, ARefusedRunNamesTheRemedyThatMemoryNames) {
+  for (const char* recompute : {"none", "auto"}) {
+    const std::string file = folder_.write(
+        "large.yaml", fmt::format("model: {{path: \"synthetic:tiny\"}}\nlora: {{r: 4}}\ndata: "
+                                  "{{train: synthetic}}\ntrain: {{steps: 1, recompute: {}}}\n",
+                                  recompute));
+    const auto asked = [&](const std::string& command) {
+      return run({command, file, "--device", "cpu", "--device-memory", "9MB"});
+    };
+    std::smatch remedy;
+    const std::string foretold = asked("memory").out;
+    ASSERT_TRUE(std::regex_search(foretold, remedy, std::regex("would fit with --set .*")))
+        << foretold;
+    const Ended trained = asked("train");
+    EXPECT_EQ(trained.code, 2);
+    EXPECT_THAT(trained.err, AllOf(HasSubstr(remedy[0]), HasSubstr("has 9.00 MB")));
+    EXPECT_EQ(trained.err.find("leanest plan") != std::string::npos,
+              std::string_view(recompute) == "auto");
+  }
+}
+
+// Gangs are forecast as the run has them, and why is said by both.
+TEST_F(MemoryCommandTest, AGangThatDoesNotFitIsForecastInHalves) {
+  const std::string file = folder_.write(
+      "gangs.yaml",
+      "base: {model: {path: \"synthetic:tiny\"}, lora: {r: 64}, data: {train: synthetic}, "
+      "train: {steps: 1}}\nparallel: {trials_per_gpu: 4}\nseeds: [0, 1, 2, 3]\n");
+  const auto peak = [&](const std::string& trials) {
+    return int64_t{nlohmann::json::parse(
+        run({"memory", "synthetic:tiny", "--device", "cpu", "--json", "--set", "lora.r=64", "--set",
+             "data.train=synthetic", "--set", "parallel.trials_per_gpu=" + trials})
+            .out)["peak_bytes"]};
+  };
+  const int64_t two = peak("2");
+  ASSERT_LT(two, peak("4"));
+  Arguments sweep = {"sweep", file, "--device", "cpu", "--device-memory", fmt::format("{}B", two)};
+  const Ended ran = run(sweep);
+  EXPECT_EQ(ran.code, 0) << ran.err;
+  EXPECT_THAT(ran.out, HasSubstr("a gang of 4 does not fit; trying halves"));
+  for (const auto& trial : fs::directory_iterator(work_ + "/runs/gangs/trials"))
+    EXPECT_EQ(nlohmann::json::parse(read_text_file(trial.path() / "status.json"))["gang_size"], 2);
+  sweep.emplace_back("--dry-run");
+  EXPECT_THAT(
+      run(sweep).out,
+      AllOf(testing::ContainsRegex("s0  0     1     .*s1  1     1     .*\n.*s2  2     2     "
+                                   ".*\n.*s3  3     2     "),
+            HasSubstr("all 4 trials: a gang of 4 does not fit: in halves\n")));
 }
 
 // As train has it: of the allocator, without room for a context.

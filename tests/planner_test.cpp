@@ -222,7 +222,7 @@ TEST(Planner, HostMemoryThatIsTooLittleIsSaid) {
   };
   EXPECT_EQ(refused(aside, aside.host_peak), "");
   EXPECT_THAT(refused(aside, aside.host_peak - 1),
-              testing::AllOf(testing::HasSubstr(format_bytes(aside.host_peak)),
+              testing::AllOf(testing::HasSubstr(format_minimum(aside.host_peak)),
                              testing::HasSubstr("train.recompute: full"),
                              testing::HasSubstr("model.embeddings: device"),
                              testing::Not(testing::HasSubstr("optim.type"))));
@@ -406,7 +406,7 @@ TEST(Planner, KeepsToTheHostsMemory) {
       error_of([&] {
         long_8b.plan({}, {budget, int64_t{1} << 20});
       }),
-      testing::HasSubstr(fmt::format("take {} (activations ", format_bytes(least->host_peak))));
+      testing::HasSubstr(fmt::format("take {} (activations ", format_minimum(least->host_peak))));
   EXPECT_LE(long_8b.plan({}, {budget, least->host_peak}).host_peak, least->host_peak);
 }
 
@@ -444,6 +444,19 @@ TEST(Planner, WhatIsFarTooLargeIsKnownAtOnce) {
   EXPECT_TRUE(fits(least.peak()));
   EXPECT_FALSE(fits(least.peak() - least.peak() / 100));
   EXPECT_FALSE(fits(least.peak() - least.peak() / 10));
+}
+
+TEST(Planner, MinimaAreRoundedUp) {
+  EXPECT_EQ(format_minimum(999), "999 B");
+  EXPECT_EQ(format_minimum(1'185'000), "1.19 MB");
+  EXPECT_EQ(format_minimum(1'190'000), "1.19 MB");
+  EXPECT_EQ(format_minimum(1'190'001), "1.20 MB");
+  for (int64_t n = 1; n < 2'000'000'000'000'000; n += n / 7 + 1)
+    for (const int64_t bytes : {n, n / 1000 * 1000 + 999, n / 1000 * 1000}) {
+      const int64_t given = *parse_bytes(format_minimum(bytes));
+      EXPECT_GE(given, bytes);
+      EXPECT_LE(static_cast<double>(given), static_cast<double>(bytes) * 1.0102);
+    }
 }
 
 TEST(Planner, AsksTheHostForRoom) {

@@ -78,6 +78,32 @@ TEST(Remedy, IsTheFastestSingleSetting) {
   }
 }
 
+// Four together with more computed again, or one after the other as they are: what is faster.
+TEST(Remedy, SmallerGangsAreAWayToo) {
+  const GpuSpec gpu = find_gpu("rtx4090");
+  const Asked asked("llama-3.1-8b", {"lora.r=16", "parallel.trials_per_gpu=4"}, gpu.usable(),
+                    gpu.name);
+  const PaperTrial one = assumed_trial(asked.config, Device::cuda());
+  const std::vector<PaperTrial> gang(4, one);
+  const auto remedy = cheapest_fit(asked.model, gang, Device::cuda(), asked.limits, asked.rates);
+  ASSERT_TRUE(remedy);
+  EXPECT_THAT(remedy->sets, ElementsAre("parallel.trials_per_gpu=1"));
+  EXPECT_EQ(remedy->trials, 1u);
+  std::vector<PaperTrial> planned = gang;
+  for (PaperTrial& t : planned) t.config.train.recompute = "auto";
+  const int64_t budget = device_limit(planned[0].config, Device::cuda(), gpu.usable());
+  EXPECT_GT(plan_run(asked.model, planned, Device::cuda(), budget, asked.rates).step_seconds,
+            4 * remedy->step_seconds);
+  // Where even one does not fit as it is.
+  const Asked tight("llama-3.1-8b", {"lora.r=16"}, *parse_bytes("12GiB"), gpu.name);
+  const auto pair = cheapest_fit(tight.model, std::span(gang).first(2), Device::cuda(),
+                                 tight.limits, tight.rates);
+  ASSERT_TRUE(pair);
+  EXPECT_EQ(pair->trials, 2u);
+  EXPECT_THAT(price_text(*pair), HasSubstr(fmt::format(" a step of 2 trials, {} for each",
+                                                       duration_text(pair->step_seconds / 2))));
+}
+
 // Where no single setting is enough.
 TEST(Remedy, PairsWhatIsNotEnoughAlone) {
   const std::vector<std::string> sets = {"lora.r=256", "train.batch_size=4", "data.seq_len=2048",
@@ -155,8 +181,8 @@ TEST(Remedy, SaysWhatTheHostLacks) {
   EXPECT_TRUE(roomier.fits(remedy->sets));
   EXPECT_THAT(price_text(*remedy),
               HasSubstr(fmt::format("{} on the host ({} more than the {} it has)",
-                                    format_bytes(remedy->host_peak),
-                                    format_bytes(remedy->host_peak - host), format_bytes(host))));
+                                    format_minimum(remedy->host_peak),
+                                    format_minimum(remedy->host_peak - host), format_bytes(host))));
 }
 
 // Of both, what can be set here comes first.
