@@ -23,6 +23,12 @@ bool is_here(const std::string& path) {
 std::string why_no_lengths(const Config& config, const ModelSource& model) {
   if (config.data.train.empty()) return "no data.train";
   if (!is_here(config.data.train) || !is_here(config.data.eval)) return "data is not here";
+  if (model.path.starts_with("synthetic:")) {
+    const auto text = [](const std::string& path) {
+      return !path.empty() && path != "synthetic" && holds_text(path);
+    };
+    return text(config.data.train) || text(config.data.eval) ? "the model has no tokenizer" : "";
+  }
   const bool tokenizes =
       config.data.train == "synthetic" || !model.shapes_alone ||
       std::filesystem::exists(resolve_model_path(model.path) + "/tokenizer.json");
@@ -220,6 +226,10 @@ std::vector<TrialForecast> forecast(const Sweep& sweep, Library& library,
   return out;
 }
 
+bool any_known(const std::vector<TrialForecast>& forecasts) {
+  return std::ranges::any_of(forecasts, [](const TrialForecast& f) { return f.peak > 0; });
+}
+
 std::string forecast_table(const Sweep& sweep, const std::vector<TrialForecast>& forecasts,
                            const MemoryTarget& target) {
   std::vector<std::vector<std::string>> columns = {{"gang"}, {"peak"}, {"time"}, {"fits"}};
@@ -245,16 +255,19 @@ std::string forecast_table(const Sweep& sweep, const std::vector<TrialForecast>&
   }
   if (!limited) columns.pop_back();
   if (!together) columns.erase(columns.begin());
+  const bool known = any_known(forecasts);
+  if (!known) columns.clear();
   std::string text = trial_table(sweep, columns);
-  text += fmt::format("predicted for {}{}", target.name,
-                      target.capacity ? " with " + format_bytes(*target.capacity) : "");
+  if (known)
+    text += fmt::format("predicted for {}{}", target.name,
+                        target.capacity ? " with " + format_bytes(*target.capacity) : "");
   if (seconds > 0)
     text += fmt::format(
         "; about {} in all for training steps alone{}{} ({})", duration_text(seconds),
         untimed > 0 ? fmt::format(", {} of {} trials without a time", untimed, forecasts.size())
                     : "",
         too_large > 0 ? ", had all of them room" : "", rates_origin(target).text);
-  text += "\n";
+  if (known) text += "\n";
   if (too_large > 0) text += fmt::format("{} of {} do not fit\n", too_large, forecasts.size());
   for (const auto& [note, names] : notes)
     text += some_of(names, forecasts.size()) + ": " + note + "\n";

@@ -25,6 +25,9 @@ struct TrialForecast {
 std::vector<TrialForecast> forecast(const Sweep& sweep, Library& library,
                                     const MemoryTarget& target);
 
+/// Whether something could be predicted of one of them.
+bool any_known(const std::vector<TrialForecast>& forecasts);
+
 /// The list of --dry-run: one line per trial with its swept values, its gang where trials train
 /// together, what it needs, and whether that fits where something is known of a limit. Below, the
 /// sum of the times, and each note with the trials that it is about.

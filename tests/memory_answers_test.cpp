@@ -319,6 +319,42 @@ TEST_F(MemoryAnswersTest, AConfigurationAloneHasShapes) {
                              "weights are not here"));
 }
 
+// Text has no lengths without a tokenizer, and a forecast does with full batches.
+TEST_F(MemoryAnswersTest, ASyntheticModelIsPredictedOnText) {
+  const std::string data = folder_.write("text.jsonl", "\n{\"text\": \"x\"}\n");
+  const std::string file = folder_.write(
+      "text.yaml", "base: {model: {path: \"synthetic:tiny\"}, train: {steps: 2}, data: {train: " +
+                       data + "}}\nparameters: {lora.r: {values: [4, 8]}}\n");
+  const std::string why = "the model has no tokenizer: full batches of data.seq_len";
+  for (const Arguments& asked : {Arguments{"memory", file, "--gpu", "t4"},
+                                 {"sweep", file, "--device", "cpu", "--dry-run"}}) {
+    const Ended shown = run(asked);
+    EXPECT_EQ(shown.code, 0) << shown.err;
+    EXPECT_THAT(shown.out,
+                AllOf(HasSubstr("all 2 trials: " + why), HasSubstr("yes"), Not(HasSubstr("?"))));
+  }
+  const Arguments one = {"--gpu", "t4", "--set", "data.train=" + data};
+  Json said = json("synthetic:tiny", one), full = json("synthetic:tiny", {"--gpu", "t4"});
+  EXPECT_EQ(said["assumed"], why);
+  EXPECT_EQ(said["peak_bytes"], full["peak_bytes"]);
+  expect_refused({"sweep", file, "--device", "cpu"},
+                 {"text.jsonl:2: the model has no tokenizer", "may be synthetic"});
+}
+
+TEST_F(MemoryAnswersTest, WhatNoTrialHasIsSaidOnce) {
+  const std::string file =
+      folder_.write("gated.yaml",
+                    "base: {model: {path: some/gated-8b}, data: {train: synthetic}}\n"
+                    "parameters: {lora.r: {values: [4, 8]}}\n");
+  const std::string fetch = "hf download some/gated-8b config.json tokenizer.json";
+  expect_refused({"memory", file, "--gpu", "t4"}, {"its config.json is enough", fetch});
+  expect_refused({"memory", "some/gated-8b", "--gpu", "t4"}, {"its config.json is enough", fetch});
+  const Ended list = run({"sweep", file, "--device", "cpu", "--dry-run"});
+  EXPECT_EQ(list.code, 0) << list.err;
+  EXPECT_THAT(list.out, AllOf(HasSubstr("all 2 trials: some/gated-8b: "), HasSubstr(fetch),
+                              Not(HasSubstr("?")), Not(HasSubstr("predicted for"))));
+}
+
 TEST(Durations, AreReadable) {
   EXPECT_EQ(duration_text(9.43e-5), "0.0943 ms");
   EXPECT_EQ(duration_text(0.00158), "1.58 ms");
