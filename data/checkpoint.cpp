@@ -76,8 +76,8 @@ std::string resolve_model_path(const std::string& path, bool shapes) {
       "{}: neither a file or directory nor a model in the local cache {}; {} with:\n"
       "  hf download {}{}",
       path, hub_cache().string(),
-      shapes ? "for a prediction its config.json is enough, for one by the data's own lengths with "
-               "its tokenizer; download them"
+      shapes ? "a prediction needs its config.json alone, and its tokenizer for the lengths of "
+               "data; download them"
              : "download it",
       path, shapes ? " config.json tokenizer.json tokenizer_config.json" : "");
 }

@@ -275,4 +275,29 @@ std::string forecast_table(const Sweep& sweep, const std::vector<TrialForecast>&
   return text;
 }
 
+nlohmann::json forecast_json(const Sweep& sweep, const std::vector<TrialForecast>& forecasts,
+                             const MemoryTarget& target) {
+  using Json = nlohmann::json;
+  Json json = {{"device", target.name},
+               {"rates", rates_origin(target).word},
+               {"limit_bytes", target.capacity ? Json(*target.capacity) : Json()},
+               {"trials", Json::array()}};
+  for (size_t i = 0; i < forecasts.size(); ++i) {
+    const Trial& trial = sweep.trials[i];
+    const TrialForecast& f = forecasts[i];
+    Json set = Json::object();
+    for (const auto& [key, value] : trial.swept) set[key] = value;
+    json["trials"].push_back({{"name", trial.name},
+                              {"set", std::move(set)},
+                              {"seed", trial.seed},
+                              {"gang", f.gang > 0 ? Json(f.gang) : Json()},
+                              {"gang_size", f.gang_size},
+                              {"peak_bytes", f.peak > 0 ? Json(f.peak) : Json()},
+                              {"fits", f.fits ? Json(*f.fits) : Json()},
+                              {"seconds", f.seconds > 0 ? Json(f.seconds) : Json()},
+                              {"note", f.note}});
+  }
+  return json;
+}
+
 }  // namespace qlab

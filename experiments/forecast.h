@@ -1,5 +1,6 @@
 // What the trials of a sweep will need: memory and time, without running them.
 #pragma once
+#include <nlohmann/json.hpp>
 #include <optional>
 #include <string>
 #include <vector>
@@ -33,6 +34,10 @@ bool any_known(const std::vector<TrialForecast>& forecasts);
 /// sum of the times, and each note with the trials that it is about.
 std::string forecast_table(const Sweep& sweep, const std::vector<TrialForecast>& forecasts,
                            const MemoryTarget& target);
+
+/// The same for programs, in bytes and seconds; null is what is not known.
+nlohmann::json forecast_json(const Sweep& sweep, const std::vector<TrialForecast>& forecasts,
+                             const MemoryTarget& target);
 
 /// What a prediction takes for granted about data and weights that are not on this machine, and a
 /// budget that nothing heeds; or "".
