@@ -267,7 +267,7 @@ std::string forecast_table(const Sweep& sweep, const std::vector<TrialForecast>&
         untimed > 0 ? fmt::format(", {} of {} trials without a time", untimed, forecasts.size())
                     : "",
         too_large > 0 ? ", had all of them room" : "", rates_origin(target).text);
-  if (known) text += "\n";
+  if (known) text += "\n" + (target.note.empty() ? "" : target.note + "\n");
   if (too_large > 0) text += fmt::format("{} of {} do not fit\n", too_large, forecasts.size());
   for (const auto& [note, names] : notes)
     text += some_of(names, forecasts.size()) + ": " + note + "\n";
@@ -282,6 +282,7 @@ nlohmann::json forecast_json(const Sweep& sweep, const std::vector<TrialForecast
                {"rates", rates_origin(target).word},
                {"limit_bytes", target.capacity ? Json(*target.capacity) : Json()},
                {"trials", Json::array()}};
+  if (!target.note.empty()) json["device_note"] = target.note;
   for (size_t i = 0; i < forecasts.size(); ++i) {
     const Trial& trial = sweep.trials[i];
     const TrialForecast& f = forecasts[i];

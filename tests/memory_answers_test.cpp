@@ -401,6 +401,27 @@ TEST_F(MemoryAnswersTest, TheDocumentationHasTheKeys) {
   expect_listed(all["trials"][0]);
 }
 
+// Where no GPU is, a run takes the CPU, and a prediction for a GPU says so.
+TEST_F(MemoryAnswersTest, WithoutAGpuItSaysWhatARunWouldTake) {
+  if (cuda::device_count() > 0) GTEST_SKIP() << "there is a GPU";
+  const std::string note = "\nno GPU is here: ",
+                    sweep = folder_.write(
+                        "seeds.yaml", "base: {model: {path: \"synthetic:tiny\"}}\nseeds: [0, 1]\n");
+  for (const std::string& target : {std::string("synthetic:tiny"), sweep}) {
+    EXPECT_THAT(text(target, {}), AllOf(HasSubstr(note), HasSubstr("--device cpu")));
+    EXPECT_THAT(std::string(json(target, {})["device_note"]), HasSubstr("--device cpu"));
+    EXPECT_THAT(text(target, {"--gpu", "t4"}), Not(HasSubstr(note)));
+    EXPECT_THAT(text(target, {"--device", "cpu"}), Not(HasSubstr(note)));
+  }
+  ASSERT_EQ(run({"train", run_file("train: {steps: 2}\n"), "--out", folder_ / "out"}).code, 0);
+  const Json checked =
+      Json::parse(run({"memory", "--check", folder_ / "out", "--json"}).out)["trials"][0];
+  EXPECT_EQ(
+      checked["training"]["measured_bytes"],
+      Json::parse(run({"memory", run_file("train: {steps: 2}\n"), "--device", "cpu", "--json"})
+                      .out)["peak_bytes"]);
+}
+
 TEST_F(MemoryAnswersTest, WhatNoTrialHasIsSaidOnce) {
   const std::string file =
       folder_.write("gated.yaml",
