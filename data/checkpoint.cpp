@@ -57,7 +57,7 @@ std::string fetch_remedy(const std::string& directory) {
   return "download the rest with:\n  hf download " + id;
 }
 
-std::string resolve_model_path(const std::string& path) {
+std::string resolve_model_path(const std::string& path, bool shapes) {
   if (fs::exists(path)) return path;
   if (!looks_like_hub_id(path))
     fail(
@@ -73,9 +73,13 @@ std::string resolve_model_path(const std::string& path) {
     if (fs::is_directory(snapshot)) return snapshot.string();
   }
   fail(
-      "{}: neither a file or directory nor a model in the local cache {}; download it with:\n"
-      "  hf download {}",
-      path, hub_cache().string(), path);
+      "{}: neither a file or directory nor a model in the local cache {}; {} with:\n"
+      "  hf download {}{}",
+      path, hub_cache().string(),
+      shapes ? "a prediction needs its config.json alone, and its tokenizer for the lengths of "
+               "data; download them"
+             : "download it",
+      path, shapes ? " config.json tokenizer.json tokenizer_config.json" : "");
 }
 
 std::unique_ptr<Checkpoint> Checkpoint::open(const std::string& path) {

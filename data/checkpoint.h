@@ -52,8 +52,8 @@ class Checkpoint {
 
 /// The directory or file that `path` stands for: itself when it exists, else a snapshot of that hub
 /// id in the local cache (HF_HUB_CACHE, HF_HOME/hub, ~/.cache/huggingface/hub). Error with the
-/// command that downloads it when there is none.
-std::string resolve_model_path(const std::string& path);
+/// command that downloads it when there is none; for a prediction (`shapes`) less of it will do.
+std::string resolve_model_path(const std::string& path, bool shapes = false);
 
 /// The configuration of a directory, or hub id, that has config.json and no weights yet.
 std::optional<nlohmann::json> configuration_alone(const std::string& path);

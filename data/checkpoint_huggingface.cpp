@@ -150,7 +150,7 @@ class HuggingFaceDirectory final : public Checkpoint {
 }  // namespace
 
 std::optional<nlohmann::json> configuration_alone(const std::string& path) {
-  const std::string found = resolve_model_path(path);
+  const std::string found = resolve_model_path(path, true);
   if (!fs::is_directory(found)) return {};
   for (const auto& file : fs::directory_iterator(found))
     if (file.path().extension() == ".safetensors") return {};

@@ -1,6 +1,7 @@
 #include "data/dataset.h"
 
 #include <algorithm>
+#include <fstream>
 #include <functional>
 #include <utility>
 
@@ -14,6 +15,10 @@ namespace {
 
 using nlohmann::json;
 
+bool is_tokenized(const json& line) {
+  return line.contains("input_ids") && line.contains("labels");
+}
+
 /// Makes examples of the lines of one file.
 class LineReader {
  public:
@@ -22,11 +27,11 @@ class LineReader {
 
   Example read(const json& line, const std::string& where) {
     if (line.is_object()) {
-      if (line.contains("input_ids") && line.contains("labels")) return tokenized(line, where);
+      if (is_tokenized(line)) return tokenized(line, where);
       if (!tokenizer_.has_text())
         fail(
             "{}: the model has no tokenizer, so each line must have input_ids and labels; got the "
-            "keys {}",
+            "keys {} (data.train and data.eval may be synthetic, or give a model that has one)",
             where, key_list(line));
       if (line.contains("messages")) return chat(line["messages"], where);
       if (line.contains("prompt") && line.contains("completion")) return pair(line, where);
@@ -218,6 +223,15 @@ Dataset load_dataset(const std::string& path, const Tokenizer& tokenizer,
     fingerprint.add(std::as_bytes(std::span(e.input_ids))).add(std::as_bytes(std::span(e.labels)));
   dataset.fingerprint = fingerprint.hex();
   return dataset;
+}
+
+bool holds_text(const std::string& path) {
+  std::ifstream file(path);
+  std::string line;
+  while (std::getline(file, line) && blank(line)) {
+  }
+  const json first = json::parse(line, nullptr, false);
+  return first.is_object() && !is_tokenized(first);
 }
 
 Dataset synthetic_dataset(int64_t examples, int64_t seq_len, int64_t vocab_size, uint64_t seed) {

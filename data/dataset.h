@@ -44,6 +44,9 @@ struct Dataset {
 Dataset load_dataset(const std::string& path, const Tokenizer& tokenizer,
                      const DatasetOptions& options);
 
+/// Whether the first line of a file needs a tokenizer.
+bool holds_text(const std::string& path);
+
 /// Random tokens, all trained.
 Dataset synthetic_dataset(int64_t examples, int64_t seq_len, int64_t vocab_size, uint64_t seed);
 

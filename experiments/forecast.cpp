@@ -22,6 +22,12 @@ bool is_here(const std::string& path) { return is_random(path) || std::filesyste
 std::string why_no_lengths(const Config& config, const ModelSource& model) {
   if (config.data.train.empty()) return "no data.train";
   if (!is_here(config.data.train) || !is_here(config.data.eval)) return "data is not here";
+  if (model.path.starts_with("synthetic:")) {
+    const auto text = [](const std::string& path) {
+      return !path.empty() && path != "synthetic" && holds_text(path);
+    };
+    return text(config.data.train) || text(config.data.eval) ? "the model has no tokenizer" : "";
+  }
   const bool tokenizes =
       (config.data.train == "synthetic" && is_random(config.data.eval)) || !model.shapes_alone ||
       std::filesystem::exists(resolve_model_path(model.path) + "/tokenizer.json");
@@ -233,6 +239,10 @@ std::vector<TrialForecast> forecast(const Sweep& sweep, Library& library,
   return out;
 }
 
+bool any_known(const std::vector<TrialForecast>& forecasts) {
+  return std::ranges::any_of(forecasts, [](const TrialForecast& f) { return f.peak > 0; });
+}
+
 std::string forecast_table(const Sweep& sweep, const std::vector<TrialForecast>& forecasts,
                            const MemoryTarget& target) {
   std::vector<std::vector<std::string>> columns = {{"gang"}, {"peak"}, {"time"}, {"fits"}};
@@ -263,23 +273,52 @@ std::string forecast_table(const Sweep& sweep, const std::vector<TrialForecast>&
   }
   if (!limited) columns.pop_back();
   if (!together) columns.erase(columns.begin());
+  const bool known = any_known(forecasts);
+  if (!known) columns.clear();
   std::string text = trial_table(sweep, columns);
-  text += fmt::format(
-      "predicted for {}{}", target.name,
-      target.capacity ? " with " + format_bytes(std::max<int64_t>(*target.capacity, 0)) : "");
+  if (known)
+    text += fmt::format(
+        "predicted for {}{}", target.name,
+        target.capacity ? " with " + format_bytes(std::max<int64_t>(*target.capacity, 0)) : "");
   if (seconds > 0)
     text += fmt::format(
         "; about {} in all for training steps alone{}{} ({})", duration_text(seconds),
         untimed > 0 ? fmt::format(", {} of {} trials without a time", untimed, forecasts.size())
                     : "",
         too_large > 0 ? ", had all of them room" : "", rates_origin(target).text);
-  text += "\n";
+  if (known) text += "\n" + (target.note.empty() ? "" : target.note + "\n");
   if (too_large > 0) text += fmt::format("{} of {} do not fit\n", too_large, forecasts.size());
   if (tightest > 0) text += barely_text(target, tightest) + "\n";
   for (const auto& [note, names] : notes)
     text += some_of(names, forecasts.size()) + ": " + note + "\n";
   text.pop_back();
   return text;
+}
+
+nlohmann::json forecast_json(const Sweep& sweep, const std::vector<TrialForecast>& forecasts,
+                             const MemoryTarget& target) {
+  using Json = nlohmann::json;
+  Json json = {{"device", target.name},
+               {"rates", rates_origin(target).word},
+               {"limit_bytes", target.capacity ? Json(*target.capacity) : Json()},
+               {"trials", Json::array()}};
+  if (!target.note.empty()) json["device_note"] = target.note;
+  for (size_t i = 0; i < forecasts.size(); ++i) {
+    const Trial& trial = sweep.trials[i];
+    const TrialForecast& f = forecasts[i];
+    Json set = Json::object();
+    for (const auto& [key, value] : trial.swept) set[key] = value;
+    json["trials"].push_back({{"name", trial.name},
+                              {"set", std::move(set)},
+                              {"seed", trial.seed},
+                              {"gang", f.gang > 0 ? Json(f.gang) : Json()},
+                              {"gang_size", f.gang_size},
+                              {"peak_bytes", f.peak > 0 ? Json(f.peak) : Json()},
+                              {"fits", f.fits ? Json(*f.fits) : Json()},
+                              {"seconds", f.seconds > 0 ? Json(f.seconds) : Json()},
+                              {"note", f.note}});
+  }
+  return json;
 }
 
 }  // namespace qlab

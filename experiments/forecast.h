@@ -1,5 +1,6 @@
 // What the trials of a sweep will need: memory and time, without running them.
 #pragma once
+#include <nlohmann/json.hpp>
 #include <optional>
 #include <string>
 #include <vector>
@@ -25,11 +26,18 @@ struct TrialForecast {
 std::vector<TrialForecast> forecast(const Sweep& sweep, Library& library,
                                     const MemoryTarget& target);
 
+/// Whether something could be predicted of one of them.
+bool any_known(const std::vector<TrialForecast>& forecasts);
+
 /// The list of --dry-run: one line per trial with its swept values, its gang where trials train
 /// together, what it needs, and whether that fits where something is known of a limit. Below, the
 /// sum of the times, and each note with the trials that it is about.
 std::string forecast_table(const Sweep& sweep, const std::vector<TrialForecast>& forecasts,
                            const MemoryTarget& target);
+
+/// The same for programs, in bytes and seconds; null is what is not known.
+nlohmann::json forecast_json(const Sweep& sweep, const std::vector<TrialForecast>& forecasts,
+                             const MemoryTarget& target);
 
 /// What a prediction takes for granted about data and weights that are not on this machine, and a
 /// budget that nothing heeds; or "".

@@ -135,8 +135,13 @@ MemoryTarget memory_target(const std::string& gpu, const std::string& device) {
     fail("--gpu {} and --device {}: give one of them", gpu, device);
   if (gpu.empty() && (device != "auto" || cuda::device_count() > 0))
     return target_here(parse_device(device));
-  MemoryTarget target{Device::cuda(), "a GPU (--gpu names one)", {}, {}, gpu_rates(gpu)};
-  if (gpu.empty()) return target;
+  MemoryTarget target{Device::cuda(), "a GPU", {}, {}, gpu_rates(gpu)};
+  if (gpu.empty()) {
+    target.note =
+        "no GPU is here: this is for one without a limit (--gpu names one), and train and sweep "
+        "would take the CPU, for which --device cpu predicts";
+    return target;
+  }
   target.gpu = find_gpu(gpu);
   target.device = Device::gpu(target.gpu->capability);
   target.name = target.gpu->name;

@@ -28,6 +28,7 @@ struct MemoryTarget {
   Rates rates;
   std::optional<int64_t> limit = {};  // of --device-memory, in `capacity` already
   std::optional<int64_t> host = {};   // memory of the host beside a GPU; none: no end
+  std::string note = {};              // why it is not the device that a run here would take
 };
 /// A GPU by name or bytes (`gpu`), or else a device here (`device`, as --device has it); without
 /// either a GPU without an end.

@@ -95,7 +95,8 @@ int run(int argc, char** argv) {
   memory_app->add_option(
       "--host-memory", memory.host_memory,
       "what the host has beside the GPU, as 64GiB; otherwise only the need is told");
-  memory_app->add_flag("--json", memory.json, "one JSON object, in bytes");
+  memory_app->add_flag("--json", memory.json,
+                       "one JSON object, in bytes and seconds; of a sweep with a list of trials");
   memory_app->add_option("--table", memory.table,
                          fmt::format("a published table beside ours: {}",
                                      fmt::join(qlab::memory_table_names(), ", ")));

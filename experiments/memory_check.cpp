@@ -26,10 +26,11 @@ std::optional<int64_t> bytes_at(const Json& json, const char* key) {
 TrialMemoryCheck check_trial(const std::string& name, const std::string& dir) {
   TrialMemoryCheck check{name, dir, "pending", {}, {}, {}};
   std::ifstream in(dir + "/status.json");
-  const Json status = in ? Json::parse(in, nullptr, false) : Json();
-  if (!status.is_object()) return check;
-  check.status =
-      status.value("status", Json()).is_string() ? status["status"].get<std::string>() : "pending";
+  if (!in) return check;
+  const Json status = Json::parse(in, nullptr, false);
+  check.status = "unreadable";
+  if (!status.is_object() || !status.value("status", Json()).is_string()) return check;
+  check.status = status["status"].get<std::string>();
   check.training = {bytes_at(status, "predicted_peak_bytes"), bytes_at(status, "peak_bytes")};
   check.loading = {bytes_at(status, "predicted_load_peak_bytes"),
                    bytes_at(status, "load_peak_bytes")};
@@ -91,7 +92,8 @@ std::vector<TrialMemoryCheck> check_memory(const std::string& dir) {
         "trial's",
         dir);
   }
-  if (std::none_of(trials.begin(), trials.end(), [](const auto& t) { return t.finished(); }))
+  if (std::none_of(trials.begin(), trials.end(),
+                   [](const auto& t) { return t.finished() || t.unreadable(); }))
     fail("{}: of {} none has finished yet: nothing to compare", dir,
          trials.size() == 1 ? "1 trial" : fmt::format("{} trials", trials.size()));
   return trials;
@@ -99,7 +101,7 @@ std::vector<TrialMemoryCheck> check_memory(const std::string& dir) {
 
 bool all_equal(const std::vector<TrialMemoryCheck>& trials) {
   return std::all_of(trials.begin(), trials.end(),
-                     [](const auto& t) { return !t.finished() || t.equal(); });
+                     [](const auto& t) { return t.finished() ? t.equal() : !t.unreadable(); });
 }
 
 std::string check_text(const std::vector<TrialMemoryCheck>& trials) {
@@ -117,8 +119,11 @@ std::string check_text(const std::vector<TrialMemoryCheck>& trials) {
                                     used ? with_commas(*used) : ""};
   };
   int64_t finished = 0, equal = 0;
+  std::string notes;
   for (const TrialMemoryCheck& t : trials) {
-    if (t.status == "pending") continue;
+    if (t.unreadable())
+      notes += t.directory + "/status.json does not read: nothing is known of its peaks\n";
+    if (t.status == "pending" || t.unreadable()) continue;
     rows.push_back(row(t, "loading", t.loading, {}));
     rows.push_back(row(t, "training", t.training, t.device_used));
     finished += t.finished(), equal += t.finished() && t.equal();
@@ -126,7 +131,7 @@ std::string check_text(const std::vector<TrialMemoryCheck>& trials) {
   std::string text = "peaks of the allocator, in bytes\n" + aligned_table(rows);
   text += fmt::format("{} of {} finished {} took what was predicted, to the byte\n", equal,
                       finished, finished == 1 ? "trial" : "trials");
-  return text;
+  return text + notes;
 }
 
 Json check_json(const std::vector<TrialMemoryCheck>& trials) {

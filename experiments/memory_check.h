@@ -17,10 +17,11 @@ struct PeakCheck {
 
 struct TrialMemoryCheck {
   std::string trial, directory;
-  std::string status;                  // as in status.json, "pending" without one
+  std::string status;                  // as in status.json; "pending", "unreadable" as in reports
   PeakCheck training, loading;         // of the gang; of the base
   std::optional<int64_t> device_used;  // the most that the driver said, by everybody
   bool finished() const { return status == "finished"; }
+  bool unreadable() const { return status == "unreadable"; }
   bool equal() const { return training.equal() && loading.equal(); }
 };
 
@@ -28,7 +29,7 @@ struct TrialMemoryCheck {
 /// finished.
 std::vector<TrialMemoryCheck> check_memory(const std::string& dir);
 
-/// Whether every trial that has finished took what was predicted, to the byte.
+/// Whether every trial that has finished took what was predicted, to the byte, and all can be read.
 bool all_equal(const std::vector<TrialMemoryCheck>& trials);
 std::string check_text(const std::vector<TrialMemoryCheck>& trials);
 nlohmann::json check_json(const std::vector<TrialMemoryCheck>& trials);

@@ -1,6 +1,8 @@
 // qlab memory.
 #include <fmt/ranges.h>
 
+#include <algorithm>
+
 #include "data/file.h"
 #include "experiments/commands.h"
 #include "experiments/forecast.h"
@@ -98,10 +100,14 @@ int run_memory_command(const MemoryOptions& options, const CommonOptions& common
   const Sweep sweep = load_sweep(options.target, common.sets);
   if (sweep.trials.size() == 1)
     return print_one(sweep.trials.front().config, 1, library, options, target);
-  if (options.json)
-    fail("{}: --json describes one run, and this file has {} trials; fix what it sweeps with --set",
-         options.target, sweep.trials.size());
-  write_out(forecast_table(sweep, forecast(sweep, library, target), target) + "\n");
+  const std::vector<TrialForecast> trials = forecast(sweep, library, target);
+  const std::string& why = trials.front().note;
+  if (!any_known(trials) &&
+      std::ranges::all_of(trials, [&](const TrialForecast& t) { return t.note == why; }))
+    fail("{}", why);
+  write_out((options.json ? forecast_json(sweep, trials, target).dump()
+                          : forecast_table(sweep, trials, target)) +
+            "\n");
   return 0;
 }
 

@@ -107,6 +107,13 @@ bool agree(const std::vector<std::string>& a, const std::vector<std::string>& b,
   return std::all_of(a.begin(), a.end(), same) && std::all_of(b.begin(), b.end(), same);
 }
 
+/// A commit's first 7 digits, with what stands behind them, as "-dirty".
+std::string shortened(const std::string& commit) {
+  constexpr size_t digits = 7;
+  const size_t end = std::min(commit.find_first_not_of("0123456789abcdef"), commit.size());
+  return commit.substr(0, std::min(end, digits)) + commit.substr(end);
+}
+
 /// Bytes of the run in `counted`; nothing where it does not tell.
 std::optional<int64_t> counted_bytes(const MeasuredRun& run, std::span<const Category> counted) {
   if (counted.size() == category_count) return run.peak_bytes;
@@ -159,7 +166,7 @@ std::optional<MeasuredBytes> find_measured(std::span<const MeasuredRun> runs,
     if (!bytes || !agree(as_options(run.set), sets, counted)) continue;
     const bool own = agree(as_options(run.set), sets, all);
     if (found_own && !own) continue;
-    found = {*bytes, run.device, run.commit};
+    found = {*bytes, run.device, shortened(run.commit), own};
     found_own = own;
   }
   return found;

@@ -34,6 +34,7 @@ std::vector<MeasuredRun> read_memory_results(const std::string& file);
 struct MeasuredBytes {
   int64_t bytes;
   std::string device, commit;
+  bool own = true;  // of a run with all of the settings that were asked for
 };
 /// Bytes in `counted` of a run on a GPU with the model and the settings, the last one; where there
 /// is none, of the last with the settings that those bytes depend on. All categories mean the peak.

@@ -77,7 +77,7 @@ std::string table_row(const MemoryRow& row) {
   std::string measured = "-", on;
   if (row.measured) {
     measured = amount_text(static_cast<double>(row.measured->bytes), row.unit);
-    on = row.measured->device + ", " + row.measured->commit;
+    on = measured_on(row);
   } else if (in_bytes(row.unit) && !row.ours.empty()) {
     measured = row.unmeasured;
   }

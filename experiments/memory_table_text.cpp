@@ -48,16 +48,12 @@ std::string parts_text(const MemoryRow& row) {
   return text;
 }
 
-std::string measured_on(const MemoryRow& row) {
-  return row.measured ? fmt::format("on {}, {}", row.measured->device, row.measured->commit) : "";
-}
-
 /// Everything that the cells leave out, each with its heading.
 std::vector<std::string> details(const MemoryRow& row) {
   std::vector<std::string> lines;
   if (!row.rule.empty()) lines.push_back("rule: " + row.rule);
   if (!row.setting.empty()) lines.push_back("ours: " + row.setting);
-  if (row.measured) lines.push_back("measured " + measured_on(row));
+  if (row.measured) lines.push_back("measured on " + measured_on(row));
   if (const std::string text = unexplained_text(row); !text.empty()) lines.push_back(text);
   if (const std::string text = parts_text(row); !text.empty())
     lines.push_back("difference: " + text);
@@ -103,7 +99,8 @@ std::string as_text(const MemoryTable& table) {
     if (l == 0) continue;
     const std::vector<std::string> own = details(table.rows[l - 1]);
     for (const std::string& detail : own)
-      if (std::find(above.begin(), above.end(), detail) == above.end())
+      if (detail.starts_with("measured") ||
+          std::find(above.begin(), above.end(), detail) == above.end())
         out += wrapped(detail, 4, 2);
       else if (detail.starts_with("ours: "))
         out += "    ours: as above\n";
@@ -133,7 +130,7 @@ std::vector<std::string> full_cells(const MemoryRow& row) {
           published_cell(row),
           two(rule_cell(row), row.rule, ": "),
           two(ours_cell(row), row.setting, ": "),
-          two(measured_cell(row), measured_on(row), " "),
+          two(measured_cell(row), measured_on(row), " on "),
           difference};
 }
 
@@ -228,29 +225,41 @@ std::string tex_escaped(const std::string& text) {
     } else {
       if (std::string("&%$#_{}").find(c) != std::string::npos) out += '\\';
       out += c;
+      if (c == '_') out += "\\allowbreak{}";
     }
   }
   return out;
 }
 
+/// A page of article has 345 pt, so that the cells keep to their figures and each row's words stand
+/// below it, over all columns; the table breaks between rows.
 std::string as_tex(const MemoryTable& table) {
   const auto line = [](const std::vector<std::string>& cells) {
     std::string text;
     for (const std::string& cell : cells) text += (text.empty() ? "" : " & ") + tex_escaped(cell);
-    return text + " \\\\\n";
+    return text + " \\\\*\n";
   };
-  std::string out =
-      "% " + table.title + "\n\\begin{tabular}{p{3.2cm}rp{3cm}p{4cm}p{2.4cm}p{6cm}}\n";
-  out += "\\hline\n";
+  std::string out = "% " + table.title + R"(
+% in the preamble: \usepackage{array,longtable}; the document has one column
+\begingroup\footnotesize\setlength{\tabcolsep}{3pt}
+\begin{longtable}{@{}>{\raggedright\arraybackslash}p{0.24\linewidth}*{5}{>{\raggedleft\arraybackslash}p{0.13\linewidth}}@{}}
+\hline
+)";
   std::vector<std::string> heads = {"row"};
   heads.insert(heads.end(), std::begin(headings), std::end(headings));
-  heads.back() = "difference, and which bytes make it";
-  out += line(heads) + "\\hline\n";
-  for (const MemoryRow& row : table.rows) out += line(full_cells(row));
-  out += "\\hline\n\\end{tabular}\n\n";
+  out += line(heads) + "\\hline\n\\endhead\n";
+  for (const MemoryRow& row : table.rows) {
+    out += line({row.what, published_cell(row), rule_cell(row), ours_cell(row), measured_cell(row),
+                 difference_cell(row)});
+    for (const std::string& detail : details(row))
+      out += "\\multicolumn{6}{@{\\hspace{1em}}p{0.92\\linewidth}@{}}{\\scriptsize\\raggedright " +
+             tex_escaped(detail) + "} \\\\*\n";
+    out += "\\noalign{\\vskip 2pt}\\pagebreak[1]\n";
+  }
+  out += "\\hline\n\\end{longtable}\n\n";
   for (const auto* list : {&table.sources, &table.notes})
     for (const std::string& note : *list) out += tex_escaped(note) + "\n\n";
-  return out + tex_escaped(table.measured_note) + "\n";
+  return out + tex_escaped(table.measured_note) + "\\par\n\\endgroup\n";
 }
 
 constexpr Form forms[] = {
@@ -302,6 +311,17 @@ std::string unexplained_text(const MemoryRow& row) {
   return fmt::format("the published figure is {} {} what its rule gives",
                      difference_text(std::abs(*rest), row.unit).substr(1),
                      *rest > 0 ? "above" : "below");
+}
+
+std::string measured_on(const MemoryRow& row) {
+  if (!row.measured) return "";
+  const MeasuredBytes& m = *row.measured;
+  std::string text = m.device + ", " + m.commit;
+  const double more = static_cast<double>(m.bytes) - total(row.ours);
+  if (more == 0 || row.ours.empty()) return text;
+  text += fmt::format(": {} {} than predicted now, ", exact_text(std::abs(more), row.unit),
+                      more > 0 ? "more" : "less");
+  return text + (m.own ? "by that commit's plan" : "with the rotary tables of another run");
 }
 
 const std::vector<std::string>& memory_table_formats() {

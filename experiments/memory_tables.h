@@ -75,7 +75,9 @@ std::string amount_text(double amount, Unit unit);      // "5.592 GB"
 std::string exact_text(double amount, Unit unit);       // "5,591,539,712", "0.148317 %"
 std::string difference_text(double amount, Unit unit);  // "+67.1 MB"
 std::string unexplained_text(
-    const MemoryRow& row);                         // "the published figure is ... above ...", or ""
+    const MemoryRow& row);  // "the published figure is ... above ...", or ""
+/// "NVIDIA H100 80GB HBM3, c829f90", and why that is not what is predicted; "" where nothing is.
+std::string measured_on(const MemoryRow& row);
 std::string table_page(const MemoryTable& table);  // html
 
 }  // namespace qlab

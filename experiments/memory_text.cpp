@@ -62,6 +62,7 @@ std::string memory_text(const MemoryQuestion& question, const Config& config,
                         const MemoryPrediction& p, const std::optional<Remedy>& remedy) {
   std::string text = fmt::format("{} on {}\n{}\n", question.model, question.target.name,
                                  setting(config, question.trials));
+  if (!question.target.note.empty()) text += question.target.note + "\n";
   if (!question.refused.empty()) text += question.refused + "\n";
   if (!question.assumed.empty()) text += question.assumed + "\n";
   text += "\nthe base\n";
@@ -182,6 +183,7 @@ Json memory_json(const MemoryQuestion& question, const MemoryPrediction& p,
                {"streamed_layers", question.plan.streamed_layers},
                {"streamed_bytes", p.streamed_bytes},
                {"paged_out_bytes", p.paged_out}};
+  if (!question.target.note.empty()) json["device_note"] = question.target.note;
   if (!question.assumed.empty()) json["assumed"] = question.assumed;
   if (!computes) json["refused"] = question.refused;
   if (question.target.gpu) {

@@ -51,9 +51,11 @@ void read_metrics(const std::string& file, TrialResult& trial) {
 
 void read_status(const std::string& file, TrialResult& trial) {
   std::ifstream in(file);
-  const Json json = in ? Json::parse(in, nullptr, false) : Json();
+  if (!in) return;
+  const Json json = Json::parse(in, nullptr, false);
+  trial.status = json.is_object() ? string_at(json, "status") : "";
+  if (trial.status.empty()) trial.status = "unreadable";
   if (!json.is_object()) return;
-  trial.status = string_at(json, "status");
   trial.error = string_at(json, "error");
   trial.trainable_params = number_at(json, "trainable_params");
   trial.steps = number_at(json, "steps");
@@ -204,6 +206,11 @@ Results read_plan(const YAML::Node& plan, const std::string& dir) {
       trial.swept.push_back(node["swept"] ? text_at(node["swept"], key) : "");
     }
     read_trial(dir + "/trials/" + trial.directory, trial);
+    if (trial.status == "unreadable")
+      results.notes.push_back(
+          fmt::format("{}/trials/{}/status.json does not read: whether the trial has finished is "
+                      "not known, and the sweep's command trains it again",
+                      dir, trial.directory));
     if (trial.memory.damaged > 0)
       results.notes.push_back(fmt::format("{}/trials/{}/memory.jsonl: {}", dir, trial.directory,
                                           damaged_lines(trial.memory.damaged)));

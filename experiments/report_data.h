@@ -16,7 +16,7 @@ struct LossPoint {
 
 struct TrialResult {
   std::string name, directory, error;
-  std::string status;  // as in status.json, or "pending"
+  std::string status;  // as in status.json; without one "pending", "unreadable" of a damaged one
   std::string seed;
   std::string gang_name;
   std::vector<std::string> swept;  // as Results::keys

@@ -86,7 +86,7 @@ tbody tr:hover td { background: var(--mark); }
 td .dot { margin-right: 8px; vertical-align: -1px; }
 .status { font-size: 12.5px; font-weight: 600; }
 .finished { color: var(--good); } .failed { color: var(--bad); }
-.interrupted, .running, .pending { color: var(--warn); }
+.interrupted, .running, .pending, .unreadable { color: var(--warn); }
 .failure { border-left: 3px solid var(--bad); padding: 4px 12px; margin: 10px 0 0; }
 .failure pre { margin: 2px 0 0; white-space: pre-wrap; font-size: 13px; color: var(--soft); }
 details summary { cursor: pointer; font-weight: 600; }

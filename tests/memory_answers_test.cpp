@@ -401,6 +401,124 @@ TEST_F(MemoryAnswersTest, AConfigurationAloneHasShapes) {
                                  "weights are not here: shapes by config.json"));
 }
 
+// Text has no lengths without a tokenizer, and a forecast does with full batches.
+TEST_F(MemoryAnswersTest, ASyntheticModelIsPredictedOnText) {
+  const std::string data = folder_.write("text.jsonl", "\n{\"text\": \"x\"}\n");
+  const std::string file = folder_.write(
+      "text.yaml", "base: {model: {path: \"synthetic:tiny\"}, train: {steps: 2}, data: {train: " +
+                       data + "}}\nparameters: {lora.r: {values: [4, 8]}}\n");
+  const std::string why = "the model has no tokenizer: full batches of data.seq_len";
+  for (const Arguments& asked : {Arguments{"memory", file, "--gpu", "t4"},
+                                 {"sweep", file, "--device", "cpu", "--dry-run"}}) {
+    const Ended shown = run(asked);
+    EXPECT_EQ(shown.code, 0) << shown.err;
+    EXPECT_THAT(shown.out,
+                AllOf(HasSubstr("all 2 trials: " + why), HasSubstr("yes"), Not(HasSubstr("?"))));
+  }
+  const Arguments one = {"--gpu", "t4", "--set", "data.train=" + data};
+  Json said = json("synthetic:tiny", one), full = json("synthetic:tiny", {"--gpu", "t4"});
+  EXPECT_EQ(said["assumed"], why);
+  EXPECT_EQ(said["peak_bytes"], full["peak_bytes"]);
+  expect_refused({"sweep", file, "--device", "cpu"},
+                 {"text.jsonl:2: the model has no tokenizer", "may be synthetic"});
+}
+
+// What the list says of each trial, for programs.
+TEST_F(MemoryAnswersTest, ASweepIsOneObject) {
+  const std::string file = folder_.write(
+      "list.yaml",
+      "base: {model: {path: \"synthetic:tiny\"}, lora: {r: 4}, train: {steps: 5}, data: {train: "
+      "synthetic}, parallel: {trials_per_gpu: 2}}\nseeds: [0, 1]\n"
+      "parameters: {quant.type: {values: [nf4, int8]}}\n");
+  Json said = json(file, {"--gpu", "t4"});
+  EXPECT_EQ(said["device"], "t4");
+  EXPECT_EQ(said["rates"], "datasheet");
+  EXPECT_EQ(said["limit_bytes"], find_gpu("t4").usable());
+  ASSERT_EQ(said["trials"].size(), 4u);
+  const MemoryTarget target = memory_target("t4", "auto");
+  Library library;
+  const std::vector<TrialForecast> trials = forecast(load_sweep(file, {}), library, target);
+  const Json& nf4 = said["trials"][1];
+  EXPECT_EQ(nf4["name"], "nf4-s1");
+  EXPECT_EQ(nf4["set"], (Json{{"quant.type", "nf4"}}));
+  EXPECT_EQ(nf4["seed"], 1);
+  EXPECT_EQ(nf4["gang"], 1);
+  EXPECT_EQ(nf4["gang_size"], 2);
+  EXPECT_EQ(nf4["peak_bytes"], trials[1].peak);
+  EXPECT_EQ(nf4["seconds"], trials[1].seconds);
+  EXPECT_EQ(nf4["fits"], true);
+  EXPECT_EQ(nf4["note"], "");
+  const Json& int8 = said["trials"][2];
+  EXPECT_EQ(int8["fits"], nullptr);
+  EXPECT_EQ(int8["seconds"], nullptr);
+  EXPECT_THAT(std::string(int8["note"]), HasSubstr("bytes alone"));
+  const std::string unlimited = folder_.write("one.yaml",
+                                              "base: {model: {path: \"synthetic:tiny\"}, data: "
+                                              "{train: synthetic}}\nseeds: [0, 1]\n");
+  const Json alone = json(unlimited, {"--device", "cpu"})["trials"][0];
+  EXPECT_EQ(alone["gang"], nullptr);
+  EXPECT_EQ(alone["gang_size"], 1);
+}
+
+// The keys of the JSON that docs/memory.md lists are those that are there.
+TEST_F(MemoryAnswersTest, TheDocumentationHasTheKeys) {
+  if (!std::filesystem::exists("docs/memory.md"))
+    GTEST_SKIP() << "not run from the root of the sources";
+  const std::string docs = read_text_file("docs/memory.md");
+  const std::string list = docs.substr(std::min(docs.size(), docs.find("\n## JSON\n")));
+  const auto expect_listed = [&](const Json& object) {
+    for (const auto& [key, value] : object.items()) EXPECT_THAT(list, HasSubstr("`" + key + "`"));
+  };
+  Json one = json("synthetic:llama-3.1-8b",
+                  {"--gpu", "t4", "--host-memory", "64GiB", "--device-memory", "9GiB", "--set",
+                   "data.train=", "--set", "optim.type=paged_adamw"});
+  expect_listed(one);
+  for (const char* part : {"resident", "fits_with"}) expect_listed(one[part]);
+  for (const char* part : {"largest", "timeline", "step"}) expect_listed(one[part][0]);
+  expect_listed(json("synthetic:tiny", {"--set", "quant.type=int8", "--gpu", "t4"}));
+  Json all =
+      json(folder_.write("list.yaml", "base: {model: {path: \"synthetic:tiny\"}}\nseeds: [0, 1]\n"),
+           {"--gpu", "t4"});
+  expect_listed(all);
+  expect_listed(all["trials"][0]);
+}
+
+// Where no GPU is, a run takes the CPU, and a prediction for a GPU says so.
+TEST_F(MemoryAnswersTest, WithoutAGpuItSaysWhatARunWouldTake) {
+  if (cuda::device_count() > 0) GTEST_SKIP() << "there is a GPU";
+  const std::string note = "\nno GPU is here: ",
+                    sweep = folder_.write(
+                        "seeds.yaml", "base: {model: {path: \"synthetic:tiny\"}}\nseeds: [0, 1]\n");
+  for (const std::string& target : {std::string("synthetic:tiny"), sweep}) {
+    EXPECT_THAT(text(target, {}), AllOf(HasSubstr(note), HasSubstr("--device cpu")));
+    EXPECT_THAT(std::string(json(target, {})["device_note"]), HasSubstr("--device cpu"));
+    EXPECT_THAT(text(target, {"--gpu", "t4"}), Not(HasSubstr(note)));
+    EXPECT_THAT(text(target, {"--device", "cpu"}), Not(HasSubstr(note)));
+  }
+  ASSERT_EQ(run({"train", run_file("train: {steps: 2}\n"), "--out", folder_ / "out"}).code, 0);
+  const Json checked =
+      Json::parse(run({"memory", "--check", folder_ / "out", "--json"}).out)["trials"][0];
+  EXPECT_EQ(
+      checked["training"]["measured_bytes"],
+      Json::parse(run({"memory", run_file("train: {steps: 2}\n"), "--device", "cpu", "--json"})
+                      .out)["peak_bytes"]);
+}
+
+TEST_F(MemoryAnswersTest, WhatNoTrialHasIsSaidOnce) {
+  const std::string file =
+      folder_.write("gated.yaml",
+                    "base: {model: {path: some/gated-8b}, data: {train: synthetic}}\n"
+                    "parameters: {lora.r: {values: [4, 8]}}\n");
+  const std::string fetch = "hf download some/gated-8b config.json tokenizer.json";
+  expect_refused({"memory", file, "--gpu", "t4"}, {"needs its config.json alone", fetch});
+  expect_refused({"memory", "some/gated-8b", "--gpu", "t4"},
+                 {"needs its config.json alone", fetch});
+  const Ended list = run({"sweep", file, "--device", "cpu", "--dry-run"});
+  EXPECT_EQ(list.code, 0) << list.err;
+  EXPECT_THAT(list.out, AllOf(HasSubstr("all 2 trials: some/gated-8b: "), HasSubstr(fetch),
+                              Not(HasSubstr("?")), Not(HasSubstr("predicted for"))));
+}
+
 TEST(Durations, AreReadable) {
   EXPECT_EQ(duration_text(9.43e-5), "0.0943 ms");
   EXPECT_EQ(duration_text(0.00158), "1.58 ms");

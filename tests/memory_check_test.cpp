@@ -1,6 +1,7 @@
 // qlab memory --check: predictions against what runs measured.
 #include "experiments/memory_check.h"
 
+#include "experiments/report_data.h"
 #include "experiments/runner.h"
 #include "tests/support/training.h"
 
@@ -162,6 +163,16 @@ TEST_P(MemoryCheckTest, DifferencesAreNamed) {
   // A trial that did not finish decides nothing.
   change_status(trial, [](Json& s) { s["status"] = "interrupted"; });
   EXPECT_TRUE(all_equal(check()));
+  // Of one that cannot be read nothing is known, which is said.
+  const std::string file = trial + "/status.json";
+  write_file_atomically(file, std::string_view("half"));
+  EXPECT_FALSE(all_equal(check()));
+  EXPECT_THAT(check_text(check()), HasSubstr(file + " does not read"));
+  EXPECT_EQ(check_json(check())["trials"][0]["status"], "unreadable");
+  EXPECT_FALSE(all_equal(check_memory(trial)));
+  const Results results = read_results(folder_ / "out");
+  EXPECT_EQ(results.trials[0].status, "unreadable");
+  EXPECT_THAT(results.notes, testing::Contains(HasSubstr("status.json does not read")));
 }
 
 TEST(MemoryCheck, BadInputIsNamed) {
@@ -170,7 +181,7 @@ TEST(MemoryCheck, BadInputIsNamed) {
   EXPECT_THAT(error_of([&] { check_memory(folder.path()); }), HasSubstr("neither a results"));
   folder.write("plan.yaml", "sweep: {name: x}\ntrials: []\n");
   EXPECT_THAT(error_of([&] { check_memory(folder.path()); }), HasSubstr("of 0 trials"));
-  folder.write("t/status.json", "half");
+  folder.write("t/status.json", "{\"status\": \"failed\"}");
   EXPECT_THAT(error_of([&] { check_memory(folder / "t"); }), HasSubstr("of 1 trial none"));
 }
 

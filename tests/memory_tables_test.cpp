@@ -259,20 +259,21 @@ TEST(MemoryTables, TextMarkdownAndTex) {
     std::istringstream tex_lines(tex);
     size_t rows = 0;
     for (std::string line; std::getline(tex_lines, line);) {
-      if (!line.ends_with(" \\\\")) continue;
+      if (!line.ends_with(" \\\\*") || line.starts_with("\\multicolumn{6}")) continue;
       size_t cells = 1;
       for (size_t i = 1; i < line.size(); ++i) cells += line[i] == '&' && line[i - 1] != '\\';
       EXPECT_EQ(cells, 6u) << line;
       ++rows;
     }
     EXPECT_EQ(rows, t.rows.size() + 1);
-    const std::string body = tex.substr(tex.find('\n'));
+    const std::string body = tex.substr(tex.find("\\begingroup"));
     for (size_t i = 1; i < body.size(); ++i) {
       EXPECT_FALSE((body[i] == '%' || body[i] == '_' || body[i] == '#') && body[i - 1] != '\\')
           << body.substr(i - std::min<size_t>(i, 20), 40);
       EXPECT_FALSE(body[i] == '^' && body[i - 1] != '$');
     }
-    EXPECT_THAT(tex, AllOf(HasSubstr("\\begin{tabular}"), HasSubstr("\\end{tabular}")));
+    EXPECT_THAT(tex, AllOf(HasSubstr("\\begin{longtable}"), HasSubstr("\\end{longtable}"),
+                           HasSubstr("% in the preamble: \\usepackage{array,longtable}")));
   }
 }
 
@@ -411,6 +412,52 @@ TEST_F(MeasuredTest, MatchingRuns) {
   EXPECT_THAT(format_table(t, "text"), AllOf(HasSubstr("6.630 GB"), HasSubstr("on NVIDIA A10G")));
   EXPECT_THAT(format_table(t, "html"), HasSubstr("NVIDIA A10G, 0123456"));
   EXPECT_THAT(format_table(t, "csv"), HasSubstr(",6.630 GB,6630000000,NVIDIA A10G,0123456,"));
+}
+
+// A page's columns are shares of its width, less the gaps between them.
+TEST(MemoryTables, TexIsAsWideAsAPage) {
+  for (const std::string& name : memory_table_names()) {
+    const std::string tex = format_table(table(name), "tex");
+    const double gaps = 5 * 2 * 3 / 345.0, first = 0.24, other = 0.13;
+    EXPECT_LE(first + 5 * other + gaps, 1);
+    EXPECT_THAT(tex, AllOf(HasSubstr("p{0.24\\linewidth}*{5}{"), HasSubstr("p{0.13\\linewidth}}"),
+                           HasSubstr("\\setlength{\\tabcolsep}{3pt}")));
+    // Each cell's longest word in digits' width, 4.25 pt in \footnotesize.
+    std::istringstream lines(tex);
+    for (std::string line; std::getline(lines, line);) {
+      if (!line.ends_with(" \\\\*") || line.starts_with("\\multicolumn")) continue;
+      std::istringstream cells(line.substr(line.find('&') + 1));
+      for (std::string word; cells >> word;)
+        EXPECT_LE(static_cast<double>(word.size()) * 4.25, other * 345) << word;
+    }
+  }
+}
+
+// Every measured row says by which commit, in one length, and why it is not what is predicted.
+TEST_F(MeasuredTest, EachRowSaysWhereItIsFrom) {
+  std::string run = entry(qlora_, 6'630'000'000);
+  run.replace(run.find("0123456"), 7, "0123456789ab-dirty");
+  const MemoryTable t = memory_table("qlora-7b", written("[" + run + "]"));
+  const MemoryRow& own = row(t, "1 x 512 tokens");
+  EXPECT_EQ(own.measured->commit, "0123456-dirty");
+  const auto more = std::llround(6'630'000'000 - total(own.ours));
+  const std::string text = format_table(t, "text"), on = "on NVIDIA A10G, 0123456-dirty";
+  const std::string why =
+      fmt::format("{}: {} B more than predicted now, by that commit's plan", on, with_commas(more));
+  std::string unwrapped = text;
+  for (size_t at; (at = unwrapped.find("\n      ")) != std::string::npos;)
+    unwrapped.replace(at, 7, " ");
+  EXPECT_THAT(unwrapped, HasSubstr("measured " + why));
+  for (const char* format : {"md", "tex"}) EXPECT_THAT(format_table(t, format), HasSubstr(why));
+  EXPECT_THAT(format_table(t, "html"), HasSubstr("more than predicted now"));
+  const size_t measured_rows = static_cast<size_t>(std::count_if(
+      t.rows.begin(), t.rows.end(), [](const MemoryRow& r) { return r.measured.has_value(); }));
+  EXPECT_GT(measured_rows, 1u);
+  EXPECT_EQ(count(text, "    measured on "), measured_rows);
+  // A base alone is another run's, with the tables of its sequences.
+  const MemoryTable two = memory_table("llama2-7b", written("[" + entry(qlora_, 1) + "]"));
+  EXPECT_THAT(format_table(two, "md"),
+              HasSubstr("than predicted now, with the rotary tables of another run"));
 }
 
 // A base holds the tables of its own run's positions, so that its row's own run comes first.
