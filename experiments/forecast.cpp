@@ -23,9 +23,7 @@ std::string why_no_lengths(const Config& config, const ModelSource& model) {
   if (config.data.train.empty()) return "no data.train";
   if (!is_here(config.data.train) || !is_here(config.data.eval)) return "data is not here";
   if (model.path.starts_with("synthetic:")) {
-    const auto text = [](const std::string& path) {
-      return !path.empty() && path != "synthetic" && holds_text(path);
-    };
+    const auto text = [](const std::string& path) { return !is_random(path) && holds_text(path); };
     return text(config.data.train) || text(config.data.eval) ? "the model has no tokenizer" : "";
   }
   const bool tokenizes =
