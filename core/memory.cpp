@@ -563,11 +563,14 @@ std::optional<int64_t> parse_bytes(std::string_view text) {
   if (error != std::errc() || !(value >= 0)) return {};
   std::string_view unit(rest, static_cast<size_t>(text.data() + text.size() - rest));
   while (unit.starts_with(' ')) unit.remove_prefix(1);
-  const bool binary = unit.size() == 3 && unit[1] == 'i';
-  if (!unit.empty() && unit != "B") {
-    constexpr std::string_view prefixes = "kMGT";
-    const size_t power = prefixes.find(unit[0] == 'K' ? 'k' : unit[0]);
-    if (power == prefixes.npos || !unit.ends_with('B') || unit.size() != (binary ? 3 : 2))
+  const auto is = [&](size_t i, char small, char large) {
+    return i < unit.size() && (unit[i] == small || unit[i] == large);
+  };
+  const bool binary = unit.size() == 3 && is(1, 'i', 'I');
+  if (!unit.empty() && !(unit.size() == 1 && is(0, 'b', 'B'))) {
+    constexpr std::string_view small = "kmgt", large = "KMGT";
+    const size_t power = std::min(small.find(unit[0]), large.find(unit[0]));
+    if (power == small.npos || !is(unit.size() - 1, 'b', 'B') || unit.size() != (binary ? 3 : 2))
       return {};
     value *= std::pow(binary ? 1024.0 : 1000.0, static_cast<double>(power + 1));
   }

@@ -1,13 +1,16 @@
 #include "experiments/gpus.h"
 
+#include <fmt/ranges.h>
+
 #include <algorithm>
 #include <cctype>
+#include <charconv>
 #include <iterator>
 #include <limits>
 
 #include "core/error.h"
 #include "core/memory.h"
-#include "experiments/config.h"
+#include "experiments/config_fields.h"
 
 namespace qlab {
 namespace {
@@ -51,6 +54,27 @@ int64_t checked(const char* option, const std::string& text, int64_t bytes) {
   return bytes;
 }
 
+/// "out of range" of a number with a unit of bytes, otherwise `wrong`.
+std::string problem_of(const std::string& text, const std::string& wrong) {
+  double value = 0;
+  const char* const end = text.data() + text.size();
+  const auto [unit, error] = std::from_chars(text.data(), end, value);
+  const bool number = error == std::errc() && parse_bytes("1" + std::string(unit, end));
+  return number ? "out of range" : wrong;
+}
+
+/// "; did you mean a100-40gb or a100-80gb?"
+std::string meant(const std::string& name) {
+  std::vector<std::string> names, all;
+  for (const Row& row : rows) {
+    all.emplace_back(row.name);
+    if (std::string(row.name).starts_with(name + "-")) names.emplace_back(row.name);
+  }
+  if (const std::string near = nearest(name, all); names.empty() && !near.empty())
+    names.push_back(near);
+  return names.empty() ? "" : fmt::format("; did you mean {}?", fmt::join(names, " or "));
+}
+
 }  // namespace
 
 std::string known_gpus() {
@@ -68,8 +92,8 @@ GpuSpec find_gpu(const std::string& text) {
   if (row != std::end(rows)) return spec_of(*row);
   const auto bytes = parse_bytes(text);
   if (!bytes || *bytes == 0)
-    fail("--gpu {}: unknown; known are {}, or give its memory as {}", text, known_gpus(),
-         bytes_wanted);
+    fail("--gpu {}: {}{}; known are {}, or give its memory as {}", text,
+         problem_of(text, "unknown"), meant(name), known_gpus(), bytes_wanted);
   return {.name = text,
           .memory_bytes = checked("--gpu", text, *bytes),
           .context_bytes = assumed_context << 20,
@@ -78,13 +102,15 @@ GpuSpec find_gpu(const std::string& text) {
 
 int64_t parse_device_memory(const std::string& text) {
   const auto bytes = parse_bytes(text);
-  if (!bytes || *bytes == 0) fail("--device-memory {}: give {}", text, bytes_wanted);
+  if (!bytes || *bytes == 0)
+    fail("--device-memory {}: {}; give {}", text, problem_of(text, "no bytes"), bytes_wanted);
   return checked("--device-memory", text, *bytes);
 }
 
 int64_t parse_host_memory(const std::string& text) {
   const auto bytes = parse_bytes(text);
-  if (!bytes) fail("--host-memory {}: give {}", text, bytes_wanted);
+  if (!bytes)
+    fail("--host-memory {}: {}; give {}", text, problem_of(text, "no bytes"), bytes_wanted);
   return checked("--host-memory", text, *bytes);
 }
 

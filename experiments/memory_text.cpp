@@ -60,9 +60,9 @@ Json category_json(const CategoryBytes& bytes) {
 
 std::string memory_text(const MemoryQuestion& question, const Config& config,
                         const MemoryPrediction& p, const std::optional<Remedy>& remedy) {
-  std::string text = fmt::format("{} on {}\n{}\n", question.model, question.target.name,
-                                 setting(config, question.trials));
+  std::string text = fmt::format("{} on {}\n", question.model, question.target.name);
   if (!question.target.note.empty()) text += question.target.note + "\n";
+  text += setting(config, question.trials) + "\n";
   if (!question.refused.empty()) text += question.refused + "\n";
   if (!question.assumed.empty()) text += question.assumed + "\n";
   text += "\nthe base\n";

@@ -307,6 +307,9 @@ TEST(Gpus, AreNamesOrBytes) {
   EXPECT_EQ(find_gpu("H100-80GB").memory_bytes, int64_t{81559} << 20);
   for (const auto& [given, bytes] : std::map<std::string, int64_t>{{"24GiB", 24 * GiB},
                                                                    {"24 GiB", 24 * GiB},
+                                                                   {"24 gib", 24 * GiB},
+                                                                   {"24gb", 24'000'000'000},
+                                                                   {"1KB", 1000},
                                                                    {"0.5GiB", GiB / 2},
                                                                    {".5GiB", GiB / 2},
                                                                    {"24e9", 24'000'000'000},
@@ -316,12 +319,20 @@ TEST(Gpus, AreNamesOrBytes) {
     EXPECT_EQ(find_gpu(given).memory_bytes, bytes) << given;
   for (const char* bare : {"0.5", "24", "24 ", "2.4e1", "1048575"})
     EXPECT_THAT(error_of([&] { find_gpu(bare); }), HasSubstr("too few; did you mean ")) << bare;
-  for (const char* wrong : {"-24GiB", "nan", "inf", "1e99", "1e99GB", "24 gib", "24GB ", " 24GB",
-                            "24G", "0", "0GB", "0x10GB", "24,000", "24GiB 1", "h100"})
+  for (const char* wrong : {"-24GiB", "nan", "inf", "1e99", "1e99GB", "24GB ", " 24GB", "24G", "0",
+                            "0GB", "0x10GB", "24,000", "24GiB 1", "h100"})
     for (const auto& read : {+[](const std::string& t) { find_gpu(t); },
                              +[](const std::string& t) { parse_device_memory(t); }})
       EXPECT_THAT(error_of([&] { read(wrong); }),
                   AllOf(HasSubstr(wrong), HasSubstr("24GiB"), HasSubstr("KiB, MiB, GiB, TiB")));
+  for (const char* far : {"-24GiB", "0", "0GB", "1e30GB"}) {
+    EXPECT_THAT(error_of([&] { find_gpu(far); }), HasSubstr(": out of range")) << far;
+    EXPECT_THAT(error_of([&] { parse_device_memory(far); }), HasSubstr(": out of range")) << far;
+  }
+  EXPECT_THAT(error_of([] { find_gpu("24G"); }), HasSubstr(": unknown"));
+  EXPECT_THAT(error_of([] { find_gpu("h100"); }), HasSubstr("unknown; did you mean h100-80gb?"));
+  EXPECT_THAT(error_of([] { find_gpu("A100"); }), HasSubstr("mean a100-40gb or a100-80gb?"));
+  EXPECT_THAT(error_of([] { find_gpu("rtx409"); }), HasSubstr("did you mean rtx4090?"));
   EXPECT_EQ(parse_host_memory("0GB"), 0);
   EXPECT_THAT(error_of([] { parse_host_memory("-1"); }), HasSubstr("KiB, MiB, GiB, TiB"));
 }
@@ -415,8 +426,9 @@ TEST_F(MemoryAnswersTest, ASyntheticModelIsPredictedOnText) {
     EXPECT_THAT(shown.out,
                 AllOf(HasSubstr("all 2 trials: " + why), HasSubstr("yes"), Not(HasSubstr("?"))));
   }
-  const Arguments one = {"--gpu", "t4", "--set", "data.train=" + data};
-  Json said = json("synthetic:tiny", one), full = json("synthetic:tiny", {"--gpu", "t4"});
+  const Ended one = run({"memory", "synthetic:tiny", "--gpu", "t4", "--set", "lora.r=4", "--set",
+                         "data.train=" + data, "--json"});
+  Json said = Json::parse(one.out), full = json("synthetic:tiny", {"--gpu", "t4"});
   EXPECT_EQ(said["assumed"], why);
   EXPECT_EQ(said["peak_bytes"], full["peak_bytes"]);
   expect_refused({"sweep", file, "--device", "cpu"},
@@ -469,9 +481,12 @@ TEST_F(MemoryAnswersTest, TheDocumentationHasTheKeys) {
   const auto expect_listed = [&](const Json& object) {
     for (const auto& [key, value] : object.items()) EXPECT_THAT(list, HasSubstr("`" + key + "`"));
   };
-  Json one = json("synthetic:llama-3.1-8b",
-                  {"--gpu", "t4", "--host-memory", "64GiB", "--device-memory", "9GiB", "--set",
-                   "data.train=", "--set", "optim.type=paged_adamw"});
+  const Ended asked = run({"memory", "synthetic:llama-3.1-8b", "--gpu", "t4", "--host-memory",
+                           "64GiB", "--device-memory", "9GiB", "--set", "lora.r=4", "--set",
+                           "optim.type=paged_adamw", "--json"});
+  ASSERT_EQ(asked.code, 0) << asked.err;
+  const Json one = Json::parse(asked.out);
+  ASSERT_TRUE(one.contains("fits_with") && one.contains("assumed"));
   expect_listed(one);
   for (const char* part : {"resident", "fits_with"}) expect_listed(one[part]);
   for (const char* part : {"largest", "timeline", "step"}) expect_listed(one[part][0]);

@@ -521,7 +521,7 @@ TEST(Gpus, AreKnownByNameOrBytes) {
   EXPECT_EQ(memory_target("rtx5090", "auto").device, Device::gpu(120));
   EXPECT_TRUE(supports_bf16(memory_target("24GiB", "auto").device));
   EXPECT_ERROR(find_gpu("gtx"), "h100-80gb, h200, a100-40gb");
-  EXPECT_ERROR(find_gpu("0"), "unknown");
+  EXPECT_ERROR(find_gpu("0"), "out of range");
   EXPECT_ERROR(memory_target("t4", "cpu"), "give one of them");
 }
 
