@@ -45,6 +45,9 @@ std::string csv(const Results& results) {
   const std::vector<Column> columns = shown_columns(results);
   for (const Column& column : columns) cells.push_back(column.name);
   cells.push_back("status");
+  const bool failed =
+      std::ranges::any_of(results.trials, [](const TrialResult& t) { return !t.error.empty(); });
+  if (failed) cells.push_back("error");
   std::string out = fmt::format("{}\n", fmt::join(cells, ","));
   for (const TrialResult& trial : results.trials) {
     cells = {csv_cell(trial.name)};
@@ -55,6 +58,7 @@ std::string csv(const Results& results) {
       cells.push_back(value ? shortest(*value) : "");
     }
     cells.push_back(csv_cell(trial.status));
+    if (failed) cells.push_back(csv_cell(trial.error));
     out += fmt::format("{}\n", fmt::join(cells, ","));
   }
   return out;

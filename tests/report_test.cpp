@@ -275,11 +275,11 @@ TEST_F(ReportTest, CsvHasOneRowPerTrialInTheOrderOfThePlan) {
   ASSERT_EQ(rows.size(), 5u);
   EXPECT_EQ(rows[0],
             "trial,lora.r,lora.targets,seed,trainable_params,steps,trained_tokens,train_loss,"
-            "eval_loss,eval_loss_0,best_eval_loss,tokens_per_s,peak_bytes,gang_size,status");
+            "eval_loss,eval_loss_0,best_eval_loss,tokens_per_s,peak_bytes,gang_size,status,error");
   EXPECT_EQ(rows[1],
-            "r4-s0,4,\"[q_proj, v_proj]\",0,1000,20,2000,2.05,2,4,2,1234.5,1500000000,2,finished");
-  EXPECT_THAT(rows[3], HasSubstr(",5,4.7,1234.5,1500000000,2,failed"));  // no eval_loss at the end
-  EXPECT_EQ(rows[4], "r8-s1,8,\"[q_proj, v_proj]\",1,,,,,,,,,,,pending");
+            "r4-s0,4,\"[q_proj, v_proj]\",0,1000,20,2000,2.05,2,4,2,1234.5,1500000000,2,finished,");
+  EXPECT_THAT(rows[3], HasSubstr(",5,4.7,1234.5,1500000000,2,failed,"));  // no eval_loss at the end
+  EXPECT_EQ(rows[4], "r8-s1,8,\"[q_proj, v_proj]\",1,,,,,,,,,,,pending,");
 }
 
 // metrics.jsonl may have every tenth step alone.
@@ -366,10 +366,11 @@ TEST_F(ReportTest, HalfWrittenTrialsDoNotStopTheReport) {
   std::ofstream(trial_dir(2)) << "a file where a directory should be";
   fs::create_directories(fs::path(out()) / "trials" / "ffffffff-older");
   const ReportResult result = write_report(out());
-  ASSERT_EQ(result.notes.size(), 1u);
-  EXPECT_THAT(result.notes[0], HasSubstr("1 other directory in "));
+  ASSERT_EQ(result.notes.size(), 2u);
+  EXPECT_THAT(result.notes[0], HasSubstr("status.json does not read"));
+  EXPECT_THAT(result.notes[1], HasSubstr("1 other directory in "));
   const auto rows = lines(read(fs::path(out()) / "summary.csv"));
-  EXPECT_EQ(rows[2], "r4-s1,4,\"[q_proj, v_proj]\",1,,1,7,2.5,,,,,,,pending");
+  EXPECT_EQ(rows[2], "r4-s1,4,\"[q_proj, v_proj]\",1,,1,7,2.5,,,,,,,unreadable");
 }
 
 TEST_F(ReportTest, NotAResultsDirectory) {

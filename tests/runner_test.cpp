@@ -94,7 +94,8 @@ TEST_P(RunnerTest, ATrialThatDivergesFailsAlone) {
               AllOf(HasSubstr("diverged at step"), HasSubstr("optim.lr")));
   EXPECT_EQ(with_status("failed")[0]["gang_size"], 2);
   EXPECT_THAT(printed_, HasSubstr("failed: diverged"));
-  EXPECT_THAT(read_text_file(folder_ / "out/summary.csv"), HasSubstr(",failed"));
+  EXPECT_THAT(read_text_file(folder_ / "out/summary.csv"),
+              AllOf(HasSubstr(",status,error\n"), HasSubstr(",failed,\"diverged at step")));
 }
 
 TEST_P(RunnerTest, ARunningTrialTellsItsGangAndPeak) {
