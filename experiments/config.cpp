@@ -241,7 +241,9 @@ class Layer {
     entry.text = field_text(*entry.field, scratch);
     for (const Entry& e : entries_) {
       if (e.field != entry.field || e.text == entry.text) continue;
-      fail("{}: {} contradicts {} ({}): keep one", entry.where, entry.spelled, e.spelled, e.where);
+      const std::string what = e.spelled == entry.spelled ? "is given twice, with another value"
+                                                          : "contradicts " + e.spelled;
+      fail("{}: {} {} ({}): keep one", entry.where, entry.spelled, what, e.where);
     }
     for (const std::string& key : excluded_by(entry.field->key)) {
       const Entry* other = entry.text.empty() ? nullptr : find(key);
@@ -346,7 +348,7 @@ void check_trainable(const Config& config, const std::string& origin) {
 std::string missing_unit(const std::string& text) {
   constexpr int64_t least = int64_t{1} << 20;
   const auto bytes = parse_bytes(text);
-  const bool bare = !text.ends_with('B');  // as every unit does
+  const bool bare = !text.ends_with('B') && !text.ends_with('b');  // as every unit does
   return bytes && bare && *bytes > 0 && *bytes < least ? fmt::format("did you mean {}GiB?", text)
                                                        : "";
 }

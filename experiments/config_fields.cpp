@@ -23,7 +23,7 @@ const std::vector<std::pair<std::string, const char*>> kOptimizers{
     {"paged_adamw_32bit", "paged_adamw"},
     {"paged_adamw_8bit", "paged_adamw8bit"}};
 
-#define QLAB_SLOT(member) [](Config& c) -> Slot { return &c.member; }
+#define QLAB_SLOT(member) [](Config& c) -> FieldSlot { return &c.member; }
 
 std::vector<Field> make_fields() {
   const auto none = Effect::none;
@@ -75,7 +75,7 @@ std::vector<Field> make_fields() {
       {.key = "lora.r",
        .slot = QLAB_SLOT(lora.r),
        .meaning = "rank of the adapters",
-       .range = {.low = 1, .high = 2147483647}},
+       .range = {.low = 1, .high = 65536}},
       {.key = "lora.alpha",
        .slot = QLAB_SLOT(lora.alpha),
        .meaning = "numerator of the adapters' scale",
@@ -273,6 +273,8 @@ std::vector<Alias> make_aliases() {
       {"bnb_4bit_quant_type", "quant.type"},
       {"bnb_4bit_use_double_quant", "quant.double_quant"},
       {"bnb_4bit_compute_dtype", "quant.compute_dtype"},
+      {"bf16", "quant.compute_dtype", {{"true", "bf16"}, {"false", nullptr}}},
+      {"fp16", "quant.compute_dtype", {{"true", "fp16"}, {"false", nullptr}}},
       {"r", "lora.r"},
       {"lora_r", "lora.r"},
       {"alpha", "lora.alpha"},

@@ -11,9 +11,9 @@
 namespace qlab {
 
 /// Where a key's value lives in a Config.
-using Slot = std::variant<std::string*, int64_t*, double*, bool*, std::optional<int64_t>*,
-                          std::optional<double>*, std::array<double, 2>*, Targets*, MemoryBudget*,
-                          LayerCount*>;
+using FieldSlot = std::variant<std::string*, int64_t*, double*, bool*, std::optional<int64_t>*,
+                               std::optional<double>*, std::array<double, 2>*, Targets*,
+                               MemoryBudget*, LayerCount*>;
 
 /// Values a number may take; an open end is excluded.
 struct Range {
@@ -28,7 +28,7 @@ enum class Effect : uint8_t { numbers, none };  // numbers: enters the identity 
 
 struct Field {
   std::string key;
-  Slot (*slot)(Config&);
+  FieldSlot (*slot)(Config&);
   std::string meaning;
   Effect effect = Effect::numbers;
   std::vector<std::string> allowed = {};  // empty: anything of the type and range

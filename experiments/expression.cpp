@@ -243,7 +243,7 @@ class Evaluator {
 
   Operand key(const std::string& name) const {
     const Field* field = find_field(name);
-    const Slot slot = field->slot(const_cast<Config&>(config_));
+    const FieldSlot slot = field->slot(const_cast<Config&>(config_));
     if (const auto* b = std::get_if<bool*>(&slot)) return {**b, field};
     const std::string text = field_text(*field, config_);
     if (std::holds_alternative<std::string*>(slot) || std::holds_alternative<Targets*>(slot)) {

@@ -4,11 +4,14 @@
 #include <fmt/ranges.h>
 
 #include <CLI/CLI.hpp>
+#include <algorithm>
 #include <cstdio>
 #include <cstdlib>
 #include <filesystem>
 
+#include "core/error.h"
 #include "experiments/commands.h"
+#include "experiments/config_fields.h"
 #include "experiments/gpus.h"
 #include "experiments/memory_tables.h"
 #include "generated/version.h"
@@ -169,6 +172,15 @@ int run(int argc, char** argv) {
   tokenize_app->add_flag("--jsonl", jsonl, "each line in is a JSON string, each line out its ids");
   tokenize_app->callback([&] { code = qlab::run_tokenize_command(path, file, jsonl); });
 
+  std::vector<std::string> names;
+  for (const CLI::App* sub : app.get_subcommands([](const CLI::App*) { return true; }))
+    names.push_back(sub->get_name());
+  const std::string first = argc > 1 ? argv[1] : "-";
+  if (!first.starts_with('-') && std::find(names.begin(), names.end(), first) == names.end()) {
+    const std::string near = qlab::nearest(first, names);
+    qlab::fail("{}: there is no such subcommand{} ({})", first,
+               near.empty() ? "" : fmt::format("; did you mean {}?", near), fmt::join(names, ", "));
+  }
   try {
     app.parse(argc, argv);
   } catch (const CLI::ParseError& error) {

@@ -280,7 +280,7 @@ class Expansion {
     const Value value = evaluate(formula.text, known, formula.where);
     std::string text;
     if (const auto* x = std::get_if<double>(&value)) {
-      const Slot slot = field->slot(config);
+      const FieldSlot slot = field->slot(config);
       const bool whole = std::holds_alternative<int64_t*>(slot) ||
                          std::holds_alternative<std::optional<int64_t>*>(slot);
       text = shortest(whole ? std::round(*x) : *x);

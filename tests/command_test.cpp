@@ -88,6 +88,9 @@ TEST_F(CommandTest, MistakesOnTheCommandLine) {
     EXPECT_EQ(ended.code, 2) << testing::PrintToString(arguments);
     EXPECT_THAT(ended.err, StartsWith("qlab: "));
   }
+  expect_refused({"trian", "x.yaml"},
+                 {"trian: there is no such subcommand; did you mean train? (sweep, train, "});
+  expect_refused({"frobnicate"}, {"frobnicate: there is no such subcommand (sweep, train, "});
   expect_refused({"train", run_file(), "--out", ""}, {"--out", "not an empty text"});
   expect_refused({"generate", "x", "--prompt", "x", "--temperature", "-1"},
                  {"--temperature", "-1 is below 0"});
