@@ -44,8 +44,8 @@ struct RatesOrigin {
   const char *word, *text;
 };
 RatesOrigin rates_origin(const MemoryTarget& target);
-/// Of a GPU whose context is assumed, where a peak leaves less of it free than the assumption may be
-/// off by: "barely: ...", otherwise "".
+/// Of a GPU whose context is assumed, where a peak leaves less of it free than the assumption may
+/// be off by: "barely: ...", otherwise "".
 std::string barely_text(const MemoryTarget& target, int64_t peak);
 /// A device here, with what its allocator holds and what is free.
 MemoryTarget target_here(Device device);

@@ -163,7 +163,8 @@ TEST_P(LongExampleTest, AsACommand) {
   const int64_t need = plan({{"one", with()}}, plenty).peak;
   EXPECT_EQ(run("all", need).finished, 1);
   EXPECT_EQ(run("small", need * 10 / (device().is_cuda() ? 11 : 15)).finished, 1);
-  EXPECT_THAT(error_of([&] { run("none", need / 4); }), testing::HasSubstr("does not fit: the run would take"));
+  EXPECT_THAT(error_of([&] { run("none", need / 4); }),
+              testing::HasSubstr("does not fit: the run would take"));
 }
 
 class SizedStepTest : public OpTest {};
