@@ -98,11 +98,10 @@ struct GangForecast {
   RunPlan plan;
   bool fits = true;
   bool limited = false;
-  std::string why_in_halves;  // "": it stays as it is
   std::string note;
 };
 
-GangForecast forecast_gang(const ModelSource& model, const std::vector<PaperTrial>& gang,
+GangForecast forecast_gang(const ModelSource& model, std::span<const PaperTrial> gang,
                            const MemoryTarget& target) {
   GangForecast out;
   const int64_t limit = device_limit(gang.front().config, target.device, target.capacity);
@@ -119,12 +118,6 @@ GangForecast forecast_gang(const ModelSource& model, const std::vector<PaperTria
     out.note = fmt::format("needs {} of host memory, of {}", format_minimum(out.plan.host_peak),
                            format_bytes(host));
   out.fits = out.fits && host_fits;
-  if (gang.size() > 1) {
-    if (!out.fits)
-      out.why_in_halves = "does not fit";
-    else if (faster_in_halves(model, gang, out.plan, target.device, {limit, host}, target.rates))
-      out.why_in_halves = "is predicted to be slower together";
-  }
   if (out.fits || gang.size() > 1) return out;
   const int64_t capacity = target.capacity.value_or(MemoryLimits::none);
   const auto remedy = cheapest_fit(model, gang, target.device, {capacity, host}, target.rates);
@@ -144,17 +137,11 @@ class Forecaster {
   void run(std::span<const size_t> gang, std::string halved = "") {
     const ModelSource& model = library_.model(configs_[gang[0]]->model.path);
     std::vector<PaperTrial> papers;
-    std::string key;
-    for (const size_t i : gang) {
+    for (const size_t i : gang)
       papers.push_back(trial_on_paper(*configs_[i], library_, target_.device));
-      key += same_work(papers.back()) + "\n";
-    }
-    auto it = known_.find(key);
-    if (it == known_.end())
-      it = known_.emplace(std::move(key), forecast_gang(model, papers, target_)).first;
-    const GangForecast& own = it->second;
-    if (!own.why_in_halves.empty()) {
-      append(halved, fmt::format("a gang of {} {}: in halves", gang.size(), own.why_in_halves));
+    const GangForecast& own = forecast_of(model, papers);
+    if (const std::string why = why_in_halves(model, papers, own); !why.empty()) {
+      append(halved, fmt::format("a gang of {} {}: in halves", gang.size(), why));
       run(gang.first(gang.size() / 2), halved);
       return run(gang.subspan(gang.size() / 2), halved);
     }
@@ -176,6 +163,26 @@ class Forecaster {
   }
 
  private:
+  const GangForecast& forecast_of(const ModelSource& model, std::span<const PaperTrial> gang) {
+    std::string key;
+    for (const PaperTrial& trial : gang) key += same_work(trial) + "\n";
+    auto it = known_.find(key);
+    if (it == known_.end())
+      it = known_.emplace(std::move(key), forecast_gang(model, gang, target_)).first;
+    return it->second;
+  }
+  /// "": it stays as it is.
+  std::string why_in_halves(const ModelSource& model, const std::vector<PaperTrial>& gang,
+                            const GangForecast& own) {
+    if (gang.size() < 2 || !why_not_computable(gang.front().config).empty()) return "";
+    if (!own.fits) return "does not fit";
+    const auto halves = faster_in_halves(
+        gang, own.plan, [&](std::span<const PaperTrial> half) -> std::optional<double> {
+          const GangForecast& part = forecast_of(model, half);
+          return part.fits ? std::optional(part.plan.step_seconds) : std::nullopt;
+        });
+    return halves ? "is predicted to be slower together" : "";
+  }
   size_t number_of(std::span<const size_t> gang) { return gang.size() > 1 ? ++gangs_ : 0; }
 
   const std::vector<const Config*>& configs_;

@@ -27,9 +27,9 @@ std::vector<std::vector<size_t>> gangs_of(const std::vector<const Config*>& tria
   return gangs;
 }
 
-std::optional<double> faster_in_halves(const ModelSource& model, std::span<const PaperTrial> gang,
-                                       const RunPlan& plan, Device target,
-                                       const MemoryLimits& limits, const Rates& rates) {
+std::optional<double> faster_in_halves(
+    std::span<const PaperTrial> gang, const RunPlan& plan,
+    const std::function<std::optional<double>(std::span<const PaperTrial>)>& seconds_of) {
   const Config& first = gang.front().config;
   const bool by_memory =
       first.train.recompute == "auto" || first.quant.resident.text != "0" || plan.paged_out > 0;
@@ -38,9 +38,9 @@ std::optional<double> faster_in_halves(const ModelSource& model, std::span<const
   double seconds = 0;
   const size_t half = gang.size() / 2;
   for (const auto& part : {gang.first(half), gang.subspan(half)}) {
-    const auto own = fitting_plan(model, part, target, limits, rates);
+    const std::optional<double> own = seconds_of(part);
     if (!own) return {};
-    seconds += own->step_seconds;
+    seconds += *own;
   }
   if (seconds >= plan.step_seconds * (1 - least_gain)) return {};
   return seconds;

@@ -313,7 +313,11 @@ class Runner {
     const MemoryLimits limits{device_limit(first, device_, target.capacity), host_memory()};
     const auto plan = fitting_plan(model, papers, device_, limits, target.rates);
     if (!plan) return "";
-    const auto halves = faster_in_halves(model, papers, *plan, device_, limits, target.rates);
+    const auto halves = faster_in_halves(
+        papers, *plan, [&](std::span<const PaperTrial> half) -> std::optional<double> {
+          const auto own = fitting_plan(model, half, device_, limits, target.rates);
+          return own ? std::optional(own->step_seconds) : std::nullopt;
+        });
     if (!halves) return "";
     return fmt::format("is predicted to take {} a step, its halves one after the other {}",
                        duration_text(plan->step_seconds), duration_text(*halves));
