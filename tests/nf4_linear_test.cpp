@@ -108,6 +108,52 @@ TEST_P(Nf4LinearTest, AddsAnotherTensorAndHonoursPitches) {
       }
 }
 
+// A GPU begins to read codes and scales while the kernel before still runs: what kernels wrote
+// right before must be there nevertheless. The scales change from tensor to tensor.
+TEST_P(Nf4LinearTest, ReadsWhatWasWrittenRightBefore) {
+  if (dtype() == DType::f64) GTEST_SKIP() << "the reference promises no bits";
+  const Shape shape{256, 1024};
+  const int64_t blocks = shape.numel() / 64;
+  const Tensor x = random({4, 1024});
+  std::vector<Tensor> inputs;
+  for (int i = 0; i < 24; ++i) inputs.push_back(random(shape, 0.01 * (1 + i % 5)));
+  int compared = 0;
+  for (const Nf4Kernel kernel : kernels(device()))
+    for (const bool nested : {false, true}) {
+      const Nf4Tensor w = quantize_nf4(inputs[0], 64, nested);
+      if (!nf4_matmul_supported(kernel, w, Op::transpose, 4, dtype(), device())) continue;
+      const Case f32{device(), DType::f32};
+      const Tensor absmax = nested ? tensor(std::vector<double>(blocks), {blocks}, f32) : w.absmax;
+      const Tensor sums =
+          nested ? Tensor::zeros({blocks / nested_block_size}, DType::f64, device()) : Tensor();
+      std::vector<Tensor> now, want;
+      for (size_t i = 0; i < inputs.size(); ++i)
+        now.push_back(Tensor::zeros({4, 256}, dtype(), device()));
+      synchronize(device());
+      for (size_t i = 0; i < inputs.size(); ++i) {
+        on_device(
+            device(), [&] { cpu::quantize_nf4(w.codes, absmax, sums, inputs[i], 64); },
+            [&] { cuda::quantize_nf4(w.codes, absmax, sums, inputs[i], 64); });
+        if (nested)
+          on_device(
+              device(), [&] { cpu::quantize_scales(w, absmax, sums); },
+              [&] { cuda::quantize_scales(w, absmax, sums); });
+        nf4_matmul(now[i], x, w, Op::transpose, kernel);
+      }
+      for (const Tensor& input : inputs) {
+        const Nf4Tensor alone = quantize_nf4(input, 64, nested);
+        synchronize(device());
+        want.push_back(product(x, alone, Op::transpose, kernel));
+        synchronize(device());
+      }
+      for (size_t i = 0; i < inputs.size(); ++i, ++compared) {
+        SCOPED_TRACE(fmt::format("{} nested {}, number {}", name_of(kernel), nested, i));
+        expect_same_bits(now[i], want[i]);
+      }
+    }
+  if (compared == 0) GTEST_SKIP() << "no such kernel";
+}
+
 // What lets trials train together, and a prompt be read at once or in pieces.
 TEST_P(Nf4LinearTest, RowsAreIndependentOfTheirNumberAndPlace) {
   if (dtype() == DType::f64) GTEST_SKIP() << "the reference promises no bits";

@@ -183,46 +183,6 @@ TEST_P(QuantizeTest, QuantizingTwiceChangesNothing) {
   expect_same_bits(once.codes, quantize_nf4(x, 64, true).codes);
 }
 
-// A GPU begins to read the codes and their scales while the kernel before still runs: what kernels
-// wrote right before must be there nevertheless. The scales change from tensor to tensor.
-TEST_P(QuantizeTest, ReadsWhatWasWrittenRightBefore) {
-  const Shape shape{256, 1024};
-  std::vector<Tensor> inputs, now, want;
-  for (int i = 0; i < 24; ++i) inputs.push_back(random(shape, 0.01 * (1 + i % 5)));
-  for (const bool nested : {false, true}) {
-    const Nf4Tensor q = quantize_nf4(inputs[0], 64, nested);
-    const int64_t blocks = shape.numel() / 64;
-    const Case f32{device(), DType::f32};
-    const Tensor absmax = nested ? tensor(std::vector<double>(blocks), {blocks}, f32) : q.absmax;
-    const Tensor sums =
-        nested ? Tensor::zeros({blocks / nested_block_size}, DType::f64, device()) : Tensor();
-    now.clear(), want.clear();
-    for (size_t i = 0; i < inputs.size(); ++i)
-      now.push_back(Tensor::zeros(shape, dtype(), device()));
-    synchronize(device());
-    for (size_t i = 0; i < inputs.size(); ++i) {
-      on_device(
-          device(), [&] { cpu::quantize_nf4(q.codes, absmax, sums, inputs[i], 64); },
-          [&] { cuda::quantize_nf4(q.codes, absmax, sums, inputs[i], 64); });
-      if (nested)
-        on_device(
-            device(), [&] { cpu::quantize_scales(q, absmax, sums); },
-            [&] { cuda::quantize_scales(q, absmax, sums); });
-      dequantize_nf4(now[i], q);
-    }
-    for (const Tensor& x : inputs) {
-      const Nf4Tensor alone = quantize_nf4(x, 64, nested);
-      synchronize(device());
-      want.push_back(dequantized(alone, dtype(), device()));
-      synchronize(device());
-    }
-    for (size_t i = 0; i < inputs.size(); ++i) {
-      SCOPED_TRACE(fmt::format("nested {}, number {}", nested, i));
-      expect_same_bits(now[i], want[i]);
-    }
-  }
-}
-
 TEST_P(QuantizeTest, NestsTheScales) {
   const Tensor x = random({129, 513}, 0.02);  // 1035 blocks: five nested ones
   const Nf4Tensor plain = quantize_nf4(x, 64, false), nested = quantize_nf4(x, 64, true);
