@@ -4,6 +4,7 @@
 #include <cmath>
 
 #include "cuda/attention_hopper_tiles.cuh"
+#include "cuda/initcheck.cuh"
 
 namespace qlab::cuda {
 namespace hopper {
@@ -306,6 +307,7 @@ void hopper_attention(const Tensor& o, const Tensor& lse, const Tensor& q, const
                       const Tensor& v, const Tensor& cu_q, const Tensor& cu_k,
                       const AttentionShape& shape) {
   const auto run = shape.head_dim == 64 ? hopper::launch_forward<64> : hopper::launch_forward<128>;
+  fill_for_initcheck(o);
   run(hopper::rows_of(o, shape.heads), lse.data<float>(), hopper::rows_of(q, shape.heads),
       hopper::rows_of(k, shape.kv_heads), hopper::rows_of(v, shape.kv_heads),
       hopper::problem_of(cu_q, cu_k, shape));

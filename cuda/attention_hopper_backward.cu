@@ -5,6 +5,7 @@
 #include "cuda/attention_hopper.cuh"
 #include "cuda/attention_hopper_dkv.cuh"
 #include "cuda/attention_hopper_dq.cuh"
+#include "cuda/initcheck.cuh"
 
 namespace qlab::cuda {
 namespace hopper {
@@ -147,6 +148,7 @@ void hopper_attention_backward(const Tensor& dq, const Tensor& dk, const Tensor&
   const auto keys = [&](const Tensor& x) { return hopper::rows_of(x, shape.kv_heads); };
   const auto run =
       shape.head_dim == 64 ? hopper::launch_backward<64> : hopper::launch_backward<128>;
+  for (const Tensor& gradient : {dq, dk, dv}) fill_for_initcheck(gradient);
   run(queries(dq), keys(dk), keys(dv), queries(g), queries(q), keys(k), keys(v), queries(o),
       lse.data<float>(), workspace.raw(), problem,
       hopper::plan_of(problem, multiprocessor_count()));

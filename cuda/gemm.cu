@@ -7,6 +7,7 @@
 #include <map>
 #include <mutex>
 
+#include "cuda/initcheck.cuh"
 #include "cuda/launch.cuh"
 
 namespace qlab::cuda {
@@ -182,6 +183,7 @@ void multiply(const Tensor& c, const Tensor& a, Op op_a, const Tensor& b, Op op_
   const Product asked = canonical(p);
   Descriptors shapes(asked, a, b);
   const cublasLtMatmulAlgo_t algorithm = choose(asked, shapes);
+  if (beta == 0 || addend.raw() != c.raw()) fill_for_initcheck(c);
   check_blas(cublasLtMatmul(handle(p), &d.product, &alpha, b.raw(), &d.b, a.raw(), &d.a, &beta,
                             addend.raw(), &d.d, c.raw(), &d.c, &algorithm,
                             workspace.defined() ? workspace.raw() : nullptr,

@@ -2,6 +2,7 @@
 
 #include "cuda/early_launch.cuh"
 #include "cuda/hopper.cuh"
+#include "cuda/initcheck.cuh"
 #include "cuda/nf4_decode.cuh"
 #include "quant/nf4_linear.h"
 
@@ -567,6 +568,7 @@ void nf4_matmul_wgmma(const Tensor& y, const Tensor& x, const Nf4Tensor& w, Op o
                       const Tensor& addend) {
   const auto multiply =
       op == Op::transpose ? hopper::multiply_nf4<true> : hopper::multiply_nf4<false>;
+  if (!addend.defined() || addend.raw() != y.raw()) fill_for_initcheck(y);
   multiply(hopper::matrix_of(y), hopper::matrix_of(x),
            {w.codes.data<uint8_t>(), scales_of(w), w.shape[0], w.shape[1]},
            addend.defined() ? hopper::matrix_of(addend) : hopper::Matrix16{}, parts);
