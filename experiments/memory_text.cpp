@@ -156,6 +156,8 @@ Json memory_json(const MemoryQuestion& question, const MemoryPrediction& p,
   const ResidentBytes& r = p.resident;
   const bool computes = question.refused.empty();
   const auto seconds = [computes](double s) { return computes ? Json(s) : Json(); };
+  RunPlan plan = question.plan;  // as training tells it
+  plan.resident = p.held_expanded;
   Json json = {{"model", question.model},
                {"device", question.target.name},
                {"footprint_bytes", question.footprint},
@@ -172,7 +174,7 @@ Json memory_json(const MemoryQuestion& question, const MemoryPrediction& p,
                {"categories", category_json(p.highest().at_peak)},
                {"peak_bytes", p.peak()},
                {"peak_moment", p.moment},
-               {"plan", describe(question.plan)},
+               {"plan", describe(plan)},
                {"step_seconds", seconds(question.plan.step_seconds)},
                {"micro_batch_seconds", seconds(question.plan.seconds.micro)},
                {"update_seconds", seconds(question.plan.seconds.update)},

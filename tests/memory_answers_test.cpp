@@ -48,6 +48,14 @@ TEST_F(MemoryAnswersTest, SaysWhoseRatesItTakes) {
   EXPECT_STREQ(rates_origin(none).text, "at an H100's rates: no card is named");
 }
 
+TEST_F(MemoryAnswersTest, APlanNamesTheWeightsThatItHoldsExpanded) {
+  const Json held = json("synthetic:tiny", {"--gpu", "t4", "--set", "quant.resident=auto", "--set",
+                                            "quant.type=nf4", "--set", "train.recompute=none"});
+  const auto bytes = held["held_expanded_bytes"].get<int64_t>();
+  EXPECT_GT(bytes, 0);
+  EXPECT_THAT(std::string(held["plan"]), HasSubstr("; at most " + format_bytes(bytes) + " of"));
+}
+
 TEST_F(MemoryAnswersTest, ATrialOfAFileIsNoGang) {
   const Arguments four = {"--gpu", "24GiB", "--set", "parallel.trials_per_gpu=4"};
   const std::string file = folder_.write("one.yaml", "model: {path: \"synthetic:tiny\"}\n");
