@@ -195,9 +195,38 @@ def write(path, result):
     os.replace(temporary, path)
 
 
+def well_formed(result):
+    def has_place(row):
+        return (isinstance(row, dict) and isinstance(row.get("name"), str) and
+                row.get("call") in range(len(result["calls"])))
+    return (isinstance(result, dict) and
+            all(isinstance(result.get(key), list) for key in ("calls", "ours", "peers")) and
+            all(isinstance(call, dict) and isinstance(call.get("gpu"), dict)
+                for call in result["calls"]) and
+            all(map(has_place, result["ours"] + result["peers"])))
+
+
+def read_results(path):
+    """What write() has left there, {} where there is no file. What is not of this layout is not
+    overwritten."""
+    try:
+        result = json.loads(path.read_text())
+    except FileNotFoundError:
+        return {}
+    except ValueError as error:
+        sys.exit(f"{path}: not read: {error}; move it away to measure anew")
+    if not well_formed(result):
+        sys.exit(f"{path}: not the rows of measured calls; move it away to measure anew")
+    return result
+
+
+def results_of(options):
+    return pathlib.Path(options.results) / f"{options.part}.json"
+
+
 def record(options, call, ours, peers):
-    path = pathlib.Path(options.results) / f"{options.part}.json"
-    old = json.loads(path.read_text()) if path.exists() else {}
+    path = results_of(options)
+    old = read_results(path)
     # The same call again, now with its peers: its first record is replaced.
     for side in ("ours", "peers"):
         old[side] = [row for row in old.get(side, [])
@@ -207,6 +236,7 @@ def record(options, call, ours, peers):
 
 
 def measure(options, folder):
+    read_results(results_of(options))  # what cannot be read is said before minutes are spent
     call = {"part": options.part, "commit": commit(),
             "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
             "gpu": query("name", "driver_version", "memory.total", "clocks.max.sm"),

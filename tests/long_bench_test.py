@@ -79,6 +79,15 @@ class LongTest(unittest.TestCase):
         self.assertEqual(self.results()["a"], old["a"])
         self.assertEqual(self.results()["b"]["set"]["lora.r"], 8, result.stdout + result.stderr)
 
+    def test_what_cannot_be_read_is_said_before_anything_is_measured(self):
+        path = self.folder / "long.json"
+        for text in ("[{", "{}", '[{"name": "a"}]'):
+            path.write_text(text)
+            result = self.measure([row("a")])
+            self.assertEqual((result.returncode, result.stdout), (1, ""))
+            self.assertRegex(result.stderr, rf"{path}: .*; move it away to measure anew\n$")
+            self.assertEqual(path.read_text(), text)
+
     def test_limits_and_the_filter(self):
         endless = row("endless", limit=2, set={"train.steps": 1000000})
         result = self.measure([endless, row("other")], "--filter", "endless")
