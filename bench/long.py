@@ -21,7 +21,6 @@ import datetime
 import json
 import os
 import pathlib
-import re
 import statistics
 import subprocess
 import sys
@@ -127,9 +126,7 @@ def main():
     options.commit = measure.qlab_commit(options.qlab)
     headline.read_long(path)  # what cannot be read is said before minutes are spent
     failed, begun = 0, 0
-    for row in json.loads(options.rows.read_text()):
-        if not re.search(options.filter, row["name"]):
-            continue
+    for row in measure.found_rows(options.rows, options.filter):
         left = end - time.monotonic()
         if left <= 0 or (begun and left < row["limit"]):
             print(f"{row['name']} left out: it may take {row['limit']} s; FILTER={row['name']}")

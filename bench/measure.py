@@ -132,12 +132,22 @@ def our_kernels(build, part, chosen, folder, seconds):
     return rows, {key: value for key, value in result["context"].items() if key not in hidden}
 
 
+def found_rows(path, expression):
+    """The rows of a file whose name the expression finds; without any, says which there are."""
+    rows = json.loads(path.read_text())
+    found = [row for row in rows if re.search(expression, row["name"])]
+    if not found:
+        sys.exit(f"no row that '{expression}' finds; {path.name} has " +
+                 ", ".join(row["name"] for row in rows))
+    return found
+
+
 def our_steps(build, chosen, check, folder, seconds):
     output = folder / "ours.json"
     run([sys.executable, BENCH / "steps.py", "--qlab", build / "qlab", "--output", output,
          "--rows", chosen, "--check", check], seconds)
     if not output.exists():
-        sys.exit("bench/steps.py wrote nothing")
+        sys.exit("bench/steps.py measured nothing")
     return json.loads(output.read_text())["rows"]
 
 

@@ -338,6 +338,9 @@ def main():
     options = parser.parse_args()
     end = time.monotonic() + options.seconds
     groups = load_rows(options.rows)
+    if not chosen_rows(groups, options.filter):
+        sys.exit(f"no row that '{options.filter}' finds; it is looked for in a row's group, model and "
+                 f"settings; the groups are {', '.join(sorted({group.name for group in groups}))}")
     reference = reference_row(groups)
     files = {True: options.results / "budget.json", False: options.results / "memory.json"}
     known = {kind: read_results(path) for kind, path in files.items()}

@@ -262,6 +262,16 @@ class WholeTest(unittest.TestCase):
         self.assertIn("no case of linear that 'm1/mma' finds", result.stderr)
         self.assertFalse((self.folder / "linear.json").exists())
 
+    def test_a_filter_that_finds_no_step(self):
+        (self.folder / "qlab").symlink_to("/bin/true")
+        result = subprocess.run([sys.executable, ROOT / "bench/measure.py", "step", "--build",
+                                 self.folder, "--results", self.folder, "--filter", "no_such_row"],
+                                capture_output=True, text=True)
+        self.assertEqual(result.returncode, 1)
+        self.assertIn("no row that 'no_such_row' finds; step_rows.json has 8b-4x2048-none, ",
+                      result.stderr)
+        self.assertFalse((self.folder / "step.json").exists())
+
     def test_peers_that_are_missing_are_named(self):
         (self.folder / "torch.py").write_text("raise ImportError('not here')\n")
         result = self.measure()
