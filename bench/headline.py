@@ -19,7 +19,9 @@ import fnmatch
 import itertools
 import json
 import pathlib
+import sys
 
+import measure
 import memory
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -27,6 +29,7 @@ RESULTS = ROOT / "bench/results"
 # Less is better.
 TIMES = ("us", "step_seconds", "peak_bytes", "seconds", "start_seconds", "over_beside")
 SCALES = {"peak_bytes": 1e-9}
+NEEDED_OF_LONG = ("name", "commit", "date", "device")
 
 
 def cpu_rows(raw):
@@ -64,6 +67,16 @@ def memory_rows(entries):
     return {"calls": calls, "ours": rows}
 
 
+def read_cpu(path):
+    """bench/cpu_step.py's file."""
+    try:
+        raw = json.loads(path.read_text())
+        cpu_rows(raw)
+    except (ValueError, KeyError, TypeError) as error:
+        sys.exit(f"{path}: not read: {type(error).__name__}: {error}; bench/cpu_step.py writes it")
+    return raw
+
+
 def long_rows(entries):
     """bench/long.py's file in the form of the others; what one commit gave on one device is a call,
     since two such runs do not fit into the minutes of one."""
@@ -95,8 +108,15 @@ def load(results=RESULTS):
     for name in ("step", "kernels", "linear", "attention", "cpu_step", "memory", "long"):
         path = pathlib.Path(results) / f"{name}.json"
         if path.exists():
-            raw[name] = in_one_form(name, json.loads(path.read_text()))
+            raw[name] = in_one_form(name, READERS.get(name, measure.read_results)(path))
     return raw
+
+
+def read_long(path):
+    return memory.read_results(path, NEEDED_OF_LONG)
+
+
+READERS = {"cpu_step": read_cpu, "memory": memory.read_results, "long": read_long}
 
 
 def in_one_form(name, raw):

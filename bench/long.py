@@ -21,7 +21,6 @@ import datetime
 import json
 import os
 import pathlib
-import re
 import statistics
 import subprocess
 import sys
@@ -30,6 +29,7 @@ import time
 
 import checkpoint
 import cpu_step
+import headline
 import measure
 import memory
 import steps
@@ -112,10 +112,6 @@ def merged(old, entry):
     return [known for known in old if known["name"] != entry["name"]] + [entry]
 
 
-def read_results(path):
-    return json.loads(path.read_text()) if path.exists() else []
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--qlab", default=str(ROOT / "build/qlab"))
@@ -128,10 +124,9 @@ def main():
     options = parser.parse_args()
     end, path = time.monotonic() + options.seconds, options.results / "long.json"
     options.commit = measure.qlab_commit(options.qlab)
+    headline.read_long(path)  # what cannot be read is said before minutes are spent
     failed, begun = 0, 0
-    for row in json.loads(options.rows.read_text()):
-        if not re.search(options.filter, row["name"]):
-            continue
+    for row in measure.found_rows(options.rows, options.filter):
         left = end - time.monotonic()
         if left <= 0 or (begun and left < row["limit"]):
             print(f"{row['name']} left out: it may take {row['limit']} s; FILTER={row['name']}")
@@ -143,7 +138,7 @@ def main():
             failed += 1
             print(f"FAILED {row['name']}: {error}", file=sys.stderr)
             continue
-        memory.write_results(path, merged(read_results(path), entry))
+        memory.write_results(path, merged(headline.read_long(path), entry))
         print(entry["name"], ", ".join(f"{key} {value:.6g}" for key, value in entry.items()
                                        if isinstance(value, (int, float))), flush=True)
     sys.exit(1 if failed else 0)

@@ -6,10 +6,12 @@
 #include <string>
 
 #include "bench/support.h"
+#include "core/parallel.h"
 #include "generated/version.h"
 
 int main(int argc, char** argv) {
   using namespace qlab;
+  wait_without_spinning(argv);
   std::string flags;
   for (int i = 1; i < argc; ++i) flags += (i > 1 ? " " : "") + std::string(argv[i]);
   try {

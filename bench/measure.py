@@ -132,12 +132,22 @@ def our_kernels(build, part, chosen, folder, seconds):
     return rows, {key: value for key, value in result["context"].items() if key not in hidden}
 
 
+def found_rows(path, expression):
+    """The rows of a file whose name the expression finds; without any, says which there are."""
+    rows = json.loads(path.read_text())
+    found = [row for row in rows if re.search(expression, row["name"])]
+    if not found:
+        sys.exit(f"no row that '{expression}' finds; {path.name} has " +
+                 ", ".join(row["name"] for row in rows))
+    return found
+
+
 def our_steps(build, chosen, check, folder, seconds):
     output = folder / "ours.json"
     run([sys.executable, BENCH / "steps.py", "--qlab", build / "qlab", "--output", output,
          "--rows", chosen, "--check", check], seconds)
     if not output.exists():
-        sys.exit("bench/steps.py wrote nothing")
+        sys.exit("bench/steps.py measured nothing")
     return json.loads(output.read_text())["rows"]
 
 
@@ -195,9 +205,38 @@ def write(path, result):
     os.replace(temporary, path)
 
 
+def well_formed(result):
+    def has_place(row):
+        return (isinstance(row, dict) and isinstance(row.get("name"), str) and
+                row.get("call") in range(len(result["calls"])))
+    return (isinstance(result, dict) and
+            all(isinstance(result.get(key), list) for key in ("calls", "ours", "peers")) and
+            all(isinstance(call, dict) and isinstance(call.get("gpu"), dict)
+                for call in result["calls"]) and
+            all(map(has_place, result["ours"] + result["peers"])))
+
+
+def read_results(path):
+    """What write() has left there, {} where there is no file. What is not of this layout is not
+    overwritten."""
+    try:
+        result = json.loads(path.read_text())
+    except FileNotFoundError:
+        return {}
+    except ValueError as error:
+        sys.exit(f"{path}: not read: {error}; move it away to measure anew")
+    if not well_formed(result):
+        sys.exit(f"{path}: not the rows of measured calls; move it away to measure anew")
+    return result
+
+
+def results_of(options):
+    return pathlib.Path(options.results) / f"{options.part}.json"
+
+
 def record(options, call, ours, peers):
-    path = pathlib.Path(options.results) / f"{options.part}.json"
-    old = json.loads(path.read_text()) if path.exists() else {}
+    path = results_of(options)
+    old = read_results(path)
     # The same call again, now with its peers: its first record is replaced.
     for side in ("ours", "peers"):
         old[side] = [row for row in old.get(side, [])
@@ -207,6 +246,7 @@ def record(options, call, ours, peers):
 
 
 def measure(options, folder):
+    read_results(results_of(options))  # what cannot be read is said before minutes are spent
     call = {"part": options.part, "commit": commit(),
             "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
             "gpu": query("name", "driver_version", "memory.total", "clocks.max.sm"),

@@ -192,7 +192,7 @@ def merged(old, new):
     return result + [entry for entry in new if key_of(entry) in fresh]
 
 
-def read_results(path):
+def read_results(path, needed=NEEDED):
     """The entries of a file, none where it is not there. What is not of this layout is not
     overwritten."""
     try:
@@ -202,7 +202,7 @@ def read_results(path):
     except ValueError as error:
         sys.exit(f"{path}: not read: {error}; move it away to measure anew")
     if not isinstance(entries, list) or not all(
-            isinstance(entry, dict) and all(key in entry for key in NEEDED) for entry in entries):
+            isinstance(entry, dict) and all(key in entry for key in needed) for entry in entries):
         sys.exit(f"{path}: not a list of measured runs; move it away to measure anew")
     return entries
 
@@ -338,6 +338,9 @@ def main():
     options = parser.parse_args()
     end = time.monotonic() + options.seconds
     groups = load_rows(options.rows)
+    if not chosen_rows(groups, options.filter):
+        sys.exit(f"no row that '{options.filter}' finds; it is looked for in a row's group, model and "
+                 f"settings; the groups are {', '.join(sorted({group.name for group in groups}))}")
     reference = reference_row(groups)
     files = {True: options.results / "budget.json", False: options.results / "memory.json"}
     known = {kind: read_results(path) for kind, path in files.items()}

@@ -328,13 +328,14 @@ def main():
     options = parser.parse_args()
     raw = headline.load(options.results)
     entries = headline.headline(raw)
-    replace_file(options.results / "headline.json", json.dumps(entries, indent=1) + "\n")
     memory_runs, budget_runs = (memory.read_results(options.results / f"{name}.json")
                                 for name in ("memory", "budget"))
     content = tables(raw, entries, memory_runs, budget_runs)
+    # Written when all is known: what cannot be read leaves the older report whole.
+    files = {options.results / "headline.json": json.dumps(entries, indent=1) + "\n"}
 
     def show(name, svg, title):
-        replace_file(options.docs / f"performance-{name}.svg", svg)
+        files[options.docs / f"performance-{name}.svg"] = svg
         content[name] = f"![{title}](performance-{name}.svg)\n\n{content[name]}"
 
     rows = linear_rows(raw)
@@ -346,7 +347,9 @@ def main():
     if budgets:
         show("budget", budgets, "Tokens per second against the memory budget")
     page = options.docs / "performance.md"
-    replace_file(page, replace_tables(page.read_text(), content))
+    files[page] = replace_tables(page.read_text(), content)
+    for path, text in files.items():
+        replace_file(path, text)
     met = sum(entry["met"] for entry in entries)
     print(f"{met} of {len(entries)} targets met; {options.results / 'headline.json'}, {page}")
 

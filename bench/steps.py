@@ -17,7 +17,6 @@ import argparse
 import hashlib
 import json
 import pathlib
-import re
 import statistics
 import subprocess
 import sys
@@ -139,9 +138,7 @@ def main():
     parser.add_argument("--output")
     options = parser.parse_args()
     rows, failed = [], 0
-    for row in json.loads((ROOT / "bench/step_rows.json").read_text()):
-        if not re.search(options.rows, row["name"]):
-            continue
+    for row in measure.found_rows(ROOT / "bench/step_rows.json", options.rows):
         for ours, extra in row["ours"].items():
             if support.time_is_up():
                 print(f"{row['name']}/{ours} left out: QLAB_BENCH_SECONDS have passed")

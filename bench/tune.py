@@ -17,6 +17,8 @@ import re
 import subprocess
 import sys
 
+import measure
+
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 TABLE = ROOT / "quant/nf4_dispatch_table.inc"
 FUSED = ("simt", "mma", "wgmma", "wgmma2", "wgmma3")
@@ -104,6 +106,8 @@ def main():
         sys.exit(f"{options.results} is not there: `make gpu-bench PART=linear` writes it")
     except ValueError as error:
         sys.exit(f"{options.results} is not what `make gpu-bench PART=linear` writes: {error}")
+    if not measure.well_formed(result):
+        sys.exit(f"{options.results} is not what `make gpu-bench PART=linear` writes")
     gpu = gpu_of(result, options.gpu)
     if gpu is None:
         of = f" of {options.gpu}" if options.gpu else ""

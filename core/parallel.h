@@ -12,4 +12,10 @@ void set_thread_count(int count);
 /// indices.
 void parallel_for(int64_t n, int64_t grain, const std::function<void(int64_t, int64_t)>& body);
 
+/// At the beginning of main, unless OMP_WAIT_POLICY is set: threads are to sleep while they wait.
+/// Those that spin take the cores from each other and from other programs (one other busy process
+/// made steps up to 25 times slower). OpenMP reads how to wait when it is loaded, so the program
+/// starts itself once more.
+void wait_without_spinning(char** argv);
+
 }  // namespace qlab

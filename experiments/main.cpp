@@ -1,15 +1,12 @@
 // The qlab command.
-#include <unistd.h>
-
 #include <fmt/ranges.h>
 
 #include <CLI/CLI.hpp>
 #include <algorithm>
 #include <cstdio>
-#include <cstdlib>
-#include <filesystem>
 
 #include "core/error.h"
+#include "core/parallel.h"
 #include "experiments/commands.h"
 #include "experiments/config_fields.h"
 #include "experiments/gpus.h"
@@ -189,22 +186,10 @@ int run(int argc, char** argv) {
   return code;
 }
 
-// Threads that spin while they wait take the cores from each other and from other programs (one
-// other busy process made steps up to 25 times slower). OpenMP reads how to wait when it is loaded,
-// before main, so the program starts itself once more; the variable that it sets ends the
-// recursion.
-void wait_without_spinning(char** argv) {
-  if (std::getenv("OMP_WAIT_POLICY") != nullptr || setenv("OMP_WAIT_POLICY", "passive", 1) != 0)
-    return;
-  std::error_code none;
-  const auto program = std::filesystem::read_symlink("/proc/self/exe", none);
-  if (!none) execv(program.c_str(), argv);  // where that fails, threads spin
-}
-
 }  // namespace
 
 int main(int argc, char** argv) {
-  wait_without_spinning(argv);
+  qlab::wait_without_spinning(argv);
   try {
     return run(argc, argv);
   } catch (const std::exception& error) {

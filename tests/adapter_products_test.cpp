@@ -159,6 +159,16 @@ TEST_P(AdapterProductsTest, LargeMatchTheFormulas) {
     expect_formulas(z);
 }
 
+// Numbers of rows at the edges of every tile and split: of 16, 32, 64 and 128 rows.
+TEST_P(AdapterProductsTest, LargeMatchTheFormulasAtTheEdgesOfTiles) {
+  for (const int64_t t :
+       {1, 2, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128, 129, 191, 193, 255, 256, 257, 300})
+    for (const float p : {0.0f, 0.1f}) {
+      expect_formulas({t, 264, 16, {136, 72}, p});
+      expect_formulas({t, 72, 32, {520}, p});
+    }
+}
+
 // Whatever lies before and behind the rows, and however wide the others make them.
 TEST_P(AdapterProductsTest, BitsDoNotDependOnTheNeighbours) {
   if (device().is_cuda() && dtype() == DType::f32) GTEST_SKIP() << "the library's choice";

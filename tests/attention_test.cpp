@@ -258,6 +258,16 @@ TEST_P(AttentionTest, LargeMatchesReferenceForManySequences) {
   }
 }
 
+// Lengths at the edges of every tile, of 16 to 128 rows.
+TEST_P(AttentionTest, LargeMatchesReferenceAtTheEdgesOfTiles) {
+  const std::vector<int32_t> lengths{15,  16,  17,  31,  32,  33,  63,  64,  65, 127,
+                                     128, 129, 191, 192, 193, 255, 256, 257, 300};
+  for (const int64_t dim : {64, 80, 96, 128}) {
+    SCOPED_TRACE(fmt::format("dimension {}", dim));
+    expect_matches_reference(make_problem(lengths, 3, 1, dim, GetParam()));
+  }
+}
+
 TEST_P(AttentionTest, HoldsForLargeScores) {
   for (const int64_t dim : {16, 64}) {
     Problem p = make_problem({50}, 2, 1, dim, GetParam());

@@ -79,11 +79,23 @@ class LongTest(unittest.TestCase):
         self.assertEqual(self.results()["a"], old["a"])
         self.assertEqual(self.results()["b"]["set"]["lora.r"], 8, result.stdout + result.stderr)
 
+    def test_what_cannot_be_read_is_said_before_anything_is_measured(self):
+        path = self.folder / "long.json"
+        for text in ("[{", "{}", '[{"name": "a"}]'):
+            path.write_text(text)
+            result = self.measure([row("a")])
+            self.assertEqual((result.returncode, result.stdout), (1, ""))
+            self.assertRegex(result.stderr, rf"{path}: .*; move it away to measure anew\n$")
+            self.assertEqual(path.read_text(), text)
+
     def test_limits_and_the_filter(self):
         endless = row("endless", limit=2, set={"train.steps": 1000000})
         result = self.measure([endless, row("other")], "--filter", "endless")
         self.assertIn("FAILED endless: not done after 2 s", result.stderr)
         self.assertFalse((self.folder / "long.json").exists())
+        result = self.measure([row("a"), row("b")], "--filter", "c")
+        self.assertEqual(result.returncode, 1)
+        self.assertIn("no row that 'c' finds; rows.json has a, b\n", result.stderr)
         result = self.measure([row("a"), row("late", limit=900)], "--seconds", "60")
         self.assertIn("late left out: it may take 900 s; FILTER=late", result.stdout)
         self.assertEqual(list(self.results()), ["a"])

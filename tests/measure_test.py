@@ -6,6 +6,7 @@ import json
 import os
 import pathlib
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -261,6 +262,16 @@ class WholeTest(unittest.TestCase):
         self.assertIn("no case of linear that 'm1/mma' finds", result.stderr)
         self.assertFalse((self.folder / "linear.json").exists())
 
+    def test_a_filter_that_finds_no_step(self):
+        (self.folder / "qlab").symlink_to("/bin/true")
+        result = subprocess.run([sys.executable, ROOT / "bench/measure.py", "step", "--build",
+                                 self.folder, "--results", self.folder, "--filter", "no_such_row"],
+                                capture_output=True, text=True)
+        self.assertEqual(result.returncode, 1)
+        self.assertIn("no row that 'no_such_row' finds; step_rows.json has 8b-4x2048-none, ",
+                      result.stderr)
+        self.assertFalse((self.folder / "step.json").exists())
+
     def test_peers_that_are_missing_are_named(self):
         (self.folder / "torch.py").write_text("raise ImportError('not here')\n")
         result = self.measure()
@@ -268,6 +279,42 @@ class WholeTest(unittest.TestCase):
         file = json.loads((self.folder / "linear.json").read_text())
         self.assertEqual(len(file["ours"]), 4)
         self.assertTrue(file["calls"][0]["missing_peers"])
+
+    def test_what_cannot_be_read_is_said_before_anything_is_measured(self):
+        path = self.folder / "linear.json"
+        for text in ('{"calls": [', "[]", "{}", '{"calls": [], "ours": [], "peers": [{}]}',
+                     '{"calls": [{"gpu": {}}], "ours": [{"name": "a/b", "call": 1}], "peers": []}'):
+            path.write_text(text)
+            result = self.measure("--no-peers")
+            self.assertEqual(result.returncode, 1)
+            self.assertEqual(result.stdout, "")
+            self.assertRegex(result.stderr, rf"^{path}: .*; move it away to measure anew\n$")
+            self.assertEqual(path.read_text(), text)
+
+
+class ReportTest(unittest.TestCase):
+    """bench/report.py on a copy of what was measured."""
+
+    def test_one_file_that_cannot_be_read_leaves_the_older_report_whole(self):
+        with tempfile.TemporaryDirectory() as name:
+            folder = pathlib.Path(name)
+            for part in ("bench/results", "docs"):
+                shutil.copytree(ROOT / part, folder / part)
+            (folder / "bench/results/headline.json").write_text("[]\n")
+            before = (folder / "docs/performance.md").read_text()
+            for file in ("step", "kernels", "linear", "attention", "cpu_step", "memory", "long",
+                         "budget"):
+                damaged = folder / f"bench/results/{file}.json"
+                whole = damaged.read_text()
+                damaged.write_text(whole[:500])
+                result = subprocess.run([sys.executable, ROOT / "bench/report.py", "--results",
+                                         damaged.parent, "--docs", folder / "docs"],
+                                        capture_output=True, text=True)
+                self.assertEqual(result.returncode, 1, damaged)
+                self.assertRegex(result.stderr, rf"^{damaged}: not read: .*\n$")
+                self.assertEqual((damaged.parent / "headline.json").read_text(), "[]\n")
+                self.assertEqual((folder / "docs/performance.md").read_text(), before)
+                damaged.write_text(whole)
 
 
 if __name__ == "__main__":

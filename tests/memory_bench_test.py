@@ -224,6 +224,13 @@ class WholeTest(unittest.TestCase):
         self.assertIn("1 left out", result.stdout)
         self.assertFalse((self.folder / "memory.json").exists())
 
+    def test_a_filter_that_finds_nothing(self):
+        result = self.measure([{"name": "a", "model": "synthetic:tiny", "rows": [TINY]}],
+                              "--filter", "no_such_row")
+        self.assertEqual((result.returncode, result.stdout), (1, ""))
+        self.assertIn("no row that 'no_such_row' finds", result.stderr)
+        self.assertIn("the groups are a\n", result.stderr)
+
 
 if __name__ == "__main__":
     unittest.main()

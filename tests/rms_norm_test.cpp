@@ -28,7 +28,8 @@ TEST(RmsNorm, GradientMatchesFiniteDifferences) {
 
 TEST_P(RmsNormTest, MatchesReference) {
   for (const Shape& shape :
-       {Shape{1, 1}, Shape{3, 7}, Shape{10, 64}, Shape{4, 1023}, Shape{5, 576}, Shape{2, 4096}}) {
+       {Shape{1, 1}, Shape{3, 7}, Shape{10, 64}, Shape{4, 1023}, Shape{5, 576}, Shape{2, 4096},
+        Shape{3, 1501}, Shape{2, 8456}}) {  // the last two are more than a GPU's registers hold
     SCOPED_TRACE(shape.str());
     const int64_t cols = shape[1];
     const Tensor x = random(shape), w = random_f32({cols}), g = random(shape);
@@ -59,7 +60,8 @@ TEST_P(RmsNormTest, RowsAreIndependent) {
 
 // dx + residual is rounded once; a residual that nobody else holds is the result.
 TEST_P(RmsNormTest, AddsTheResidual) {
-  for (const Shape& shape : {Shape{1, 1}, Shape{3, 7}, Shape{10, 64}, Shape{5, 4104}}) {
+  for (const Shape& shape :
+       {Shape{1, 1}, Shape{3, 7}, Shape{10, 64}, Shape{5, 4104}, Shape{2, 8456}}) {
     SCOPED_TRACE(shape.str());
     const Tensor x = random(shape), w = random_f32({shape[1]}), g = random(shape);
     const Tensor residual = random(shape), r = rms_norm(x, w, 1e-5f).r, shared = residual;

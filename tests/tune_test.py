@@ -122,12 +122,15 @@ class TuneTest(unittest.TestCase):
             self.assertIn("WarpgroupTilesAgree", asked)
 
     def test_a_broken_file_is_said(self):
-        self.results.write_text('{"calls": [')
-        result = subprocess.run([sys.executable, ROOT / "bench/tune.py", "--results", self.results,
-                                 "--table", self.table], capture_output=True, text=True)
-        self.assertEqual(result.returncode, 1)
-        self.assertRegex(result.stderr, r"^\S+linear.json is not what `make gpu-bench PART=linear`")
-        self.assertFalse(self.table.exists())
+        for text in ('{"calls": [', "[]", "{}", '{"calls": [{}], "ours": [], "peers": []}'):
+            self.results.write_text(text)
+            result = subprocess.run([sys.executable, ROOT / "bench/tune.py", "--results",
+                                     self.results, "--table", self.table],
+                                    capture_output=True, text=True)
+            self.assertEqual(result.returncode, 1)
+            self.assertRegex(result.stderr,
+                             r"^\S+linear.json is not what `make gpu-bench PART=linear`")
+            self.assertFalse(self.table.exists())
 
 
 if __name__ == "__main__":
