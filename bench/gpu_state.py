@@ -1,5 +1,7 @@
-"""What nvidia-smi says of the first GPU: at one moment, and in samples beside a measurement."""
+"""What nvidia-smi says of the first GPU that programs see: at one moment, and in samples beside a
+measurement."""
 
+import os
 import statistics
 import subprocess
 import tempfile
@@ -16,7 +18,8 @@ REASON_FIELDS = ("clocks_event_reasons.active", "clocks_throttle_reasons.active"
 
 
 def command(fields, *options):
-    return ["nvidia-smi", "-i", "0", "--query-gpu=" + ",".join(fields),
+    first = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")[0] or "0"
+    return ["nvidia-smi", "-i", first, "--query-gpu=" + ",".join(fields),
             "--format=csv,noheader,nounits", *options]
 
 
