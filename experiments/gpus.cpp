@@ -138,13 +138,14 @@ std::string barely_text(const MemoryTarget& target, int64_t peak) {
                      format_bytes(left), format_bytes(doubt));
 }
 
-MemoryTarget target_here(Device device) {
+MemoryTarget target_here(Device device, int64_t replicas) {
   MemoryTarget target{device, device_description(device), {}, {}, rates_of(device)};
+  target.replicas = replicas;
   const int64_t free = available_memory(device), held = memory_account(device).total;
   constexpr int64_t unlimited = std::numeric_limits<int64_t>::max();
-  if (free < unlimited - held) target.capacity = free + held;
+  if (free < unlimited - held) target.capacity = (device.is_cuda() ? free : free / replicas) + held;
   if (device.is_cuda()) {
-    target.host = available_memory(Device::cpu()) + memory_account(Device::cpu()).total;
+    target.host = available_memory(Device::cpu()) / replicas + memory_account(Device::cpu()).total;
     const auto total = static_cast<int64_t>(cuda::memory_info(device.index).total_bytes);
     target.gpu = GpuSpec{target.name,
                          total,
