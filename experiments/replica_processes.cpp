@@ -64,8 +64,9 @@ ReplicaProcesses::ReplicaProcesses(int size) : size_(size) {
   }
   unsetenv(variable);
   sockets.resize(static_cast<size_t>(size) - 1, -1);
-  replicas_ = std::make_unique<Replicas>(0, size, std::move(sockets),
-                                         [this](int rank) { return how_it_ended(rank); });
+  replicas_ = std::make_unique<Replicas>(0, size, std::move(sockets), [this](int rank) {
+    return how_it_ended(rank) + "; the same command continues from the last saved state";
+  });
   for (int rank = 1; rank <= std::ssize(processes_); ++rank)
     watchers_.emplace_back([this, rank] { watch(rank); });
   if (error == 0) return;
