@@ -129,13 +129,14 @@ class Gang {
  public:
   /// Trials of one base (equal base_key) and one plan. Throws OutOfMemory when no plan fits
   /// train.memory_budget and the host; with `force` the leanest is taken.
-  /// `replicas`: one trial alone, trained by all of them. In round j of a window of
-  /// train.grad_accum micro-batches replica r of N takes number j N + r. All have the same bits:
-  /// those of one replica, where that adds a micro-batch's gradient to an element of the total in
-  /// one rounded sum, which is true of trials with at most row_unit tokens in a micro-batch, but on
-  /// GPUs not of fp32 products (quant.compute_dtype: fp32) and, where the library multiplies by it
-  /// (fp16, or lora.r above 32), not of an adapter whose scale is no power of two. Beyond that sums
-  /// are rounded in another order, the same for every N above 1. Rank 0 alone evaluates.
+  /// `replicas`: of one trial alone, which all of them train. In round j of a window of
+  /// train.grad_accum micro-batches replica r of N takes number j N + r. Rank 0 alone evaluates.
+  ///
+  /// All have the bits of one that trains alone wherever that one adds a micro-batch's gradient to
+  /// an element of the total in one sum, of the rounded gradient: with at most row_unit tokens in a
+  /// micro-batch, or 1,024 where a GPU multiplies in fp32; and where the library multiplies by the
+  /// adapter's scale (on a GPU in fp16 or fp32, or with lora.r above 32), of a scale that is a power
+  /// of two. Otherwise sums are rounded in another order, which is the same for every N above 1.
   Gang(Library& library, Llama& model, std::vector<TrialRun*> trials, TrainCallbacks callbacks,
        bool force = false, Replicas* replicas = nullptr);
   /// Until every trial has finished, failed or was interrupted. Throws OutOfMemory before the first
