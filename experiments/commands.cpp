@@ -1,12 +1,12 @@
 #include "experiments/commands.h"
 
 #include <yaml-cpp/yaml.h>
+
 #include <cmath>
 #include <cstdio>
 #include <filesystem>
 #include <fstream>
 #include <iostream>
-
 #include <nlohmann/json.hpp>
 
 #include "data/file.h"

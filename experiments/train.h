@@ -135,8 +135,9 @@ class Gang {
   /// All have the bits of one that trains alone wherever that one adds a micro-batch's gradient to
   /// an element of the total in one sum, of the rounded gradient: with at most row_unit tokens in a
   /// micro-batch, or 1,024 where a GPU multiplies in fp32; and where the library multiplies by the
-  /// adapter's scale (on a GPU in fp16 or fp32, or with lora.r above 32), of a scale that is a power
-  /// of two. Otherwise sums are rounded in another order, which is the same for every N above 1.
+  /// adapter's scale (on a GPU in fp16 or fp32, or with lora.r above 32), of a scale that is a
+  /// power of two. Otherwise sums are rounded in another order, which is the same for every N
+  /// above 1.
   Gang(Library& library, Llama& model, std::vector<TrialRun*> trials, TrainCallbacks callbacks,
        bool force = false, Replicas* replicas = nullptr);
   /// Until every trial has finished, failed or was interrupted. Throws OutOfMemory before the first

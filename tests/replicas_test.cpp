@@ -289,9 +289,10 @@ TEST_F(ReplicasTest, ThePredictionIsThePeakToTheByte) {
       EXPECT_EQ(status(out)["predicted_peak_bytes"], predicted.training_peak());
     }
   const Ended dry = run({"train", run_file("train: {grad_accum: 2}"), "--device", "cpu",
-                         "--replicas", "2", "--dry-run"});
+                         "--replicas", "2", "--dry-run", "--device-memory", "64MB"});
   EXPECT_EQ(dry.code, 0) << dry.err;
   EXPECT_THAT(dry.out, HasSubstr("each of 2 replicas"));
+  EXPECT_THAT(dry.out, HasSubstr("with 64.00 MB"));
 }
 
 const std::vector<std::string> long_run = {"train.steps=150",     "train.batch_size=2",
