@@ -27,10 +27,12 @@ MODELS = {"llama-3.1-8b": (32 * (2 * 4096 * 4096 + 2 * 4096 * 1024 + 3 * 4096 * 
 
 
 def model_flops(row):
-    """4 FLOP per frozen weight and token; causal attention 6 T^2 width a layer and sequence."""
+    """Of a step: 4 FLOP per frozen weight and token; causal attention 6 T^2 width a layer and
+    sequence."""
     weights, layers, width = MODELS[row["model"]]
     attention = layers * 6 * row["length"] ** 2 * width
-    return row.get("gang", 1) * row["batch"] * (row["length"] * 4 * weights + attention)
+    sequences = row.get("gang", 1) * row.get("accum", 1) * row["batch"]
+    return sequences * (row["length"] * 4 * weights + attention)
 
 
 def table(header, rows):
@@ -123,10 +125,11 @@ def step_table(raw):
                 rows.append([row["name"], name, result["error"], "", "", "", "", ""])
                 continue
             seconds = result["step_seconds"]
+            gpu_seconds = seconds * row.get("replicas", {}).get(name, 1)
             rows.append([row["name"], name, f"{result['tokens_per_s']:,.0f}",
                          f"{1e3 * seconds:.2f}", f"{result.get('noise_percent', 0):.1f} %",
                          f"{1e-9 * result['peak_bytes']:.2f}",
-                         f"{1e-12 * model_flops(row) / seconds:.1f}",
+                         f"{1e-12 * model_flops(row) / gpu_seconds:.1f}",
                          "yes" if result.get("graphs_off_equal") else "-"])
     return table(["row", "who", "tokens/s", "ms a step", "noise", "peak, GB", "model TFLOP/s",
                   "bits of graphs off"], rows)

@@ -8,6 +8,9 @@ leaves out the first steps, where it is there; otherwise the median time between
 metrics.jsonl, one of which is written after every step. The first steps are not counted. The peak
 is status.json's peak_bytes: the highest total of the allocator, through which all memory comes.
 
+A row may name implementations that run with --replicas, on as many GPUs; where these are not there
+the whole row is left out. Their adapter must be the file of those on one GPU.
+
 A row of few tokens is then trained once more without CUDA graphs: the adapters of both runs must be
 the same files. With --check all every row is, over 20 steps. A row whose adapters differ has no
 figures, and the program ends with 1.
@@ -16,6 +19,7 @@ figures, and the program ends with 1.
 import argparse
 import hashlib
 import json
+import os
 import pathlib
 import statistics
 import subprocess
@@ -40,6 +44,8 @@ def configuration(row, extra, steps):
             "lora.targets": row["targets"], "data.train": "synthetic",
             "data.seq_len": row["length"], "train.steps": steps,
             "train.batch_size": row["batch"], "train.save_every": 0, "optim.lr": 2e-4}
+    if "accum" in row:
+        keys["train.grad_accum"] = row["accum"]
     blocks = measure.nested(keys | extra)
     if "gang" not in row:
         return blocks
@@ -62,7 +68,25 @@ def lines_as_they_come(process, folder):
         time.sleep(0.0005)
 
 
-def run(qlab, row, extra, steps, device, limit):
+def gpu_count():
+    """That a program sees here."""
+    if "CUDA_VISIBLE_DEVICES" in os.environ:
+        return len([name for name in os.environ["CUDA_VISIBLE_DEVICES"].split(",") if name])
+    try:
+        listed = subprocess.run(["nvidia-smi", "--list-gpus"], capture_output=True, text=True)
+    except OSError:
+        return 0
+    return sum(line.startswith("GPU ") for line in listed.stdout.splitlines())
+
+
+def too_few_gpus(row, device):
+    """Why the row cannot be measured here, or ""."""
+    wanted = max(row.get("replicas", {}).values(), default=1)
+    here = gpu_count() if wanted > 1 and device != "cpu" else wanted
+    return f"needs {wanted} GPUs, and {here} is here" if here < wanted else ""
+
+
+def run(qlab, row, extra, steps, device, limit, replicas=1):
     """One training; its times and peak, or the error that ended it."""
     with tempfile.TemporaryDirectory() as name:
         folder = pathlib.Path(name)
@@ -71,8 +95,10 @@ def run(qlab, row, extra, steps, device, limit):
         log = open(folder / "log.txt", "w+")
         begin = time.perf_counter()
         command = "sweep" if "gang" in row else "train"
+        several = ["--replicas", str(replicas)] if replicas > 1 else []
         process = subprocess.Popen(["timeout", str(limit), qlab, command, str(config), "--device",
-                                    device, "--out", str(folder / "out")], stdout=log, stderr=log)
+                                    device, "--out", str(folder / "out"), *several],
+                                   stdout=log, stderr=log)
         arrivals = lines_as_they_come(process, folder)
         trials = [json.loads(p.read_text()) for p in folder.glob("out/trials/*/status.json")]
         status = next((t for t in trials if t.get("status") != "finished"),
@@ -106,8 +132,21 @@ def checked(result, train):
     return result | {"graphs_off_equal": True}
 
 
+def as_on_one_gpu(result, row, before):
+    """The result of an implementation with replicas, held against the row's first on one GPU, which
+    is among `before`."""
+    one = next((r for r in before if r["name"].rsplit("/", 1)[0] == row["name"] and
+                r["name"].rsplit("/", 1)[1] not in row["replicas"] and "error" not in r), None)
+    if "error" in result or one is None:
+        return result
+    if not result["adapter_sha256"] or result["adapter_sha256"] != one["adapter_sha256"]:
+        return {"error": f"its adapter is not that of {one['name']}",
+                "adapter_sha256": result["adapter_sha256"]}
+    return result
+
+
 def times_of(row, status, arrivals):
-    tokens = row.get("gang", 1) * row["batch"] * row["length"]
+    tokens = row.get("gang", 1) * row.get("accum", 1) * row["batch"] * row["length"]
     result = {"peak_bytes": status["peak_bytes"], "device": status.get("device")}
     differences = [b - a for a, b in zip(arrivals, arrivals[1:])][UNCOUNTED:]
     apart = bool(differences) and statistics.median(differences) > 0  # not seen several at once
@@ -139,6 +178,9 @@ def main():
     options = parser.parse_args()
     rows, failed = [], 0
     for row in measure.found_rows(ROOT / "bench/step_rows.json", options.rows):
+        if why := too_few_gpus(row, options.device):
+            print(f"{row['name']} left out: {why}", flush=True)
+            continue
         for ours, extra in row["ours"].items():
             if support.time_is_up():
                 print(f"{row['name']}/{ours} left out: QLAB_BENCH_SECONDS have passed")
@@ -147,12 +189,16 @@ def main():
             check = options.check == "all" or (options.check == "few" and few)
             steps = options.steps or (CHECKED if few or check else 12)
 
+            replicas = row.get("replicas", {}).get(ours, 1)
+
             def train(keys):
-                return run(options.qlab, row, keys, steps, options.device, options.limit)
+                return run(options.qlab, row, keys, steps, options.device, options.limit, replicas)
 
             result = train(extra)
             if check:
                 result = checked(result, lambda: train(extra | {"train.graphs": False}))
+            if replicas > 1:
+                result = as_on_one_gpu(result, row, rows)
             rows.append({"name": f"{row['name']}/{ours}", **result})
             failed += "error" in result
             print(rows[-1]["name"], result.get("error") or

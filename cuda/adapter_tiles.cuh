@@ -53,7 +53,8 @@ __device__ inline void store_shared(uint32_t address, uint4 v) {
 }
 
 /// The parts of a sum, to be added in order: to [rows, cols] (+)= factor times the sum of `count`
-/// planes.
+/// planes. The product is rounded before it is added, so that micro-batches' gradients have one sum
+/// wherever they are added up (experiments/gradient_sum.h).
 struct Sum {
   const float* planes;
   void* to;
@@ -105,7 +106,7 @@ static __global__ void __launch_bounds__(sum_threads)
   const float v[4] = {sum.x, sum.y, sum.z, sum.w};
 #pragma unroll
   for (int i = 0; i < 4; ++i)
-    if (col + i < static_cast<unsigned>(s.cols)) to[i] = fmaf(s.factor, v[i], to[i]);
+    if (col + i < static_cast<unsigned>(s.cols)) to[i] += s.factor * v[i];
 }
 
 }  // namespace qlab::cuda::adapter

@@ -1,5 +1,7 @@
 #include "experiments/commands.h"
 
+#include <yaml-cpp/yaml.h>
+
 #include <cmath>
 #include <cstdio>
 #include <filesystem>
@@ -10,6 +12,7 @@
 #include "data/file.h"
 #include "experiments/gpus.h"
 #include "experiments/profile_table.h"
+#include "experiments/replica_processes.h"
 #include "experiments/report.h"
 #include "experiments/runner.h"
 #include "experiments/terminal.h"
@@ -21,9 +24,11 @@ namespace {
 
 using Json = nlohmann::json;
 
-// With --device-memory the allocator behaves as if the device had no more.
-Device open_device(const CommonOptions& common) {
-  const Device device = parse_device(common.device);
+// With --device-memory the allocator behaves as if the device had no more. Replicas have the GPUs
+// that follow on the first one's.
+Device open_device(const CommonOptions& common, int rank = 0) {
+  Device device = parse_device(common.device);
+  if (device.is_cuda()) device = Device::cuda(device.index + rank);
   if (device.is_cuda()) {
     cuda::set_device(device.index);
     compute_capability(device);  // throws where there is no code for this GPU
@@ -33,11 +38,72 @@ Device open_device(const CommonOptions& common) {
   return device;
 }
 
+// Before anything is loaded or started.
+void check_replicas(int replicas, const Config& config, const CommonOptions& common) {
+  const TrainConfig& t = config.train;
+  if (t.grad_accum < replicas) {
+    const int64_t window = t.batch_size * t.grad_accum;
+    fail(
+        "--replicas {}: train.grad_accum is {}: a window has {}, and {} replicas need one each; "
+        "set train.grad_accum to {}",
+        replicas, t.grad_accum,
+        t.grad_accum == 1 ? "one micro-batch" : fmt::format("{} micro-batches", t.grad_accum),
+        replicas,
+        window % replicas == 0 ? fmt::format("{} and train.batch_size to {} for the same window",
+                                             replicas, window / replicas)
+                               : fmt::format("{} or more", replicas));
+  }
+  const Device first = parse_device(common.device);
+  if (!first.is_cuda()) return;
+  if (const int gpus = cuda::device_count(); first.index + replicas > gpus)
+    fail("--replicas {}: from {} on there {}; give --replicas as many, or --device another one",
+         replicas, first.str(),
+         gpus - first.index == 1 ? "is 1 GPU" : fmt::format("are {} GPUs", gpus - first.index));
+  if (const std::string why = cuda::why_no_nccl(); !why.empty())
+    fail("--replicas {}: {}", replicas, why);
+}
+
+/// The other replicas, which are told what to train.
+std::unique_ptr<ReplicaProcesses> start_replicas(int size, const Config& config) {
+  auto processes = std::make_unique<ReplicaProcesses>(size);
+  processes->replicas().tell(to_yaml(config));
+  return processes;
+}
+
+/// A process that start_replicas() has started.
+int run_replica(Replicas& replicas, const SweepOptions& options, const CommonOptions& common) {
+  try {
+    Config config = parse_config(YAML::Load(replicas.tell("")), "the run's configuration");
+    resolve(config);
+    const Device device = open_device(common, replicas.rank());
+    replicas.connect(device);
+    assist(replicas, config, device, options.force);
+    return 0;
+  } catch (const RankZeroGone&) {
+    return 0;
+  } catch (const std::exception& error) {
+    replicas.report(error.what());
+    return 2;
+  }
+}
+
 int run(const Sweep& sweep, const SweepOptions& options, const CommonOptions& common) {
   for (const Trial& trial : sweep.trials) check_computable(trial.config, sweep.source_file);
+  const Config& first = sweep.trials.front().config;
+  if (options.replicas > 1) check_replicas(options.replicas, first, common);
   Terminal terminal;
   catch_interrupts();
+  std::unique_ptr<ReplicaProcesses> processes;
+  if (options.replicas > 1 && !options.dry_run) processes = start_replicas(options.replicas, first);
+  Replicas* const others = processes != nullptr ? &processes->replicas() : nullptr;
   const Device device = open_device(common);
+  if (others != nullptr) others->connect(device);
+  if (const int64_t last = first.train.grad_accum % options.replicas; last != 0)
+    terminal.print(
+        fmt::format("note: of {} replicas {} {} nothing to do in the last round of each step: "
+                    "train.grad_accum is {}",
+                    options.replicas, options.replicas - last,
+                    options.replicas - last == 1 ? "has" : "have", first.train.grad_accum));
   TrainCallbacks callbacks = terminal.callbacks();
   bool profiled = false;
   if (options.profile) {
@@ -53,7 +119,9 @@ int run(const Sweep& sweep, const SweepOptions& options, const CommonOptions& co
   RunnerResult result;
   try {
     result = run_sweep(
-        sweep, {options.out, device, options.shard, options.dry_run, options.force},
+        sweep,
+        {options.out, device, options.shard, options.dry_run, options.force, options.replicas,
+         others},
         [&](const std::string& line) { terminal.print(line); }, callbacks);
   } catch (const Interrupted&) {  // nothing has been written yet
     terminal.print(again);
@@ -101,10 +169,17 @@ void load(Loaded& loaded, const std::string& adapter_dir, const CommonOptions& c
 }  // namespace
 
 int run_sweep_command(const SweepOptions& options, const CommonOptions& common) {
+  if (options.replicas > 1)
+    fail(
+        "--replicas {}: a sweep gives each GPU trials of its own, with nothing to exchange: start "
+        "one `qlab sweep FILE --shard I/N --device cuda:I` for each of N GPUs; --replicas is for "
+        "`qlab train` of one configuration",
+        options.replicas);
   return run(load_sweep(options.file, common.sets), options, common);
 }
 
 int run_train_command(const SweepOptions& options, const CommonOptions& common) {
+  if (const auto replicas = join_replicas()) return run_replica(*replicas, options, common);
   load_config(options.file, common.sets);  // refuses a sweep file
   return run(load_sweep(options.file, common.sets), options, common);
 }

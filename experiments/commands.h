@@ -17,6 +17,7 @@ struct CommonOptions {
 struct SweepOptions {
   std::string file, out, shard;
   bool dry_run = false, profile = false, force = false;
+  int replicas = 1;
 };
 int run_sweep_command(const SweepOptions& options, const CommonOptions& common);
 int run_train_command(const SweepOptions& options, const CommonOptions& common);

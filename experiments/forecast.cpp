@@ -67,13 +67,15 @@ double seconds_of(const PaperTrial& trial, const ModelSource& model, Library& li
   if (random || !why_no_lengths(c, model).empty()) {
     if (!random && !c.train.steps) return 0;
     const int64_t steps = (random_examples_to_train(c.train) + window - 1) / window;
-    return static_cast<double>(steps) * step.of(static_cast<double>(c.train.grad_accum));
+    return static_cast<double>(steps) * step.of(static_cast<double>(trial.rounds()));
   }
   const Dataset& data = library.train_set(c);
   const double per_example =
       static_cast<double>(data.tokens) / static_cast<double>(data.examples.size());
   const int64_t examples = examples_to_train(c.train, data);
-  return static_cast<double>(examples) * per_example / usual * step.micro +
+  const double share =
+      static_cast<double>(trial.rounds()) / static_cast<double>(c.train.grad_accum);
+  return share * static_cast<double>(examples) * per_example / usual * step.micro +
          static_cast<double>((examples + window - 1) / window) * step.update;
 }
 
@@ -137,8 +139,10 @@ class Forecaster {
   void run(std::span<const size_t> gang, std::string halved = "") {
     const ModelSource& model = library_.model(configs_[gang[0]]->model.path);
     std::vector<PaperTrial> papers;
-    for (const size_t i : gang)
+    for (const size_t i : gang) {
       papers.push_back(trial_on_paper(*configs_[i], library_, target_.device));
+      papers.back().replicas = target_.replicas;
+    }
     const GangForecast& own = forecast_of(model, papers);
     if (const std::string why = why_in_halves(model, papers, own); !why.empty()) {
       append(halved, fmt::format("a gang of {} {}: in halves", gang.size(), why));
@@ -283,7 +287,9 @@ std::string forecast_table(const Sweep& sweep, const std::vector<TrialForecast>&
   std::string text = trial_table(sweep, columns);
   if (known)
     text += fmt::format(
-        "predicted for {}{}", target.name,
+        "predicted for {}{}{}",
+        target.replicas > 1 ? fmt::format("each of {} replicas, on ", target.replicas) : "",
+        target.name,
         target.capacity ? " with " + format_bytes(std::max<int64_t>(*target.capacity, 0)) : "");
   if (seconds > 0)
     text += fmt::format(

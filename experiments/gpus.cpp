@@ -9,6 +9,7 @@
 #include <limits>
 
 #include "core/error.h"
+#include "core/host_memory.h"
 #include "core/memory.h"
 #include "experiments/config_fields.h"
 
@@ -138,13 +139,16 @@ std::string barely_text(const MemoryTarget& target, int64_t peak) {
                      format_bytes(left), format_bytes(doubt));
 }
 
-MemoryTarget target_here(Device device) {
+MemoryTarget target_here(Device device, int64_t replicas) {
   MemoryTarget target{device, device_description(device), {}, {}, rates_of(device)};
-  const int64_t free = available_memory(device), held = memory_account(device).total;
+  target.replicas = replicas;
+  const int64_t held = memory_account(device).total;
+  int64_t free = available_memory(device);
+  if (!device.is_cuda()) free = std::min(free, available_host_memory() / replicas);
   constexpr int64_t unlimited = std::numeric_limits<int64_t>::max();
   if (free < unlimited - held) target.capacity = free + held;
   if (device.is_cuda()) {
-    target.host = available_memory(Device::cpu()) + memory_account(Device::cpu()).total;
+    target.host = available_memory(Device::cpu()) / replicas + memory_account(Device::cpu()).total;
     const auto total = static_cast<int64_t>(cuda::memory_info(device.index).total_bytes);
     target.gpu = GpuSpec{target.name,
                          total,

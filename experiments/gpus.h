@@ -29,6 +29,7 @@ struct MemoryTarget {
   std::optional<int64_t> limit = {};  // of --device-memory, in `capacity` already
   std::optional<int64_t> host = {};   // memory of the host beside a GPU; none: no end
   std::string note = {};              // why it is not the device that a run here would take
+  int64_t replicas = 1;               // of a run, each on such a device; what is told is of one
 };
 /// A GPU by name or bytes (`gpu`), or else a device here (`device`, as --device has it); without
 /// either a GPU without an end.
@@ -47,8 +48,9 @@ RatesOrigin rates_origin(const MemoryTarget& target);
 /// Of a GPU whose context is assumed, where a peak leaves less of it free than the assumption may
 /// be off by: "barely: ...", otherwise "".
 std::string barely_text(const MemoryTarget& target, int64_t peak);
-/// A device here, with what its allocator holds and what is free.
-MemoryTarget target_here(Device device);
+/// A device here, with what its allocator holds and what is free; of the host's memory, which so
+/// many replicas share, one's part.
+MemoryTarget target_here(Device device, int64_t replicas = 1);
 
 /// One of the known names, or bytes ("24GiB"). Error with the list for anything else.
 GpuSpec find_gpu(const std::string& text);

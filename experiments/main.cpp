@@ -42,6 +42,11 @@ void add_run(CLI::App* app, qlab::SweepOptions& options, qlab::CommonOptions& co
       "run although the predicted memory does not fit; the allocator still ends the run at "
       "--device-memory, except with a paged optim.type, which may take what was "
       "predicted");
+  app->add_option("--replicas", options.replicas,
+                  "train one configuration on so many GPUs, from that of --device on: the "
+                  "micro-batches of train.grad_accum are shared out, and results stay the same")
+      ->check(CLI::Range(1, 64))
+      ->capture_default_str();
   add_common(app, common);
 }
 

@@ -68,12 +68,14 @@ ResidentBytes parts_of(const std::vector<LiveTensor>& tensors) {
 struct PaperRun {
   std::unique_ptr<Adapter> adapter;
   std::unique_ptr<AdamW> optimizer;
+  std::optional<GradientSum> sum;
 };
 
 }  // namespace
 
 PaperTrial assumed_trial(const Config& config, Device target) {
-  PaperTrial trial{config, {}, {}, {}};
+  PaperTrial trial;
+  trial.config = config;
   trial.train_lengths.assign(static_cast<size_t>(config.train.batch_size), config.data.seq_len);
   trial.usual_lengths = trial.train_lengths;
   if (!config.data.eval.empty()) {
@@ -90,7 +92,7 @@ double micro_batches(std::span<const PaperTrial> gang) {
   for (const PaperTrial& t : gang) {
     const int64_t own = std::accumulate(t.usual_lengths.begin(), t.usual_lengths.end(), int64_t{0});
     tokens += own;
-    of_a_step += own * t.config.train.grad_accum;
+    of_a_step += own * t.rounds();
   }
   return static_cast<double>(of_a_step) / static_cast<double>(tokens);
 }
@@ -153,10 +155,11 @@ RunPlan use_spare_memory(RunPlan plan, MemoryPrediction& own,
   return plan;
 }
 
-PaperTrial paper_trial(const Config& config, Library& library, Device target) {
+PaperTrial paper_trial(const Config& config, Library& library, Device target, int64_t replicas) {
   const Dataset& train = library.train_set(config);
   const int64_t batch = std::min(config.train.batch_size, examples_to_train(config.train, train));
-  PaperTrial trial{config, longest_examples(train, batch), {}, usual_examples(train, batch)};
+  PaperTrial trial{
+      config, longest_examples(train, batch), {}, usual_examples(train, batch), replicas};
   if (!config.data.eval.empty())
     trial.eval_lengths = largest_evaluation(library.eval_set(config), evaluation_tokens(target));
   return trial;
@@ -208,6 +211,7 @@ MemoryPrediction predict_memory(const ModelSource& model, std::span<const PaperT
       const int64_t count = run.adapter->parameter_count();
       run.optimizer = std::make_unique<AdamW>(adamw_config(t.config), run.adapter->sizes(), meta);
       out.trainable_params += count;
+      if (t.replicas > 1) run.sum.emplace(*run.adapter, t.replicas, t.rounds());
       participants.push_back({run.adapter.get(), t.train_lengths, t.eval_lengths, t.usual_lengths});
     }
     out.phases.push_back(accounts.phase("prepare"));
@@ -220,10 +224,13 @@ MemoryPrediction predict_memory(const ModelSource& model, std::span<const PaperT
     out.work = planned ? std::move(step.work) : count_usual_step(*stepper, participants);
     const WorkCounter counter;
     std::vector<AdamW::Step> updates;
-    for (const PaperRun& run : runs) {
+    for (size_t i = 0; i < runs.size(); ++i) {
+      PaperRun& run = runs[i];
       fill_zero(run.adapter->gradients());
-      updates.push_back(
-          {run.optimizer.get(), run.adapter->parameters(), run.adapter->gradients(), 0.0f});
+      for (int64_t round = 0; run.sum && round < gang[i].rounds(); ++round)
+        run.sum->add(nullptr, gang[i].replicas, round == 0);
+      updates.push_back({run.optimizer.get(), run.adapter->parameters(),
+                         run.sum ? run.sum->total() : run.adapter->gradients(), 0.0f});
     }
     AdamW::step(updates, stepper->idle());
     for (const PaperRun& run : runs) {

@@ -10,6 +10,7 @@
 #include "experiments/config.h"
 #include "experiments/cost_model.h"
 #include "experiments/gpus.h"
+#include "experiments/gradient_sum.h"
 #include "experiments/reservation.h"
 #include "nn/load.h"
 
@@ -22,11 +23,14 @@ class Library;
 struct PaperTrial {
   Config config;
   std::vector<int64_t> train_lengths, eval_lengths, usual_lengths;
+  int64_t replicas = 1;  // that train it together; what is predicted is of one
+  /// Micro-batches of an optimizer step that one replica computes one after another.
+  int64_t rounds() const { return GradientSum::rounds(config.train.grad_accum, replicas); }
 };
 /// Full batches of data.seq_len, as synthetic data has them.
 PaperTrial assumed_trial(const Config& config, Device target);
 /// The longest examples of its own data, which is read.
-PaperTrial paper_trial(const Config& config, Library& library, Device target);
+PaperTrial paper_trial(const Config& config, Library& library, Device target, int64_t replicas = 1);
 
 /// The bytes of one stage: load (the base), prepare (adapters and optimizers), reserve (steps and
 /// weights held expanded), train, save.
@@ -60,7 +64,7 @@ struct RunPlan {
   double step_seconds = 0;        // of a whole optimizer step
 };
 /// Micro-batches of an optimizer step, counted as if the whole gang took part in each: a trial
-/// takes part in its own train.grad_accum alone.
+/// takes part in its own train.grad_accum alone, and a replica in its rounds.
 double micro_batches(std::span<const PaperTrial> gang);
 /// What train.recompute (not auto), quant.resident and the model's placement of the first trial ask
 /// for, and use_spare_memory().

@@ -213,13 +213,14 @@ class Runner {
  public:
   Runner(Library& library, Device device, bool force,
          const std::function<void(const std::string&)>& print, TrainCallbacks callbacks,
-         RunnerResult& result)
+         RunnerResult& result, Replicas* replicas = nullptr)
       : library_(library),
         device_(device),
         force_(force),
         print_(print),
         callbacks_(std::move(callbacks)),
-        result_(result) {}
+        result_(result),
+        replicas_(replicas) {}
 
   /// Whatever goes wrong is these trials' own.
   void run(const std::vector<Planned>& planned) {
@@ -231,6 +232,7 @@ class Runner {
         files.clear();
         return run_halves(gang, why);
       }
+      if (replicas_ != nullptr) replicas_->tell(gang.front().dir);
       train(gang, std::move(files));
     } catch (const Interrupted&) {
       result_.interrupted = true;
@@ -244,6 +246,16 @@ class Runner {
       loaded_.clear();
       give_up(gang, error.what(), fmt::format("failed: {}", error.what()));
     }
+  }
+
+  /// As another replica of the trial, whose directory is rank 0's. Throws whatever goes wrong.
+  void assist(const Planned& planned) {
+    const RunPlan plan = check_fits({planned});
+    const PagedLimit limit(planned.trial->config, device_, plan.peak);
+    Llama& model = load_as(plan, planned.trial->config);
+    TrialRun run(planned.trial->config, planned.trial->name, TrialFiles::reading(planned.dir),
+                 library_, model);
+    Gang(library_, model, {&run}, callbacks_, force_, replicas_).run();
   }
 
   /// What another process was running when its turn came, as it is now.
@@ -260,7 +272,7 @@ class Runner {
   /// Throws OutOfMemory before anything is loaded where minutes later the allocator would. Returns
   /// the plan.
   RunPlan check_fits(const std::vector<Planned>& gang) {
-    MemoryTarget target = target_here(device_);
+    MemoryTarget target = here();
     const std::vector<PaperTrial> papers = on_paper(gang);
     const Config& first = papers.front().config;
     const ModelSource& model = library_.model(first.model.path);
@@ -291,22 +303,26 @@ class Runner {
   }
 
  private:
+  int64_t replicas() const { return replicas_ != nullptr ? replicas_->size() : 1; }
+  MemoryTarget here() const { return target_here(device_, replicas()); }
+
   /// Beside a GPU; a base that is loaded already has its part of it.
   int64_t host_memory() const {
-    const std::optional<int64_t> host = target_here(device_).host;
+    const std::optional<int64_t> host = here().host;
     return force_ || !host ? MemoryLimits::none : *host + library_.streamed_bytes();
   }
 
   std::vector<PaperTrial> on_paper(const std::vector<Planned>& gang) {
     std::vector<PaperTrial> papers;
-    for (const Planned& p : gang) papers.push_back(paper_trial(p.trial->config, library_, device_));
+    for (const Planned& p : gang)
+      papers.push_back(paper_trial(p.trial->config, library_, device_, replicas()));
     return papers;
   }
 
   /// "" unless a gang is slower together.
   std::string why_in_halves(const std::vector<Planned>& gang) {
     if (gang.size() < 2 || force_) return "";
-    const MemoryTarget target = target_here(device_);
+    const MemoryTarget target = here();
     const std::vector<PaperTrial> papers = on_paper(gang);
     const Config& first = papers.front().config;
     const ModelSource& model = library_.model(first.model.path);
@@ -348,12 +364,10 @@ class Runner {
   }
 
   void train(const std::vector<Planned>& gang, std::vector<TrialFiles> files) {
-    Config first = gang.front().trial->config;
+    const Config& first = gang.front().trial->config;
     const RunPlan plan = check_fits(gang);
     const PagedLimit limit(first, device_, plan.peak);
-    first.model.embeddings = plan.host_embeddings ? "host" : "device";
-    first.model.streamed_layers.text = std::to_string(plan.streamed_layers);
-    Llama& model = load(first, compute_dtype(first, device_));
+    Llama& model = load_as(plan, first);
     std::vector<std::unique_ptr<TrialRun>> runs;
     std::vector<TrialRun*> pointers;
     std::vector<std::pair<const Planned*, std::string>> damaged;
@@ -369,7 +383,7 @@ class Runner {
         damaged.emplace_back(&p, error.what());
       }
     }
-    if (!runs.empty()) Gang(library_, model, pointers, callbacks_, force_).run();
+    if (!runs.empty()) Gang(library_, model, pointers, callbacks_, force_, replicas_).run();
     for (const auto& [planned, error] : damaged) fail_trial(*planned, error);
     for (const auto& r : runs) {
       switch (r->state()) {
@@ -399,10 +413,15 @@ class Runner {
     if (!result_.interrupted) run({middle, gang.end()});
   }
 
-  Llama& load(const Config& config, DType compute) {
+  /// The base of `config`, placed as planned.
+  Llama& load_as(const RunPlan& plan, Config config) {
+    config.model.embeddings = plan.host_embeddings ? "host" : "device";
+    config.model.streamed_layers.text = std::to_string(plan.streamed_layers);
+    const DType compute = compute_dtype(config, device_);
     const std::string key = base_key(config, compute, device_);
     if (key != loaded_) {
-      print_(fmt::format("model  {}: {} on {}", config.model.path, config.quant.type,
+      print_(fmt::format("model  {}: {} on {}{}", config.model.path, config.quant.type,
+                         replicas() > 1 ? fmt::format("{} x ", replicas()) : "",
                          device_description(device_)));
       loaded_ = key;
     }
@@ -427,6 +446,7 @@ class Runner {
   const std::function<void(const std::string&)>& print_;
   TrainCallbacks callbacks_;
   RunnerResult& result_;
+  Replicas* replicas_;
   std::string loaded_;
   std::vector<Planned> elsewhere_;
 };
@@ -453,7 +473,7 @@ RunnerResult run_sweep(const Sweep& sweep, const RunnerOptions& options,
       for (const int i : mine) shown.trials.push_back(sweep.trials[static_cast<size_t>(i)]);
     }
     Library library(callbacks.stop, true);
-    const MemoryTarget target = target_here(options.device);
+    const MemoryTarget target = target_here(options.device, options.replicas);
     print(forecast_table(shown, forecast(shown, library, target), target));
     note_missing(shown, print);
     return result;
@@ -483,7 +503,7 @@ RunnerResult run_sweep(const Sweep& sweep, const RunnerOptions& options,
   }
   for (const std::string& w : warnings) print("warning: " + w);
 
-  Runner runner(library, options.device, options.force, print, callbacks, result);
+  Runner runner(library, options.device, options.force, print, callbacks, result, options.others);
   if (sweep.single && !planned.front().finished) runner.check_fits(planned);
 
   std::vector<std::string> directories;
@@ -531,6 +551,17 @@ RunnerResult run_sweep(const Sweep& sweep, const RunnerOptions& options,
   runner.count_elsewhere();
   for (const std::string& note : write_report(result.dir).notes) print(note);
   return result;
+}
+
+void assist(Replicas& replicas, const Config& config, Device device, bool force) {
+  Library library;
+  library.train_set(config);
+  if (!config.data.eval.empty()) library.eval_set(config);
+  const Trial trial{.config = config, .swept = {}, .seed = 0, .variant = "", .name = "replica"};
+  const Planned planned{&trial, replicas.tell("")};
+  RunnerResult none;
+  const std::function<void(const std::string&)> silent = [](const std::string&) {};
+  Runner(library, device, force, silent, {}, none, &replicas).assist(planned);
 }
 
 }  // namespace qlab

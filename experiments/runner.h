@@ -14,7 +14,9 @@ struct RunnerOptions {
   Device device;
   std::string shard;  // "I/N" or ""
   bool dry_run = false;
-  bool force = false;  // although the prediction does not fit
+  bool force = false;          // although the prediction does not fit
+  int64_t replicas = 1;        // of the base, one trial's; a dry run has only their number
+  Replicas* others = nullptr;  // the run's, where there are several
 };
 
 struct RunnerResult {
@@ -29,5 +31,9 @@ struct RunnerResult {
 RunnerResult run_sweep(const Sweep& sweep, const RunnerOptions& options,
                        const std::function<void(const std::string&)>& print,
                        TrainCallbacks callbacks);
+
+/// On a rank above 0: its part of the trial that rank 0 trains, whose directory rank 0 tells when
+/// it has taken it.
+void assist(Replicas& replicas, const Config& config, Device device, bool force);
 
 }  // namespace qlab

@@ -41,7 +41,7 @@ struct Fingerprints {
   std::string model, train, eval, adapter;
 };
 /// Changes when the program's numbers do, so that older results are not taken for finished ones.
-inline constexpr int numerics_version = 4;
+inline constexpr int numerics_version = 5;
 /// 16 hex digits over everything that changes a trial's numbers. `compute_dtype` is what "auto"
 /// became on the device.
 std::string trial_hash(const Trial& trial, const Fingerprints& fingerprints,

@@ -126,11 +126,11 @@ void TrialRun::record_evaluation(const Evaluation& evaluation) {
                          evaluation.loss, evaluation.trained_tokens));
 }
 
-AdamW::Step TrialRun::begin_update() {
+AdamW::Step TrialRun::begin_update(const Tensor& gradients) {
   lr_ = config_.optim.lr * schedule_factor(schedule_, progress_.step, warmup_steps_, total_steps_);
   const float factor = loss_factor();
-  if (factor != 1) scale_inplace(adapter_->gradients(), 1 / factor);
-  return {optimizer_.get(), adapter_->parameters(), adapter_->gradients(), static_cast<float>(lr_)};
+  if (factor != 1) scale_inplace(gradients, 1 / factor);
+  return {optimizer_.get(), adapter_->parameters(), gradients, static_cast<float>(lr_)};
 }
 
 void TrialRun::end_update() {
@@ -191,6 +191,7 @@ void TrialRun::give_up(const std::string& error) {
 }
 
 void TrialRun::write_status(const char* status, const std::string& error) {
+  if (!files_.writes()) return;
   const Device device = adapter_->parameters().device();
   const MemoryAccount highest = memory_.highest();
   Json json = {
@@ -207,6 +208,7 @@ void TrialRun::write_status(const char* status, const std::string& error) {
       {"load_peak_bytes", memory_.load_peak()},
       {"gang", gang_},
       {"gang_size", gang_size_},
+      {"replicas", replicas_},
       {"device", device_description(device)}};
   // Not a number where a state of an older version has no sum of them.
   if (progress_.step == total_steps_ && std::isfinite(progress_.last_losses))
@@ -250,7 +252,7 @@ void TrialRun::write_status(const char* status, const std::string& error) {
     json["model_flops_per_s_median"] = median(flops);
     if (device.is_cuda())
       if (const double peak = peak_flops(device_description(device)); peak > 0)
-        json["mfu"] = median(flops) / peak;
+        json["mfu"] = median(flops) / peak / static_cast<double>(replicas_);
   }
   if (evaluated_step_ >= 0) {
     json["eval_loss_0"] = first_eval_loss_;
@@ -262,23 +264,39 @@ void TrialRun::write_status(const char* status, const std::string& error) {
 }
 
 void TrialRun::save_adapter_files() {
-  save_adapter(files_.dir() + "/adapter", *adapter_, config_.model.path);
+  if (files_.writes()) save_adapter(files_.dir() + "/adapter", *adapter_, config_.model.path);
 }
 
 Gang::Gang(Library& library, Llama& model, std::vector<TrialRun*> trials, TrainCallbacks callbacks,
-           bool force)
+           bool force, Replicas* replicas)
     : library_(library),
       trials_(std::move(trials)),
       callbacks_(std::move(callbacks)),
       model_(model),
+      replicas_(replicas),
+      sum_(replicas != nullptr ? std::optional(sum_of_replicas()) : std::nullopt),
       plan_(make_plan(force)),
       stepper_(model, RecomputePolicy(plan_.layers, plan_.expanded_once),
                trials_.at(0)->config_.train.graphs && !callbacks_.profile, plan_.leaner),
       peak_flops_(model.device().is_cuda() ? peak_flops(device_description(model.device())) : 0) {
+  if (replicas_ != nullptr) peak_flops_ *= replicas_->size();
   for (TrialRun* t : trials_) {
+    t->replicas_ = replicas_ != nullptr ? replicas_->size() : 1;
     t->gang_ = trials_.front()->name_;
     t->gang_size_ = static_cast<int64_t>(trials_.size());
   }
+}
+
+GradientSum Gang::sum_of_replicas() const {
+  QLAB_CHECK(trials_.size() == 1, "{} trials for {} replicas, which train one", trials_.size(),
+             replicas_->size());
+  const TrialRun& trial = *trials_.front();
+  GradientSum sum(*trial.adapter_, replicas_->size(),
+                  GradientSum::rounds(trial.config_.train.grad_accum, replicas_->size()));
+  // When all have come this far, NCCL takes the memory that it needs, before anything is planned.
+  replicas_->gather(0.0);
+  sum.add(replicas_, 0, true);
+  return sum;
 }
 
 std::vector<TrialRun*> Gang::running() const {
@@ -291,7 +309,8 @@ std::vector<TrialRun*> Gang::running() const {
 std::vector<PaperTrial> Gang::on_paper() const {
   std::vector<PaperTrial> gang;
   for (const TrialRun* t : running())
-    gang.push_back(paper_trial(t->config_, library_, model_.device()));
+    gang.push_back(paper_trial(t->config_, library_, model_.device(),
+                               replicas_ != nullptr ? replicas_->size() : 1));
   return gang;
 }
 
@@ -307,12 +326,14 @@ RunPlan Gang::make_plan(bool force) const {
   }
   if (first.train.recompute != "auto") return asked_plan(source, gang, device);
   // The allocator of a run with paged states is limited to its budget already.
-  const std::optional<int64_t> capacity = target_here(device).capacity;
+  const MemoryTarget target = target_here(device, gang.front().replicas);
+  const std::optional<int64_t> capacity = target.capacity;
   int64_t budget = memory_budget(first, device, capacity);
   if (is_paged(first) && capacity && first.train.memory_budget.text == "auto") budget = *capacity;
   MemoryLimits limits = budget;
-  if (const auto host = target_here(device).host; host && !force) {
-    limits.host = *host + model_.streamed_bytes();  // what is there already counts in the plan
+  if (target.host && !force) {
+    limits.host =
+        *target.host + model_.streamed_bytes();  // what is there already counts in the plan
     for (const TrialRun* t : running()) limits.host += t->optimizer_->moments().bytes_on_host();
   }
   RunPlan plan =
@@ -374,6 +395,7 @@ void Gang::write_memory() {
 }
 
 void Gang::evaluate_due() {
+  if (replicas_ != nullptr && !replicas_->leads()) return;
   std::map<const Dataset*, Evaluation>& of_base = library_.base_evaluations();
   for (TrialRun* t : running()) {
     if (!t->evaluation_due()) continue;
@@ -402,59 +424,82 @@ void Gang::evaluate_due() {
   }
 }
 
+void Gang::begin_window(TrialRun& trial) {
+  fill_zero(trial.adapter_->gradients());
+  trial.loss_ = 0;
+  trial.step_tokens_ = 0;
+  trial.window_tokens_ = trial.window_batches_ = 0;
+  for (int64_t m = 0; m < trial.config_.train.grad_accum; ++m) {
+    const std::vector<Sequence> batch = trial.micro_batch(trial.progress_.step, m);
+    for (const Sequence& s : batch) {
+      trial.window_tokens_ += trained_tokens(s);
+      trial.step_tokens_ += static_cast<int64_t>(s.ids.size());
+      flops_ += model_flops(model_.config(), static_cast<int64_t>(s.ids.size()));
+    }
+    trial.window_batches_ += !batch.empty();
+  }
+}
+
+void Gang::run_micro_batch(const std::vector<TrialRun*>& active, int64_t micro) {
+  BatchBuilder builder;
+  std::vector<std::pair<TrialRun*, double>> rows;  // whose rows follow, and their scale
+  std::vector<int64_t> counts;
+  for (TrialRun* t : active) {
+    if (micro >= t->config_.train.grad_accum) continue;
+    const std::vector<Sequence> batch = t->micro_batch(t->progress_.step, micro);
+    if (batch.empty()) continue;  // the last window of a run may be shorter
+    int64_t trained = 0;
+    for (const Sequence& s : batch) trained += trained_tokens(s);
+    // tokens: one mean over the whole window. microbatch: the mean of the micro-batches' means.
+    const double scale = t->config_.train.loss_norm == "tokens"
+                             ? 1.0 / static_cast<double>(t->window_tokens_)
+                             : 1.0 / static_cast<double>(trained * t->window_batches_);
+    builder.add(batch, t->adapter_.get(), true, static_cast<float>(scale) * t->loss_factor());
+    rows.emplace_back(t, scale);
+    counts.push_back(trained);
+  }
+  if (rows.empty()) return;
+  const std::vector<float> nll = stepper_.run(builder, true);
+  note_policy(builder.tokens());
+  size_t row = 0;
+  for (size_t i = 0; i < rows.size(); ++i) {
+    double sum = 0;
+    for (int64_t j = 0; j < counts[i]; ++j) sum += nll[row++];
+    rows[i].first->loss_ += sum * rows[i].second;
+  }
+}
+
+void Gang::share_window(TrialRun& trial) {
+  double loss = 0;
+  for (int64_t first = 0; first < trial.window_batches_; first += replicas_->size()) {
+    fill_zero(trial.adapter_->gradients());
+    trial.loss_ = 0;
+    run_micro_batch({&trial}, first + replicas_->rank());
+    // Here a rank sees that another has ended, not while it waits for it on the GPU.
+    for (const double part : replicas_->gather(trial.loss_)) loss += part;
+    sum_->add(replicas_, std::min<int64_t>(replicas_->size(), trial.window_batches_ - first),
+              first == 0);
+  }
+  trial.loss_ = loss;
+}
+
 void Gang::train_step() {
   const auto start = Clock::now();
   const std::vector<TrialRun*> active = running();
+  flops_ = 0;
   int64_t micro_batches = 0;
-  double flops = 0;
   for (TrialRun* t : active) {
+    begin_window(*t);
     micro_batches = std::max(micro_batches, t->config_.train.grad_accum);
-    fill_zero(t->adapter_->gradients());
-    t->loss_ = 0;
-    t->step_tokens_ = 0;
-    t->window_tokens_ = t->window_batches_ = 0;
-    for (int64_t m = 0; m < t->config_.train.grad_accum; ++m) {
-      const std::vector<Sequence> batch = t->micro_batch(t->progress_.step, m);
-      for (const Sequence& s : batch) t->window_tokens_ += trained_tokens(s);
-      t->window_batches_ += !batch.empty();
-    }
   }
-  for (int64_t m = 0; m < micro_batches; ++m) {
-    BatchBuilder builder;
-    std::vector<std::pair<TrialRun*, double>> rows;  // whose rows follow, and their scale
-    std::vector<int64_t> counts;
-    for (TrialRun* t : active) {
-      if (m >= t->config_.train.grad_accum) continue;
-      const std::vector<Sequence> batch = t->micro_batch(t->progress_.step, m);
-      int64_t trained = 0;
-      for (const Sequence& s : batch) {
-        trained += trained_tokens(s);
-        t->step_tokens_ += static_cast<int64_t>(s.ids.size());
-        flops += model_flops(model_.config(), static_cast<int64_t>(s.ids.size()));
-      }
-      if (batch.empty()) continue;
-      // tokens: one mean over the whole window. microbatch: the mean of the micro-batches' means.
-      const double scale = t->config_.train.loss_norm == "tokens"
-                               ? 1.0 / static_cast<double>(t->window_tokens_)
-                               : 1.0 / static_cast<double>(trained * t->window_batches_);
-      builder.add(batch, t->adapter_.get(), true, static_cast<float>(scale) * t->loss_factor());
-      rows.emplace_back(t, scale);
-      counts.push_back(trained);
-    }
-    if (rows.empty()) continue;  // the last window of a run may be shorter
-    const std::vector<float> nll = stepper_.run(builder, true);
-    note_policy(builder.tokens());
-    size_t row = 0;
-    for (size_t i = 0; i < rows.size(); ++i) {
-      double sum = 0;
-      for (int64_t j = 0; j < counts[i]; ++j) sum += nll[row++];
-      rows[i].first->loss_ += sum * rows[i].second;
-    }
-  }
+  if (replicas_ != nullptr)
+    share_window(*active.front());
+  else
+    for (int64_t m = 0; m < micro_batches; ++m) run_micro_batch(active, m);
   std::vector<AdamW::Step> updates;
   for (TrialRun* t : active) {
     t->progress_.tokens += t->step_tokens_;
-    updates.push_back(t->begin_update());
+    updates.push_back(t->begin_update(sum_ ? sum_->total() : t->adapter_->gradients()));
   }
   AdamW::step(updates, stepper_.idle());
   for (TrialRun* t : active) t->adapter_->refresh();
@@ -462,7 +507,7 @@ void Gang::train_step() {
   const double seconds = seconds_since(start);
   for (TrialRun* t : active) {
     t->progress_.seconds += seconds;
-    t->timed_.push_back({seconds, t->step_tokens_, flops, t->traffic_});
+    t->timed_.push_back({seconds, t->step_tokens_, flops_, t->traffic_});
   }
 }
 
@@ -518,7 +563,9 @@ void Gang::run() {
         t->write_status("interrupted");
       }
     }
-    if (running().empty()) return;
+    // Rank 0 has evaluated and been told to stop, and knows alone.
+    const bool goes_on = !running().empty();
+    if (!(replicas_ != nullptr ? replicas_->gather(goes_on)[0] > 0 : goes_on)) return;
     begin("train");
     constexpr int64_t profiled = 3;  // after planning and the choice of algorithms
     const bool last = std::ranges::all_of(

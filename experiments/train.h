@@ -1,6 +1,7 @@
 // The one training loop. It runs a gang: trials that share a base, their micro-batches concatenated
 // along tokens, each with its own adapter, optimizer, schedule and data. A single run is a gang of
-// one, and a trial's numbers are the same whatever its company.
+// one, and a trial's numbers are the same whatever its company. One trial can be trained by several
+// replicas of the base, which share out the micro-batches of each window (docs/design.md).
 #pragma once
 #include <algorithm>
 #include <functional>
@@ -10,8 +11,10 @@
 #include <vector>
 
 #include "core/profile.h"
+#include "core/replicas.h"
 #include "data/order.h"
 #include "experiments/evaluate.h"
+#include "experiments/gradient_sum.h"
 #include "experiments/planner.h"
 #include "experiments/setup.h"
 #include "experiments/trial_files.h"
@@ -45,7 +48,7 @@ class TrialRun {
   int64_t last_steps() const { return std::max<int64_t>(1, total_steps_ / 10); }
   void record_evaluation(const Evaluation& evaluation);
   /// The optimizer's part of a step, to be taken with that of the gang's others; then the rest.
-  AdamW::Step begin_update();
+  AdamW::Step begin_update(const Tensor& gradients);
   void end_update();
   /// Of the step's loss: 1 unless the run computes in fp16.
   float loss_factor() const { return scales_loss_ ? progress_.loss_scale.factor : 1.0f; }
@@ -68,7 +71,7 @@ class TrialRun {
   TrialProgress progress_;
   State state_ = State::running;
   std::string error_;
-  int64_t evaluated_step_ = -1, gang_size_ = 1;
+  int64_t evaluated_step_ = -1, gang_size_ = 1, replicas_ = 1;
   std::string gang_;           // the name of its first trial
   double seconds_before_ = 0;  // of memory.jsonl, in earlier processes
   /// Of the gang.
@@ -126,18 +129,32 @@ class Gang {
  public:
   /// Trials of one base (equal base_key) and one plan. Throws OutOfMemory when no plan fits
   /// train.memory_budget and the host; with `force` the leanest is taken.
+  /// `replicas`: of one trial alone, which all of them train. In round j of a window of
+  /// train.grad_accum micro-batches replica r of N takes number j N + r. Rank 0 alone evaluates.
+  ///
+  /// All have the bits of one that trains alone wherever that one adds a micro-batch's gradient to
+  /// an element of the total in one sum, of the rounded gradient: with at most row_unit tokens in a
+  /// micro-batch, or 1,024 where a GPU multiplies in fp32; and where the library multiplies by the
+  /// adapter's scale (on a GPU in fp16 or fp32, or with lora.r above 32), of a scale that is a
+  /// power of two. Otherwise sums are rounded in another order, which is the same for every N
+  /// above 1.
   Gang(Library& library, Llama& model, std::vector<TrialRun*> trials, TrainCallbacks callbacks,
-       bool force = false);
+       bool force = false, Replicas* replicas = nullptr);
   /// Until every trial has finished, failed or was interrupted. Throws OutOfMemory before the first
   /// step when the gang does not fit.
   void run();
 
  private:
   std::vector<PaperTrial> on_paper() const;
+  GradientSum sum_of_replicas() const;
   RunPlan make_plan(bool force) const;
   void reserve();
   void evaluate_due();
   void train_step();
+  void begin_window(TrialRun& trial);
+  /// Adds to the losses and to the adapters' gradients.
+  void run_micro_batch(const std::vector<TrialRun*>& active, int64_t micro);
+  void share_window(TrialRun& trial);
   void profile_step();
   void note_policy(int64_t tokens);
   // Of memory.jsonl.
@@ -150,12 +167,15 @@ class Gang {
   std::vector<TrialRun*> trials_;
   TrainCallbacks callbacks_;
   Llama& model_;
+  Replicas* replicas_;
+  std::optional<GradientSum> sum_;  // of replicas
   RunPlan plan_;
   Stepper stepper_;
   int64_t steps_taken_ = 0;
+  double flops_ = 0;                // of the step being taken
   int64_t eval_tokens_ = 0;         // of a batch
   std::set<size_t> policies_told_;  // leaner ones, each when it first occurs
-  double peak_flops_;               // of the device, 0 where unknown
+  double peak_flops_;               // of the devices, 0 where unknown
 };
 
 }  // namespace qlab

@@ -41,7 +41,14 @@ TrialFiles::TrialFiles(const std::string& dir) : dir_(dir) {
     remove_temporary_files(folder);
 }
 
+TrialFiles TrialFiles::reading(const std::string& dir) {
+  TrialFiles files;
+  files.dir_ = dir;
+  return files;
+}
+
 void TrialFiles::write_config(const std::string& yaml) {
+  if (!writes()) return;
   write_file_atomically(path("config.yaml"), yaml);
 }
 
@@ -55,10 +62,12 @@ std::string TrialFiles::read_status(const std::string& dir) {
 }
 
 void TrialFiles::write_status(const Json& status) {
+  if (!writes()) return;
   write_file_atomically(path("status.json"), status.dump(2) + "\n");
 }
 
 void TrialFiles::append_metrics(const Json& line) {
+  if (!writes()) return;
   append(path("metrics.jsonl"), line.dump() + "\n");
   ++metrics_lines_;
 }
@@ -77,6 +86,7 @@ std::vector<Json> TrialFiles::read_metrics() const {
 }
 
 void TrialFiles::cut_metrics_after(int64_t step) {
+  if (!writes()) return;
   std::string kept;
   metrics_lines_ = 0;
   for (const Json& line : read_metrics()) {
@@ -96,10 +106,12 @@ void TrialFiles::check_metrics(int64_t step, int64_t saved_lines) const {
 }
 
 void TrialFiles::append_memory(const MemorySample& sample) {
+  if (!writes()) return;
   append(path("memory.jsonl"), memory_line(sample).dump() + "\n");
 }
 
 double TrialFiles::cut_memory_after(int64_t step) {
+  if (!writes()) return 0;
   std::string kept;
   double seconds = 0;
   for (const MemorySample& sample : read_memory_lines(path("memory.jsonl")).samples) {
@@ -112,6 +124,7 @@ double TrialFiles::cut_memory_after(int64_t step) {
 }
 
 void TrialFiles::log(const std::string& text) {
+  if (!writes()) return;
   const auto now = std::chrono::system_clock::to_time_t(std::chrono::system_clock::now());
   char stamp[32];
   std::strftime(stamp, sizeof(stamp), "%Y-%m-%d %H:%M:%S", std::localtime(&now));
@@ -120,6 +133,7 @@ void TrialFiles::log(const std::string& text) {
 
 void TrialFiles::save_state(const TrialProgress& progress, const Adapter& adapter,
                             const AdamW& optimizer) {
+  if (!writes()) return;
   flush_to_disk(path("metrics.jsonl"));  // a power cut must not leave a state ahead of it
   std::filesystem::create_directories(path("state"));
   const auto host = [](const Tensor& t) { return t.to(Device::cpu()); };

@@ -38,6 +38,9 @@ class TrialFiles {
   /// Takes the directory for this process, or throws Busy; removes what killed ones left
   /// unfinished.
   explicit TrialFiles(const std::string& dir);
+  /// Of a directory that another process has taken: reads from it, and writes nothing.
+  static TrialFiles reading(const std::string& dir);
+  bool writes() const { return lock_.has_value(); }
 
   const std::string& dir() const { return dir_; }
   void write_config(const std::string& yaml);
@@ -63,6 +66,7 @@ class TrialFiles {
   std::optional<TrialProgress> load_state(const Adapter& adapter, AdamW& optimizer);
 
  private:
+  TrialFiles() = default;
   TrialProgress read_state(const std::string& file, const Adapter& adapter, AdamW& optimizer) const;
   void check_metrics(int64_t step, int64_t saved_lines) const;
   std::string path(const char* name) const { return dir_ + "/" + name; }

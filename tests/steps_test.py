@@ -17,9 +17,11 @@ trial = pathlib.Path(sys.argv[sys.argv.index("--out") + 1]) / "trials/0"
 (trial / "adapter").mkdir(parents=True)
 base = config.get("base", config)
 with open(trial.parents[3] / "runs.txt", "a") as runs:
-    print(base["train"]["steps"], base["train"].get("graphs", True), file=runs)
+    print(base["train"]["steps"], base["train"].get("graphs", True), *sys.argv[7:], file=runs)
 if not BY_GRAPHS:
     base["train"].pop("graphs", None)
+if BY_REPLICAS:
+    config["arguments"] = sys.argv[7:]
 (trial / "adapter/adapter_model.safetensors").write_text(json.dumps(config))
 (trial / "metrics.jsonl").write_text("{}\\n" * base["train"]["steps"])
 (trial / "status.json").write_text(json.dumps(
@@ -30,21 +32,24 @@ if not BY_GRAPHS:
 class StepsTest(unittest.TestCase):
     maxDiff = None
 
-    def steps(self, *options, by_graphs=False):
-        """The exit status, the rows, and each run's (steps, graphs)."""
+    def steps(self, *options, by_graphs=False, by_replicas=False, gpus="0"):
+        """The exit status, the rows, and each run's (steps, graphs) and further arguments."""
         with tempfile.TemporaryDirectory() as name:
             folder = pathlib.Path(name)
             fake = folder / "qlab"
-            fake.write_text(FAKE.replace("BY_GRAPHS", str(by_graphs)))
+            fake.write_text(FAKE.replace("BY_GRAPHS", str(by_graphs))
+                            .replace("BY_REPLICAS", str(by_replicas)))
             fake.chmod(0o755)
             result = subprocess.run(
                 [sys.executable, ROOT / "bench/steps.py", "--qlab", fake, "--output",
                  folder / "rows.json", *options], capture_output=True, text=True,
-                env={"TMPDIR": name, "PATH": "/usr/bin:/bin"})
+                env={"TMPDIR": name, "PATH": "/usr/bin:/bin", "CUDA_VISIBLE_DEVICES": gpus})
+            self.output = result.stdout
             self.assertEqual(result.stderr, "")
             rows = json.loads((folder / "rows.json").read_text())["rows"]
-            runs = [tuple(line.split()) for line in (folder / "runs.txt").read_text().splitlines()]
-            return result.returncode, rows, runs
+            runs = folder / "runs.txt"
+            lines = runs.read_text().splitlines() if runs.exists() else []
+            return result.returncode, rows, [tuple(line.split()) for line in lines]
 
     def test_rows_of_few_tokens_are_trained_without_graphs_as_well(self):
         status, rows, runs = self.steps("--rows", "^smollm2-4x512-none$")
@@ -69,6 +74,21 @@ class StepsTest(unittest.TestCase):
             status, rows, runs = self.steps("--rows", "^8b-8x2048-full$", *options)
             self.assertEqual((status, runs), (0, expected))
             self.assertEqual("graphs_off_equal" in rows[0], bool(options))
+
+    def test_replicas_are_held_against_one_gpu(self):
+        rows_chosen = ("--rows", "^8b-4x2048-two-gpus$")
+        status, rows, runs = self.steps(*rows_chosen, gpus="0,1")
+        self.assertEqual((status, runs), (0, [("12", "True"), ("12", "True", "--replicas", "2")]))
+        self.assertEqual([row["tokens_per_s"] for row in rows], 2 * [2 * 4 * 2048 / 0.5])
+        status, rows, _ = self.steps(*rows_chosen, gpus="0,1", by_replicas=True)
+        self.assertEqual(status, 1)
+        self.assertIn("tokens_per_s", rows[0])
+        self.assertIn("not that of 8b-4x2048-two-gpus/one-gpu", rows[1]["error"])
+
+    def test_a_row_for_more_gpus_than_are_here_is_left_out(self):
+        status, rows, runs = self.steps("--rows", "^8b-4x2048-two-gpus$", gpus="0")
+        self.assertEqual((status, rows, runs), (0, [], []))
+        self.assertIn("8b-4x2048-two-gpus left out: needs 2 GPUs, and 1 is here", self.output)
 
 
 if __name__ == "__main__":
