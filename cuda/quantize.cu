@@ -106,6 +106,54 @@ __global__ void __launch_bounds__(threads)
   finish_scales(absmax, sums, scales[threadIdx.x], blocks);
 }
 
+constexpr int wide_vectors = 2;  // per lane
+constexpr int wide_per_warp = wide_vectors * warp_size * vector_width;
+constexpr int wide_per_block = warps_per_block * wide_per_warp;
+
+// Quantization blocks of more than 256 values, each of `warps` warps side by side: one read of x,
+// one write of the codes. Thread blocks of 256 such blocks would be too few for a GPU.
+template <class T>
+__global__ void __launch_bounds__(threads)
+    quantize_wide_kernel(uint32_t* codes, float* absmax, const T* x, int64_t n, int warps) {
+  __shared__ float maxima[warps_per_block];
+  const int lane = threadIdx.x % warp_size, warp = threadIdx.x / warp_size;
+  const Bins bins;
+  const int64_t first = static_cast<int64_t>(blockIdx.x) * wide_per_block + warp * wide_per_warp;
+  float v[wide_vectors][vector_width] = {};
+  float largest = 0;
+#pragma unroll
+  for (int k = 0; k < wide_vectors; ++k) {
+    const int64_t i = first + (k * warp_size + lane) * vector_width;
+    if (i < n) load(v[k], x + i);
+    for (int j = 0; j < vector_width; ++j) largest = fmaxf(largest, fabsf(v[k][j]));
+  }
+  largest = warp_max(largest);
+  if (lane == 0) maxima[warp] = largest;
+  __syncthreads();
+  const int leader = warp / warps * warps;
+  for (int w = leader; w < leader + warps; ++w) largest = fmaxf(largest, maxima[w]);
+  const float inverse = reciprocal(largest);
+#pragma unroll
+  for (int k = 0; k < wide_vectors; ++k) {
+    const int64_t i = first + (k * warp_size + lane) * vector_width;
+    uint32_t word = 0;
+#pragma unroll
+    for (int j = 0; j < vector_width; ++j)
+      word += bins.code(multiply_flushed(v[k][j], inverse), 8 * (j / 2) + (j % 2 == 0 ? 4 : 0));
+    if (i < n) codes[i / vector_width] = word;
+  }
+  if (warp == leader && lane == 0 && first < n) absmax[first / (warps * wide_per_warp)] = largest;
+}
+
+// The sums of 256 scales each that the other kernels form on the way.
+__global__ void __launch_bounds__(threads)
+    sum_scales_kernel(double* sums, const float* absmax, int64_t blocks) {
+  __shared__ double scratch[warp_size];
+  const int64_t block = static_cast<int64_t>(blockIdx.x) * nested_block_size + threadIdx.x;
+  const double sum = block_sum<double>(block < blocks ? absmax[block] : 0.0, scratch);
+  if (threadIdx.x == 0) sums[blockIdx.x] = sum;
+}
+
 // One thread block per 256 quantization blocks, one warp per block and one lane per byte; x is read
 // twice (the second time from cache). For sizes and places that allow no vectors.
 template <class T>
@@ -266,10 +314,15 @@ void quantize_nf4(const Tensor& codes, const Tensor& absmax, const Tensor& sums,
   if (n == 0) return;
   const unsigned grid = grid_of("quantize_nf4", ceil_div<int64_t>(blocks, nested_block_size));
   double* const sum = sums.defined() ? sums.data<double>() : nullptr;
-  const bool vectors =
-      n % vector_width == 0 && aligned16(x.raw()) && block_size <= warp_size * vector_width;
+  const bool vectors = n % vector_width == 0 && aligned16(x.raw());
+  const bool wide = vectors && block_size >= wide_per_warp && block_size <= wide_per_block;
   dispatch(CudaFloats{}, x.dtype(), "quantize_nf4", [&]<class T>() {
-    if (vectors)
+    if (wide)
+      launch_kernel("quantize_nf4", quantize_wide_kernel<T>,
+                    {grid_of("quantize_nf4", ceil_div<int64_t>(n, wide_per_block)), threads},
+                    static_cast<uint32_t*>(codes.raw()), absmax.data<float>(), x.data<T>(), n,
+                    static_cast<int>(block_size / wide_per_warp));
+    else if (vectors && block_size <= warp_size * vector_width)
       launch_kernel("quantize_nf4", quantize_vectors_kernel<T>, {grid, threads},
                     static_cast<uint32_t*>(codes.raw()), absmax.data<float>(), sum, x.data<T>(), n,
                     blocks, static_cast<int>(block_size / vector_width));
@@ -278,7 +331,10 @@ void quantize_nf4(const Tensor& codes, const Tensor& absmax, const Tensor& sums,
                     codes.data<uint8_t>(), absmax.data<float>(), sum, x.data<T>(), n, blocks,
                     block_size);
   });
-  // An ordinary launch, before which all earlier writes ended; behind `sums` comes quantize_scales.
+  if (wide && sum != nullptr)
+    launch_kernel("quantize_nf4", sum_scales_kernel, {grid, threads}, sum, absmax.data<float>(),
+                  blocks);
+  // Ordinary launches, before which all earlier writes ended; behind `sums` comes quantize_scales.
   writes_read_early() = !sums.defined();
 }
 

@@ -213,8 +213,9 @@ TEST_P(QuantizeTest, NestsTheScales) {
 // Sizes with and without vectors, more than 1,024 nested blocks among them.
 TEST_P(QuantizeTest, LargeHasTheBytesOfTheCpu) {
   if (!device().is_cuda()) GTEST_SKIP() << "compares the GPU with the CPU";
-  for (const int64_t block_size : {32, 64, 128, 256, 1024})
-    for (const Shape& shape : {Shape{3, 8}, Shape{64, 100}, Shape{129, 513}, Shape{4096, 2112}}) {
+  for (const int64_t block_size : block_sizes)
+    for (const Shape& shape :
+         {Shape{3, 8}, Shape{5, 824}, Shape{64, 100}, Shape{129, 513}, Shape{4096, 2112}}) {
       SCOPED_TRACE(fmt::format("{} blocks of {}", shape, block_size));
       const Tensor x = random(shape, 0.02);
       const Nf4Tensor gpu = quantize_nf4(x, block_size, true);
