@@ -7,6 +7,7 @@
 #include <map>
 #include <thread>
 
+#include "core/parallel.h"
 #include "experiments/gradient_sum.h"
 #include "experiments/memory_prediction.h"
 #include "experiments/setup.h"
@@ -269,6 +270,7 @@ TEST_F(ReplicasTest, LargeMicroBatches) {
 
 TEST_F(ReplicasTest, ThePredictionIsThePeakToTheByte) {
   QLAB_SKIP_WITHOUT_PLANS();
+  set_thread_count(2);  // as commands have it; workspaces grow with threads
   const std::vector<std::vector<std::string>> variants = {
       {}, {"lora.r=256", "train.batch_size=1", "data.seq_len=2"}, {"lora.dtype=bf16"}};
   int number = 0;
