@@ -27,6 +27,17 @@ std::vector<std::string> own_arguments() {
   return arguments;
 }
 
+/// The descriptor, or a new one in place of it where a program that was started with closed streams
+/// would take it for one of these: what it prints would go to another rank. -1 where there is none.
+int beyond_streams(int descriptor) {
+  if (descriptor > STDERR_FILENO) return descriptor;
+  const int moved = fcntl(descriptor, F_DUPFD_CLOEXEC, STDERR_FILENO + 1);
+  const int error = errno;
+  close(descriptor);
+  errno = error;
+  return moved;
+}
+
 /// Only what is safe between fork and exec. The signals stay ignored in the new program.
 [[noreturn]] void become(char** arguments, int socket, pid_t parent) {
   prctl(PR_SET_PDEATHSIG, SIGKILL);
@@ -54,7 +65,15 @@ ReplicaProcesses::ReplicaProcesses(int size) : size_(size) {
       error = errno;
       break;
     }
+    for (int& end : pair) {
+      end = beyond_streams(end);
+      if (end < 0) error = errno;
+    }
     sockets.push_back(pair[0]);
+    if (error != 0) {
+      close(pair[1]);
+      break;
+    }
     setenv(variable, fmt::format("{}/{}/{}", rank, size, pair[1]).c_str(), 1);
     const pid_t pid = fork();
     if (pid == 0) become(arguments.data(), pair[1], self);

@@ -399,6 +399,15 @@ TEST_F(ReplicasTest, Refusals) {
   expect_refused(many, {"--replicas 64", "GPU"});
 }
 
+// Sockets must not take the place of streams, into which rank 0 prints.
+TEST_F(ReplicasTest, StartedWithClosedStreams) {
+  const std::vector<std::string> sets = with(short_run, {"train.grad_accum=3"});
+  std::string command = "cd '" + work_ + "' && OMP_NUM_THREADS=2 exec '" + program() + "'";
+  for (const std::string& word : train("closed", 3, sets)) command += " '" + word + "'";
+  EXPECT_EQ(std::system(("(" + command + ") <&- >&- 2>&-").c_str()), 0);
+  expect_same(results("closed"), finish("open", 1, sets));
+}
+
 TEST_F(ReplicasTest, SaysWhereSomeAreIdle) {
   const Ended ended = run(train("out", 2, with(short_run, {"train.grad_accum=3"})));
   EXPECT_EQ(ended.code, 0) << ended.err;
