@@ -8,6 +8,21 @@
 #include <cstring>
 
 namespace qlab {
+namespace {
+
+/// Ends with an error too: a rank that reports one waits for nobody.
+class Wait {
+ public:
+  explicit Wait(std::atomic<bool>& waits) : waits_(waits) { waits_ = true; }
+  ~Wait() { waits_ = false; }
+  Wait(const Wait&) = delete;
+  Wait& operator=(const Wait&) = delete;
+
+ private:
+  std::atomic<bool>& waits_;
+};
+
+}  // namespace
 
 Replicas::Replicas(int rank, int size, std::vector<int> sockets,
                    std::function<std::string(int rank)> why_gone)
@@ -117,9 +132,8 @@ void Replicas::connect(Device device) {
            names[0].data(), rank, names[static_cast<size_t>(rank)].data());
   if (!device.is_cuda()) return;
   const std::string id = tell(leads() ? cuda::Communicator::new_id() : "");
-  waits_ = true;
+  const Wait wait(waits_);
   communicator_ = std::make_unique<cuda::Communicator>(id, rank_, size_);
-  waits_ = false;
 }
 
 void Replicas::gather(const Tensor& all, const Tensor& own) {
@@ -130,11 +144,10 @@ void Replicas::gather(const Tensor& all, const Tensor& own) {
   on_device(
       all.device(), [&] { gather_bytes(all.raw(), own.raw(), static_cast<size_t>(own.bytes())); },
       [&] {
-        waits_ = true;
+        const Wait wait(waits_);
         communicator_->gather(all.data<float>(), own.data<float>(),
                               static_cast<size_t>(own.numel()));
         cuda::synchronize();
-        waits_ = false;
       });
 }
 
