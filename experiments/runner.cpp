@@ -137,6 +137,14 @@ void report_data(const Sweep& sweep, Library& library,
   }
 }
 
+/// Of all that a run reads. Each replica reads for itself.
+std::string contents(Library& library, const Config& c) {
+  return fmt::format("{} {} {} {}", library.fingerprint(c.model.path),
+                     library.train_set(c).fingerprint,
+                     c.data.eval.empty() ? "" : library.eval_set(c).fingerprint,
+                     adapter_fingerprint(c.lora.adapter));
+}
+
 /// Every value of a key, in the order of the trials.
 std::string values_of(const Sweep& sweep, const char* key) {
   std::vector<std::string> values;
@@ -232,7 +240,10 @@ class Runner {
         files.clear();
         return run_halves(gang, why);
       }
-      if (replicas_ != nullptr) replicas_->tell(gang.front().dir);
+      if (replicas_ != nullptr) {
+        replicas_->tell(gang.front().dir);
+        replicas_->tell(contents(library_, gang.front().trial->config));
+      }
       train(gang, std::move(files));
     } catch (const Interrupted&) {
       result_.interrupted = true;
@@ -559,6 +570,10 @@ void assist(Replicas& replicas, const Config& config, Device device, bool force)
   if (!config.data.eval.empty()) library.eval_set(config);
   const Trial trial{.config = config, .swept = {}, .seed = 0, .variant = "", .name = "replica"};
   const Planned planned{&trial, replicas.tell("")};
+  if (replicas.tell("") != contents(library, config))
+    fail(
+        "read another model, data or adapter than replica 0: a file was changed while the run "
+        "started; run the same command again");
   RunnerResult none;
   const std::function<void(const std::string&)> silent = [](const std::string&) {};
   Runner(library, device, force, silent, {}, none, &replicas).assist(planned);

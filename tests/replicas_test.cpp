@@ -10,6 +10,7 @@
 #include "core/parallel.h"
 #include "experiments/gradient_sum.h"
 #include "experiments/memory_prediction.h"
+#include "experiments/runner.h"
 #include "experiments/setup.h"
 #include "tests/support/command.h"
 
@@ -406,6 +407,19 @@ TEST_F(ReplicasTest, StartedWithClosedStreams) {
   for (const std::string& word : train("closed", 3, sets)) command += " '" + word + "'";
   EXPECT_EQ(std::system(("(" + command + ") <&- >&- 2>&-").c_str()), 0);
   expect_same(results("closed"), finish("open", 1, sets));
+}
+
+// A file that is replaced while a run starts.
+TEST_F(ReplicasTest, OtherDataThanRankZeroIsAnError) {
+  const Config config = load_config(run_file("train: {grad_accum: 2}"), {});
+  Ranks ranks(2);
+  const std::vector<std::string> errors = ranks.run([&](Replicas& r) {
+    if (!r.leads()) return assist(r, config, Device::cpu(), false);
+    r.tell(work_ + "/trial");
+    r.tell("other contents");
+  });
+  EXPECT_EQ(errors[0], "");
+  EXPECT_THAT(errors[1], HasSubstr("a file was changed"));
 }
 
 TEST_F(ReplicasTest, SaysWhereSomeAreIdle) {
