@@ -3,6 +3,7 @@
 #include <fcntl.h>
 #include <sys/prctl.h>
 #include <sys/socket.h>
+#include <sys/stat.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -128,10 +129,16 @@ void ReplicaProcesses::watch(int rank) {
 }
 
 std::unique_ptr<Replicas> join_replicas() {
-  const char* const text = std::getenv(variable);
-  int rank = 0, size = 0, socket = -1;
-  if (text == nullptr || std::sscanf(text, "%d/%d/%d", &rank, &size, &socket) != 3) return nullptr;
+  const char* const value = std::getenv(variable);
+  if (value == nullptr) return nullptr;
+  const std::string text = value;
   unsetenv(variable);
+  int rank = 0, size = 0, socket = -1;
+  struct stat status {};
+  if (std::sscanf(text.c_str(), "%d/%d/%d", &rank, &size, &socket) != 3 ||
+      fstat(socket, &status) != 0 || !S_ISSOCK(status.st_mode))
+    fail("{}={} is in the environment, which qlab sets for the replicas that it starts: unset it",
+         variable, text);
   fcntl(socket, F_SETFD, FD_CLOEXEC);
   return std::make_unique<Replicas>(rank, size, std::vector<int>{socket});
 }

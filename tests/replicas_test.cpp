@@ -10,6 +10,7 @@
 #include "core/parallel.h"
 #include "experiments/gradient_sum.h"
 #include "experiments/memory_prediction.h"
+#include "experiments/replica_processes.h"
 #include "experiments/runner.h"
 #include "experiments/setup.h"
 #include "tests/support/command.h"
@@ -398,6 +399,13 @@ TEST_F(ReplicasTest, Refusals) {
   if (cuda::device_count() == 0) return;
   Arguments many = train("out", 64, {"train.grad_accum=64"}, "cuda");
   expect_refused(many, {"--replicas 64", "GPU"});
+}
+
+TEST(Replicas, WhatIsInTheEnvironmentByMistakeIsAnError) {
+  EXPECT_EQ(join_replicas(), nullptr);
+  setenv("QLAB_REPLICA", "1/2/-1", 1);
+  EXPECT_ERROR(join_replicas(), "QLAB_REPLICA=1/2/-1 is in the environment");
+  EXPECT_EQ(std::getenv("QLAB_REPLICA"), nullptr);
 }
 
 // Sockets must not take the place of streams, into which rank 0 prints.
