@@ -91,6 +91,12 @@ GpuSpec find_gpu(const std::string& text) {
   const Row* row =
       std::find_if(std::begin(rows), std::end(rows), [&](const Row& r) { return name == r.name; });
   if (row != std::end(rows)) return spec_of(*row);
+  const auto times = name.find_first_not_of("0123456789");
+  if (times != std::string::npos && times > 0 && name[0] != '0' && name[times] == 'x')
+    fail(
+        "--gpu {}: give one GPU: no model is divided among several, and of a run with --replicas "
+        "each holds the whole",
+        text);
   const auto bytes = parse_bytes(text);
   if (!bytes || *bytes == 0)
     fail("--gpu {}: {}{}; known are {}, or give its memory as {}", text,

@@ -56,6 +56,11 @@ TEST_F(MemoryAnswersTest, APlanNamesTheWeightsThatItHoldsExpanded) {
   EXPECT_THAT(std::string(held["plan"]), HasSubstr("; at most " + format_bytes(bytes) + " of"));
 }
 
+TEST_F(MemoryAnswersTest, SeveralGpusAreNoLargerOne) {
+  for (const char* gpus : {"2x24GiB", "8xh100-80gb", "2X"})
+    expect_refused({"memory", "synthetic:tiny", "--gpu", gpus}, {gpus, "one GPU", "--replicas"});
+}
+
 TEST_F(MemoryAnswersTest, ATrialOfAFileIsNoGang) {
   const Arguments four = {"--gpu", "24GiB", "--set", "parallel.trials_per_gpu=4"};
   const std::string file = folder_.write("one.yaml", "model: {path: \"synthetic:tiny\"}\n");
