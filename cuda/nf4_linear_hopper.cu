@@ -22,8 +22,8 @@ struct Nf4Plan {
   static constexpr int threads = (consumers + decoders) * warpgroup_size;
   static constexpr int box_rows = tokens == 64 ? 32 : 64;  // of a copy of x
   static constexpr int boxes = tokens / box_rows;
-  static constexpr int stages = tokens == 256 ? 4 : 6;
-  static constexpr int code_slots = tokens == 64 ? 8 : 4;
+  static constexpr int stages = tokens == 256 ? 4 : tokens == 128 ? 5 : 6;
+  static constexpr int code_slots = tokens == 256 ? 4 : tokens == 128 ? 6 : 8;
   // Registers a thread, of all that the block has at its start.
   static constexpr int consumer_registers = decoders == 2 ? 168 : 128;
   static constexpr int decoder_registers = decoders == 2 ? 88 : 72;
@@ -35,6 +35,17 @@ constexpr int depth = chunk_width;
 constexpr int slot_steps = 2;  // whose codes come in one copy
 constexpr int slot_row_bytes = slot_steps * depth / 2, slot_rows = slot_steps * depth;
 constexpr int slot_bytes = slot_row_bytes * slot_rows;
+
+/// A decoder that waits for the codes of a step has filled a stage for its step before, so all
+/// steps `decoders` + `stages` back have been multiplied. The codes that lay in the slot before
+/// must be of these: one that arrives two phases early is told by the parity that its is over.
+template <class P>
+constexpr bool tells_phases_apart() {
+  return P::code_slots * slot_steps > P::decoders + P::stages;
+}
+static_assert(tells_phases_apart<Nf4Plan<true, 64, 2>>() &&
+              tells_phases_apart<Nf4Plan<true, 128, 2>>() &&
+              tells_phases_apart<Nf4Plan<true, 256, 2>>());
 
 struct Nf4Arguments {
   CUtensorMap x, y, addend, codes;
@@ -245,12 +256,15 @@ __device__ void decode(const Nf4Arguments& a, Nf4Shared<P>& shared, const Nf4Til
       wait(shared.codes_full[place], slot / P::code_slots & 1);
       uint4 words[2];
       read(words, shared.codes[place], step % slot_steps);
-      arrive_warp(shared.codes_empty[place], lane);
       auto& stage = shared.ring[ring.stage];
       Barrier& full = shared.full[ring.stage];
       wait(shared.empty[ring.stage], ring.parity ^ 1);
       if (leader) copy_rows<P>(a, stage.x, full, tile, boxes, tile.first_step + step);
       put_weights(stage.w, thread, words, scale[u]);
+      // Not before the codes have been used: an arrival does not wait for reads under way, which
+      // can take longer than the next copy where they queue behind loads of scales that miss the
+      // TLB.
+      arrive_warp(shared.codes_empty[place], lane);
       arrive_warp(full, lane);
 #pragma unroll
       for (int i = 0; i < P::decoders; ++i) ring.advance();
