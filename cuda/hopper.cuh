@@ -114,16 +114,17 @@ __device__ inline void arrive_in(Barrier& barrier, uint32_t rank) {
   asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(address_in(&barrier, rank))
                : "memory");
 }
-/// Eight floats of the block `rank`, at the place that `p` is in this one.
-__device__ inline void load_in(float (&v)[8], const float* p, uint32_t rank) {
-  const uint32_t from = address_in(p, rank);
-#pragma unroll
-  for (int i = 0; i < 8; i += 4)
-    asm volatile("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];"
-                 : "=f"(v[i]), "=f"(v[i + 1]), "=f"(v[i + 2]), "=f"(v[i + 3])
-                 : "r"(from + i * 4)
-                 : "memory");
+/// Four floats of the block `rank`, at the place that `p` is in this one. The lanes of a warp
+/// should read neighbouring places: the network between the blocks moves whole lines.
+__device__ inline float4 load_in(const float* p, uint32_t rank) {
+  float4 v;
+  asm volatile("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];"
+               : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
+               : "r"(address_in(p, rank))
+               : "memory");
+  return v;
 }
+
 // ---- named barriers: `threads` of the block, counting arrivals and waits ----
 
 __device__ inline void named_sync(int id, int threads) {

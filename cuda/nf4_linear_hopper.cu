@@ -32,6 +32,7 @@ struct Nf4Plan {
 namespace {
 
 constexpr int depth = chunk_width;
+constexpr int most_parts = 3;  // of a sum
 constexpr int slot_steps = 2;  // whose codes come in one copy
 constexpr int slot_row_bytes = slot_steps * depth / 2, slot_rows = slot_steps * depth;
 constexpr int slot_bytes = slot_row_bytes * slot_rows;
@@ -375,29 +376,35 @@ __device__ void put_sums(float* sums, const float (&d)[P::tokens / 2], int group
 /// Adds the parts of a tile in their order; the blocks of a cluster share out the rows.
 template <class P>
 __device__ void add_parts(const Nf4Arguments& a, const float* sums, const Nf4Tile& tile) {
-  constexpr int units = P::outputs / vector_width;
+  constexpr int units = P::outputs / 4;  // of a row: a warp takes whole rows
   const int rows = min(P::tokens, a.rows - tile.token);
   constexpr int threads = P::consumers * warpgroup_size;
   for (int i = tile.part * threads + static_cast<int>(threadIdx.x); i < rows * units;
        i += a.parts * threads) {
-    const int row = i / units, column = i % units * vector_width;
+    const int row = i / units, column = i % units * 4;
     const float* const from = sums + row * Nf4Sums<P>::pitch + column;
-    float v[vector_width] = {};
-#pragma unroll 4
-    for (int part = 0; part < a.parts; ++part) {
-      float w[vector_width];
-      load_in(w, from, part * P::pair + tile.place);
+    float4 of_part[most_parts];
 #pragma unroll
-      for (int j = 0; j < vector_width; ++j) v[j] += w[j];
-    }
+    for (int part = 0; part < most_parts; ++part)
+      if (part < a.parts) of_part[part] = load_in(from, part * P::pair + tile.place);
+    float4 v = make_float4(0, 0, 0, 0);
+    const auto add = [&](float x, float y, float z, float w) {
+      v.x += x, v.y += y, v.z += z, v.w += w;
+    };
+#pragma unroll
+    for (int part = 0; part < most_parts; ++part)
+      if (part < a.parts) add(of_part[part].x, of_part[part].y, of_part[part].z, of_part[part].w);
     const int64_t token = tile.token + row;
     if (a.add) {
-      float w[vector_width];
-      load(w, a.addend_data + token * a.addend_pitch + tile.output + column);
-#pragma unroll
-      for (int j = 0; j < vector_width; ++j) v[j] += w[j];
+      const uint2 more = *reinterpret_cast<const uint2*>(a.addend_data + token * a.addend_pitch +
+                                                         tile.output + column);
+      float x, y, z, w;
+      unpack(x, y, more.x);
+      unpack(z, w, more.y);
+      add(x, y, z, w);
     }
-    store(a.y_data + token * a.y_pitch + tile.output + column, v);
+    *reinterpret_cast<uint2*>(a.y_data + token * a.y_pitch + tile.output + column) =
+        make_uint2(pack(v.x, v.y), pack(v.z, v.w));
   }
 }
 
