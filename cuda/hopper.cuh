@@ -43,7 +43,9 @@ __device__ inline void arrive(Barrier& barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(&barrier))
                : "memory");
 }
-/// One arrival for a whole warp, after all its lanes have read: `lane` is the thread's place in it.
+/// One arrival for a whole warp; `lane` is the thread's place in it. Reads of shared memory that
+/// are still under way are not waited for: before a copy is allowed to replace what was read,
+/// something must have been computed or stored from it.
 __device__ inline void arrive_warp(Barrier& barrier, int lane) {
   __syncwarp();
   if (lane == 0) arrive(barrier);
