@@ -84,9 +84,10 @@ void launch(const Tensor& block, int64_t width, std::span<const FoldPart> parts)
 
 void fold_adapters(const Tensor& block, int64_t width, std::span<const FoldPart> parts) {
   dispatch(CudaFloats{}, block.dtype(), "fold_adapters", [&]<class T>() {
-    // Few parts, few bytes of launch parameters.
-    parts.size() <= 4 ? launch<T, 4>(block, width, parts)
-                      : launch<T, max_fold_parts>(block, width, parts);
+    // Few parts, few bytes of launch parameters: 512 are 20 KB, which every launch would bring.
+    if (parts.size() <= 4) return launch<T, 4>(block, width, parts);
+    if (parts.size() <= 32) return launch<T, 32>(block, width, parts);
+    launch<T, max_fold_parts>(block, width, parts);
   });
 }
 

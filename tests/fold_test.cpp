@@ -35,27 +35,37 @@ TEST_P(FoldTest, Golden) {
   EXPECT_EQ(got, expected);
 }
 
-// Bit-equal on both devices: products and roundings are spelled out.
+// Bit-equal on both devices: products and roundings are spelled out. So many parts that each of the
+// launches with room for 4, 32 and 512 is met.
 TEST_P(FoldTest, MatchesTheCpu) {
-  const int64_t n = 70, k = 104, width = 80;
-  const auto make = [&](Device on) {
-    const Case f32{on, DType::f32};
-    const Tensor block = Tensor::with_tail(n + width, k, width, dtype(), on).widened(k + width);
-    copy(block, tensor(std::vector<double>(static_cast<size_t>((n + width) * (k + width)), 7.0),
-                       {n + width, k + width}, Case{on, dtype()}));
-    std::vector<FoldPart> parts;
-    int64_t column = 0, row = 0;
-    for (const auto& [r, out] : {std::pair{5, 30}, {16, 24}, {33, 16}}) {
-      parts.push_back({tensor(normals(r * k, static_cast<uint64_t>(r)), {r, k}, f32),
-                       tensor(normals(out * r, static_cast<uint64_t>(out)), {out, r}, f32), 0.3f,
-                       row, column});
-      column += (r + 15) / 16 * 16;
-      row += out;
-    }
-    fold_adapters(block, width, parts);
-    return values(block);
-  };
-  EXPECT_EQ(make(device()), make(Device::cpu()));
+  const std::pair<int, int> modules[] = {{5, 30}, {16, 24}, {33, 16}};  // rank, outputs
+  const int64_t n = 70, k = 104;
+  for (const int trials : {1, 5, 12}) {
+    const int64_t width = trials * 80;
+    const auto make = [&](Device on) {
+      const Case f32{on, DType::f32};
+      const Tensor block = Tensor::with_tail(n + width, k, width, dtype(), on).widened(k + width);
+      copy(block, tensor(std::vector<double>(static_cast<size_t>((n + width) * (k + width)), 7.0),
+                         {n + width, k + width}, Case{on, dtype()}));
+      std::vector<FoldPart> parts;
+      int64_t column = 0;
+      for (int trial = 0; trial < trials; ++trial) {
+        int64_t row = 0;
+        for (const auto& [r, out] : modules) {
+          const auto seed = static_cast<uint64_t>(100 * trial);
+          parts.push_back(
+              {tensor(normals(r * k, seed + static_cast<uint64_t>(r)), {r, k}, f32),
+               tensor(normals(out * r, seed + static_cast<uint64_t>(out)), {out, r}, f32), 0.3f,
+               row, column});
+          column += (r + 15) / 16 * 16;
+          row += out;
+        }
+      }
+      fold_adapters(block, width, parts);
+      return values(block);
+    };
+    EXPECT_EQ(make(device()), make(Device::cpu())) << trials;
+  }
 }
 
 // A diverged neighbour in f16: its infinities would turn the zeros of other trials into NaN.
