@@ -235,6 +235,7 @@ __device__ void forward_consumer(const ForwardArguments& a, ForwardShared<D>& sh
         a.lse[static_cast<int64_t>(item.q.begin + row) * problem.heads + item.head] =
             fmaf(softmax.maximum[i], problem.scale, logf(total));
     }
+    group_sync(group);  // no product of the group reads the queries any more
     put_tile(tile_q, out, inverse);
     fence_async();
     group_sync(group);

@@ -166,6 +166,7 @@ __device__ void dkv_consumer(const BackwardArguments& a, KeyShared<D>& shared, i
     float out_k[D / 2] = {}, out_v[D / 2] = {};
     wait(shared.kv_full, parity);
     sum_over_queries<D>(out_k, out_v, a, item, shared, queries, group);
+    group_sync(group);  // no product of the group reads keys and values any more
     put_tile(shared.k[group], out_k, {a.problem.scale, a.problem.scale});
     put_tile(shared.v[group], out_v, {1.0f, 1.0f});
     fence_async();

@@ -135,6 +135,7 @@ __device__ void dq_consumer(const BackwardArguments& a, QueryShared<D>& shared, 
     float out[D / 2] = {};
     wait(shared.q_full[group], parity);
     sum_over_keys<D>(out, a, item, shared, keys, group);
+    group_sync(group);  // no product of the group reads the queries any more
     put_tile(shared.q[group], out, {a.problem.scale, a.problem.scale});
     fence_async();
     group_sync(group);
