@@ -62,6 +62,7 @@ __device__ void write_result(const Problem<T>& p, int token, int output, float (
 
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
 __device__ inline void synchronize_cluster() {
+  __syncwarp();  // `aligned` asks for whole warps
   asm volatile("barrier.cluster.arrive.release.aligned;\n\tbarrier.cluster.wait.acquire.aligned;" ::
                    : "memory");
 }

@@ -37,16 +37,14 @@ constexpr int slot_steps = 2;  // whose codes come in one copy
 constexpr int slot_row_bytes = slot_steps * depth / 2, slot_rows = slot_steps * depth;
 constexpr int slot_bytes = slot_row_bytes * slot_rows;
 
-/// A decoder that waits for the codes of a step has filled a stage for its step before, so all
-/// steps `decoders` + `stages` back have been multiplied. The codes that lay in the slot before
-/// must be of these: one that arrives two phases early is told by the parity that its is over.
+/// A decoder that waits for the codes of step t has filled a stage for step t - decoders, so step
+/// t - decoders - stages and all before it have been multiplied, and their codes had come. Those
+/// that lay in the slot before must be among them: otherwise their phase may still be open, and the
+/// parity of the phase before it is that of the one waited for.
 template <class P>
 constexpr bool tells_phases_apart() {
   return P::code_slots * slot_steps > P::decoders + P::stages;
 }
-static_assert(tells_phases_apart<Nf4Plan<true, 64, 2>>() &&
-              tells_phases_apart<Nf4Plan<true, 128, 2>>() &&
-              tells_phases_apart<Nf4Plan<true, 256, 2>>());
 
 struct Nf4Arguments {
   CUtensorMap x, y, addend, codes;
@@ -491,6 +489,7 @@ CUtensorMap code_map(const Nf4Matrix& w) {
 template <class P>
 void launch_nf4(const Matrix16& y, const Matrix16& x, const Nf4Matrix& w, const Matrix16& addend,
                 int parts) {
+  static_assert(tells_phases_apart<P>() && P::stages >= P::decoders);
   const auto token_tiles = static_cast<int>(ceil_div<int64_t>(y.rows, P::tokens));
   const bool add = addend.data != nullptr;
   const auto steps = static_cast<int>(x.cols / depth);
@@ -559,6 +558,7 @@ void multiply_nf4(const Matrix16& y, const Matrix16& x, const Nf4Matrix& w, cons
                   int wanted) {
   const auto steps = static_cast<int>(x.cols / depth);
   const int parts = ceil_div(steps, ceil_div(steps, wanted));  // none is empty
+  QLAB_CHECK(parts <= most_parts, "[nf4_matmul] {} parts of a sum, at most {}", parts, most_parts);
   const auto multiply = parts == 2 ? launch_fastest<forward, 1> : launch_fastest<forward, 2>;
   multiply(y, x, w, addend, parts);
 }
