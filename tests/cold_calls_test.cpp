@@ -58,14 +58,16 @@ class CudaColdCalls : public testing::Test {
   Tensor from_, to_;
 };
 
-// The first has rows of W so far apart that each is in a page of its own; 100 rows of x take the
-// tile of 128.
+// The first has rows of W so far apart that each is in a page of its own. On an H100 100 rows take
+// the tile of 128 with the contraction in three parts, 200 rows with it whole, and that of 256
+// otherwise.
 TEST_F(CudaColdCalls, LargeNf4Products) {
   struct Product {
     Shape shape;
     int64_t rows;
     int calls;
   };
+  int compared = 0;
   for (const auto& [shape, rows, calls] :
        {Product{{8192, 28672}, 4, 300}, {{8192, 28672}, 200, 100}, {{4096, 4096}, 100, 400}}) {
     const Nf4Tensor w = quantize_nf4(normals_like(shape, 0.02), 64, true);
@@ -76,6 +78,7 @@ TEST_F(CudaColdCalls, LargeNf4Products) {
         if (!nf4_matmul_supported(kernel, w, op, rows, DType::bf16, gpu)) continue;
         SCOPED_TRACE(
             fmt::format("{} W {} op {} M {}", name_of(kernel), shape, static_cast<int>(op), rows));
+        ++compared;
         expect_equal_calls(calls, [&] {
           const Tensor y =
               Tensor::empty({rows, shape[op == Op::transpose ? 0 : 1]}, DType::bf16, gpu);
@@ -85,6 +88,7 @@ TEST_F(CudaColdCalls, LargeNf4Products) {
       }
     }
   }
+  if (compared == 0) GTEST_SKIP() << "no such kernel";
 }
 
 TEST_F(CudaColdCalls, LargeAttention) {
