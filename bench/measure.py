@@ -172,9 +172,11 @@ def group_of(row):
 
 def merged(old, call, ours, peers):
     """The file's rows and those of this call, which takes the place of the older calls that
-    measured nothing of a group that it has not. A call's ceilings stay with its rows."""
+    measured nothing of a group that it has not; what ended in an error measured nothing. A call's
+    ceilings stay with its rows."""
     new = {"ours": ours, "peers": peers}
-    fresh = {(side, row["name"]) for side, rows in new.items() for row in rows}
+    fresh = {(side, row["name"]) for side, rows in new.items() for row in rows
+             if "error" not in row}
     measured = {}  # (group, call): its rows in the file
     for side in new:
         for row in old.get(side, []):

@@ -76,6 +76,13 @@ class MergeTest(unittest.TestCase):
         self.assertEqual(self.found(), {("5", "qlab"): 6, ("5", "bnb"): 9})
         self.assertEqual(self.ratio(), 1.5)
 
+    def test_a_failed_call_leaves_the_older_one(self):
+        self.call(rows(qlab=1), rows(bnb=2))
+        failed = [{"name": CASE + "/qlab", "error": "out of memory"}]
+        self.call(failed, rows(bnb=3))
+        self.assertEqual(self.found(), {("1", "qlab"): 1, ("1", "bnb"): 2, ("2", "bnb"): 3})
+        self.assertEqual(self.ratio(), 2)
+
     def test_a_call_cut_within_a_case_leaves_the_older_one(self):
         self.call(rows(mma=1, simt=2), rows(bnb=2, torch=3))
         old = self.found()
