@@ -5,8 +5,8 @@
 From the rows linear/PASS/NxK/mM/IMPLEMENTATION of the file, for each matrix, product and number of
 rows by itself: the fused kernel where it beats decoding the weights first (`scratch`) by more than
 the noise of both and by 3 % at least, and nothing where it does not. The times of a case come from
-one call. A file with rows of several GPUs needs --gpu, the one to write lines for; those of others
-stay. --tests runs the test of bits first: a kernel whose rows depend on how many there are is not
+one call. Lines are written for the GPU that is here; where there is none, or --gpu names another,
+for that of the file. Those of other GPUs stay. --tests runs the test of bits first: a kernel whose rows depend on how many there are is not
 admitted, nor is anything else then.
 """
 
@@ -17,6 +17,7 @@ import re
 import subprocess
 import sys
 
+import gpu_state
 import measure
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -80,12 +81,12 @@ def lines_for(times):
     return lines
 
 
-def gpu_of(result, wanted):
-    """The GPU to choose for: the file's, or the wanted one of several."""
+def gpu_of(result, wanted, here):
+    """The GPU to choose for: the wanted one, the one that is here, or the file's only one."""
     used = {row["call"] for row in result["ours"] if row["name"].startswith("linear/")}
     gpus = sorted({result["calls"][call]["gpu"]["name"] for call in used})
-    if wanted:
-        gpus = [name for name in gpus if name == wanted]
+    if wanted or here:
+        gpus = [name for name in gpus if name == (wanted or here)]
     if not gpus:
         return None
     if len(gpus) > 1:
@@ -97,7 +98,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--results", default=str(ROOT / "bench/results/linear.json"))
     parser.add_argument("--tests", help="the program of tests, to check the rows' bits first")
-    parser.add_argument("--gpu", help="where the file has rows of several")
+    parser.add_argument("--gpu", help="another than the one that is here")
     parser.add_argument("--table", default=str(TABLE))
     options = parser.parse_args()
     try:
@@ -108,9 +109,10 @@ def main():
         sys.exit(f"{options.results} is not what `make gpu-bench PART=linear` writes: {error}")
     if not measure.well_formed(result):
         sys.exit(f"{options.results} is not what `make gpu-bench PART=linear` writes")
-    gpu = gpu_of(result, options.gpu)
+    here = gpu_state.query("name")["name"]
+    gpu = gpu_of(result, options.gpu, here)
     if gpu is None:
-        of = f" of {options.gpu}" if options.gpu else ""
+        of = f" of {options.gpu or here}" if options.gpu or here else ""
         sys.exit(f"{options.results} has no linear layers{of}: measure them with "
                  "`make gpu-bench PART=linear`")
     times = measured(result, gpu)
@@ -121,8 +123,10 @@ def main():
         test = subprocess.run([options.tests, "--gtest_brief=1", "--gtest_filter=" + BITS],
                               capture_output=True, text=True)
         if test.returncode != 0 or not re.search(r"PASSED  \] [1-9]", test.stdout):
-            sys.exit("The rows' bits depend on their number, or no test ran: no kernel is admitted.\n"
-                     + test.stdout + test.stderr)
+            why = ("The rows' bits depend on their number" if test.returncode else
+                   "No test of the rows' bits ran" if here else
+                   "No test of the rows' bits ran, since no NVIDIA GPU was found")
+            sys.exit(f"{why}: no kernel is admitted.\n" + test.stdout + test.stderr)
     table = pathlib.Path(options.table)
     others = []
     if table.exists():

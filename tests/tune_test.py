@@ -1,6 +1,7 @@
 """bench/tune.py: measured times in, lines of the dispatch table out."""
 
 import json
+import os
 import pathlib
 import subprocess
 import sys
@@ -23,11 +24,17 @@ class TuneTest(unittest.TestCase):
         self.results = pathlib.Path(self.folder.name) / "linear.json"
         self.table = pathlib.Path(self.folder.name) / "table.inc"
 
-    def tune(self, rows, gpus=(GPU,), options=(), peers=()):
+    def tune(self, rows, gpus=(GPU,), options=(), peers=(), here=None):
+        """`here`: the GPU of the machine, none by default, whichever it has."""
+        if here:
+            smi = pathlib.Path(self.folder.name) / "nvidia-smi"
+            smi.write_text(f"#!/bin/sh\necho '{here}'\n")
+            smi.chmod(0o755)
         calls = [{"gpu": {"name": name}} for name in gpus]
         self.results.write_text(json.dumps({"calls": calls, "ours": rows, "peers": peers}))
         result = subprocess.run([sys.executable, ROOT / "bench/tune.py", "--results", self.results,
-                                 "--table", self.table, *options], capture_output=True, text=True)
+                                 "--table", self.table, *options], capture_output=True, text=True,
+                                env=os.environ | {"PATH": self.folder.name if here else ""})
         lines = self.table.read_text().splitlines() if self.table.exists() else []
         return result, [line for line in lines if line.startswith("{")]
 
@@ -91,6 +98,11 @@ class TuneTest(unittest.TestCase):
             self.table.unlink(missing_ok=True)
             result, lines = self.tune(rows, (GPU, "Another"), ["--gpu", gpu])
             self.assertEqual(lines, [f'{{"{gpu}", Op::none, 8, 8, 1, {kernel}}},'], result.stderr)
+        self.table.unlink()
+        _, lines = self.tune(rows, (GPU, "Another"), here="Another")
+        self.assertEqual(lines, ['{"Another", Op::none, 8, 8, 1, std::nullopt},'])
+        result, _ = self.tune(rows, (GPU, "Another"), here="A third")
+        self.assertIn("has no linear layers of A third", result.stderr)
 
     def test_what_is_not_there_is_said(self):
         for rows, options in (([], ()), ([row("dx", "8x8", 1, "mma", 1)], ("--gpu", "Another"))):
