@@ -20,7 +20,7 @@ case $part in
     exit 1
     ;;
 esac
-if ! nvidia-smi --query-gpu=name --format=csv,noheader; then
+if ! nvidia-smi --query-gpu=name --format=csv,noheader 2>/dev/null; then
   echo "No NVIDIA GPU was found: make gpu-bench needs a GPU with its driver."
   exit 1
 fi
