@@ -209,6 +209,8 @@ def best_linear_table(raw):
     """Per matrix and number of rows the fastest of our implementations that reads NF4."""
     cases = {key: rows for key, rows in linear_rows(raw).items()
              if any("scratch" in row for row in rows.values())}
+    others = {"dense", "resident"} | {row["name"].rsplit("/", 1)[1]
+                                       for row in raw.get("linear", {}).get("peers", [])}
     rows_of_x = sorted({m for rows in cases.values() for m in rows})
 
     def size(shape):
@@ -216,8 +218,7 @@ def best_linear_table(raw):
         return n * k, n
 
     def cell(row):
-        own = {name: r for name, r in row.items()
-               if name in ("scratch", "simt", "mma", "wgmma", "wgmma2", "wgmma3")}
+        own = {name: r for name, r in row.items() if name not in others}
         if not own:
             return "-"
         best = min(own, key=lambda name: own[name]["us"])
@@ -276,12 +277,12 @@ def ceiling_table(raw):
     for file in ("kernels", "linear", "attention"):
         for row in raw.get(file, {}).get("ours", []):
             if row["name"].startswith("ceiling/"):
-                call = (file, raw[file]["calls"][row["call"]]["date"])
+                call = (file, row["call"], raw[file]["calls"][row["call"]]["date"])
                 calls += [call] if call not in calls else []
                 unit = "GB/s" if "GB/s" in row else "TFLOP/s"
                 names.setdefault(row["name"].removeprefix("ceiling/"), {})[call] = (
                     f"{shown(row[unit])} {unit}")
-    return table(["ceiling"] + [f"{file}, {date[:16]}" for file, date in calls],
+    return table(["ceiling"] + [f"{file}, {date[:16]}" for file, _, date in calls],
                  [[name] + [found.get(call, "-") for call in calls]
                   for name, found in names.items()])
 
