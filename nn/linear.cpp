@@ -232,6 +232,15 @@ Tensor folded_backward(const Tensor& incoming, Node& node, const LinearGroup& gr
 
 // ---- separate
 
+/// For s or ds. Products of the library read whole vectors of a row, with columns beyond a rank
+/// that nobody writes and no result depends on: for the sanitizer's sake they are written where
+/// every tensor is allocated by itself.
+Tensor rank_columns(int64_t rows, int64_t width, const Tensor& like) {
+  const Tensor s = Tensor::empty({rows, width}, like.dtype(), like.device());
+  if (!StepMemory::planned()) fill_zero(s);
+  return s;
+}
+
 Tensor separate_forward(const Tensor& x, const Tensor& y, const LinearGroup& group,
                         const Batch& batch, const Layout& layout, const Tensor& residual,
                         bool wanted, const Tensor& kept) {
@@ -245,8 +254,7 @@ Tensor separate_forward(const Tensor& x, const Tensor& y, const LinearGroup& gro
     row = end;
   }
   if (layout.width == 0) return {};
-  const Tensor s =
-      kept.defined() ? kept : Tensor::empty({x.dim(0), layout.widest}, x.dtype(), x.device());
+  const Tensor s = kept.defined() ? kept : rank_columns(x.dim(0), layout.widest, x);
   for (const SegmentParts& segment : layout.segments)
     for (const AdapterPart& part : segment.parts) {
       const LoraModule& lora = *part.lora;
@@ -276,7 +284,7 @@ Tensor separate_backward(const Tensor& g, const Node& node, const LinearGroup& g
   }
   for (const SegmentParts& segment : layout.segments) {
     const Tensor dy = g.slice_rows(segment.begin, segment.end);
-    const Tensor ds = Tensor::empty({dy.dim(0), segment.width}, g.dtype(), g.device());
+    const Tensor ds = rank_columns(dy.dim(0), segment.width, g);
     for (const AdapterPart& part : segment.parts)
       gemm(columns(ds, part), dy.slice_cols(part.row, part.row + part.out()), Op::none,
            part.lora->b_compute, Op::none, part.lora->scale);

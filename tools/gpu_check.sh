@@ -30,9 +30,7 @@ done
 racecheck_filter+='-*Large*:*Bits*:*Independent*:*Alone*:*Agree*:*Columns*:*DequantizesExactly*'
 racecheck_filter+=':*MatchesDecodedValues*'
 # Initcheck takes minutes, and gigabytes of the GPU beside each process, for tests that train a model
-# many times over; others launch the same kernels. In AMemberDoesNotSeeTheOthers it reports products of
-# the library with ds of ranks that are no multiple of 8: they read whole vectors of a row, whose columns
-# beyond the rank nobody writes, and no result depends on these.
+# many times over; others launch the same kernels.
 initcheck_filter=$filter:*AMemberDoesNotSeeTheOthers*:*ChunksOfRowsChangeNoBit*
 initcheck_filter+=':*RecomputeChangesNoBit*:*RecomputeKeepsNarrow*:*Nf4LinearTest.RowsAre*:*WarpgroupTiles*'
 
