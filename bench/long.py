@@ -117,7 +117,8 @@ def main():
     parser.add_argument("--qlab", default=str(ROOT / "build/qlab"))
     parser.add_argument("--rows", type=pathlib.Path, default=ROWS)
     parser.add_argument("--results", type=pathlib.Path, default=ROOT / "bench/results")
-    parser.add_argument("--filter", default="", help="only rows whose name this finds")
+    parser.add_argument("--filter", default="", type=measure.regular_expression,
+                        help="only rows whose name this finds")
     parser.add_argument("--seconds", type=float, default=420,
                         help="no row begins whose limit reaches beyond them, but the first")
     parser.add_argument("--device", default="cuda")

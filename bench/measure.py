@@ -16,6 +16,7 @@ of ours failed.
 
 import argparse
 import datetime
+import importlib.util
 import json
 import os
 import pathlib
@@ -108,6 +109,8 @@ def our_kernels(build, part, chosen, folder, seconds):
     mine = re.compile(f"(cuda/)?(ceiling|{OPERATIONS[part]})/")
     found = [name for name in listed.stdout.splitlines() if mine.match(name)]
     if not any("/ceiling/" not in name for name in found):
+        if not found:  # no ceiling either
+            sys.exit(f"no case of {part}: {build / 'qlab-bench'} sees no GPU")
         sys.exit(f"no case of {part} that '{chosen}' finds; it is looked for in names like "
                  "linear/forward/4096x4096/m64, without the implementation")
     (folder / "cases.txt").write_text("\n".join(found))
@@ -132,6 +135,15 @@ def our_kernels(build, part, chosen, folder, seconds):
     return rows, {key: value for key, value in result["context"].items() if key not in hidden}
 
 
+def regular_expression(text):
+    """Of an option."""
+    try:
+        re.compile(text)
+    except re.error as error:
+        raise argparse.ArgumentTypeError(f"'{text}' is no regular expression: {error}")
+    return text
+
+
 def found_rows(path, expression):
     """The rows of a file whose name the expression finds; without any, says which there are."""
     rows = json.loads(path.read_text())
@@ -153,6 +165,8 @@ def our_steps(build, chosen, check, folder, seconds):
 
 def their_rows(part, chosen, folder, seconds):
     output = folder / "peers.json"
+    if importlib.util.find_spec("torch") is None:
+        return {"rows": [], "versions": {}, "missing": {"all": "PyTorch is not installed"}}
     command = ([BENCH / "peers/step.py", "--rows", chosen] if part == "step" else
                [BENCH / "peers/kernels.py", "--cases", folder / "cases.txt"])
     status = run([sys.executable, *command, "--output", output], seconds)
@@ -255,6 +269,9 @@ def measure(options, folder):
             "flags": {"filter": options.filter, "peers": not options.no_peers},
             "state_before": query(*STATE)}
     build, start = pathlib.Path(options.build).resolve(), time.monotonic()
+    program = build / ("qlab" if options.part == "step" else "qlab-bench")
+    if not program.exists():
+        sys.exit(f"{program} is not there: `make build` makes it")
     share = options.seconds * (1 if options.no_peers else OUR_SHARE)
     with Sampler() as samples:
         if options.part == "step":
@@ -281,7 +298,8 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("part", choices=["step", *OPERATIONS])
     parser.add_argument("--build", default=str(ROOT / "build"))
-    parser.add_argument("--filter", default="", help="only cases whose name this finds")
+    parser.add_argument("--filter", default="", type=regular_expression,
+                        help="only cases whose name this finds")
     parser.add_argument("--no-peers", action="store_true")
     parser.add_argument("--check", choices=["few", "all", "none"], default="few",
                         help="of steps: rows that are also trained without graphs, for their bits")

@@ -332,7 +332,8 @@ def main():
     parser.add_argument("--qlab", default=str(ROOT / "build/qlab"))
     parser.add_argument("--rows", default=str(ROWS))
     parser.add_argument("--results", type=pathlib.Path, default=ROOT / "bench/results")
-    parser.add_argument("--filter", default="", help="only rows that this expression finds")
+    parser.add_argument("--filter", default="", type=measure.regular_expression,
+                        help="only rows that this expression finds")
     parser.add_argument("--seconds", type=float, default=400, help="nothing is begun after them")
     parser.add_argument("--device", default="cuda")
     options = parser.parse_args()

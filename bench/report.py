@@ -83,8 +83,8 @@ def under_load(call):
 
 def provenance(raw, file):
     """Where the rows of a file come from."""
-    lines = []
-    for call in raw.get(file, {}).get("calls", []):
+    lines, calls = [], raw.get(file, {}).get("calls", [])
+    for number, call in enumerate(calls, 1):
         gpu, before, after = (call.get(k) or {} for k in ("gpu", "state_before", "state_after"))
         driver = f", driver {gpu['driver_version']}" if "driver_version" in gpu else ""
         part = [f"{gpu.get('name')}{driver}", f"commit {call.get('commit')}",
@@ -99,7 +99,8 @@ def provenance(raw, file):
             part.append(", ".join(f"{k} {v}" for k, v in versions.items()))
         for peer in call.get("missing_peers") or {}:
             part.append(f"MISSING: {peer}")
-        lines.append("Measured: " + "; ".join(part) + ".")
+        lines.append(f"Measured{f' in call {number}' if len(calls) > 1 else ''}: "
+                     + "; ".join(part) + ".")
     return "\n\n".join(lines)
 
 
@@ -122,7 +123,7 @@ def step_table(raw):
     for row in json.loads(ROWS.read_text()):
         for name, result in found.get(row["name"], {}).items():
             if "error" in result:
-                rows.append([row["name"], name, result["error"], "", "", "", "", ""])
+                rows.append([row["name"], name, result["error"]] + [""] * 5 + [str(result["call"] + 1)])
                 continue
             seconds = result["step_seconds"]
             gpu_seconds = seconds * row.get("replicas", {}).get(name, 1)
@@ -130,9 +131,9 @@ def step_table(raw):
                          f"{1e3 * seconds:.2f}", f"{result.get('noise_percent', 0):.1f} %",
                          f"{1e-9 * result['peak_bytes']:.2f}",
                          f"{1e-12 * model_flops(row) / gpu_seconds:.1f}",
-                         "yes" if result.get("graphs_off_equal") else "-"])
+                         "yes" if result.get("graphs_off_equal") else "-", str(result["call"] + 1)])
     return table(["row", "who", "tokens/s", "ms a step", "noise", "peak, GB", "model TFLOP/s",
-                  "bits of graphs off"], rows)
+                  "bits of graphs off", "call"], rows)
 
 
 def long_table(raw):
@@ -330,6 +331,8 @@ def main():
     parser.add_argument("--results", type=pathlib.Path, default=headline.RESULTS)
     parser.add_argument("--docs", type=pathlib.Path, default=ROOT / "docs")
     options = parser.parse_args()
+    if not options.results.is_dir():
+        sys.exit(f"{options.results} is not there: `make gpu-bench` writes it")
     raw = headline.load(options.results)
     entries = headline.headline(raw)
     memory_runs, budget_runs = (memory.read_results(options.results / f"{name}.json")

@@ -167,7 +167,8 @@ def times_of(row, status, arrivals):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--qlab", default=str(ROOT / "build/qlab"))
-    parser.add_argument("--rows", default="", help="only rows whose name this expression finds")
+    parser.add_argument("--rows", default="", type=measure.regular_expression,
+                        help="only rows whose name this expression finds")
     parser.add_argument("--steps", type=int,
                         help="20, but 12 where a row of many tokens is not checked")
     parser.add_argument("--check", choices=["few", "all", "none"], default="few",

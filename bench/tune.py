@@ -120,6 +120,8 @@ def main():
         sys.exit(f"{options.results} has no case of {gpu} with `scratch`, by which the others are "
                  "judged: measure whole cases with `make gpu-bench PART=linear`")
     if options.tests:
+        if not pathlib.Path(options.tests).exists():
+            sys.exit(f"{options.tests} is not there: `make build` makes it")
         test = subprocess.run([options.tests, "--gtest_brief=1", "--gtest_filter=" + BITS],
                               capture_output=True, text=True)
         if test.returncode != 0 or not re.search(r"PASSED  \] [1-9]", test.stdout):

@@ -20,6 +20,13 @@ case $part in
     exit 1
     ;;
 esac
+case $check in
+  few | all | none) ;;
+  *)
+    echo "make gpu-bench CHECK=few|all|none: which steps are trained without graphs too? got '$check'"
+    exit 1
+    ;;
+esac
 if ! nvidia-smi --query-gpu=name --format=csv,noheader 2>/dev/null; then
   echo "No NVIDIA GPU was found: make gpu-bench needs a GPU with its driver."
   exit 1

@@ -10,6 +10,15 @@ build=$1
 jobs=$2
 ptx=${3:-}
 tools=${4:-}
+if [[ -n $ptx && $ptx != 75 && $ptx != 80 ]]; then
+  echo "make gpu-check PTX=75 or PTX=80: got '$ptx'"
+  exit 1
+fi
+for tool in $tools; do
+  [[ $tool =~ ^(memcheck|racecheck|initcheck|synccheck)$ ]] && continue
+  echo "make gpu-check TOOLS='memcheck racecheck initcheck synccheck' or some of them: got '$tool'"
+  exit 1
+done
 if [[ -n $ptx ]]; then
   build=$build/ptx$ptx
   # Each test is a process; what the first ones translate the others find there.
