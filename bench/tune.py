@@ -5,9 +5,9 @@
 From the rows linear/PASS/NxK/mM/IMPLEMENTATION of the file, for each matrix, product and number of
 rows by itself: the fused kernel where it beats decoding the weights first (`scratch`) by more than
 the noise of both and by 3 % at least, and nothing where it does not. The times of a case come from
-one call. Lines are written for the GPU that is here; where there is none, or --gpu names another,
-for that of the file. Those of other GPUs stay. --tests runs the test of bits first: a kernel whose rows depend on how many there are is not
-admitted, nor is anything else then.
+one call. Lines are written for the GPU that is here, or that --gpu names, or else for the only one
+of the file; those of other GPUs stay. --tests runs the test of bits first: a kernel whose rows depend
+on how many there are is not admitted, nor is anything else then.
 """
 
 import argparse

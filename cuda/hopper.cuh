@@ -116,8 +116,8 @@ __device__ inline void arrive_in(Barrier& barrier, uint32_t rank) {
   asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(address_in(&barrier, rank))
                : "memory");
 }
-/// Four floats of the block `rank`, at the place that `p` is in this one. The lanes of a warp
-/// should read neighbouring places: the network between the blocks moves whole lines.
+/// Four floats of the block `rank`, at the place that `p` is in this one; fastest where the lanes
+/// of a warp read neighbouring places.
 __device__ inline float4 load_in(const float* p, uint32_t rank) {
   float4 v;
   asm volatile("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];"

@@ -260,9 +260,8 @@ __device__ void decode(const Nf4Arguments& a, Nf4Shared<P>& shared, const Nf4Til
       wait(shared.empty[ring.stage], ring.parity ^ 1);
       if (leader) copy_rows<P>(a, stage.x, full, tile, boxes, tile.first_step + step);
       put_weights(stage.w, thread, words, scale[u]);
-      // Not before the codes have been used: an arrival does not wait for reads under way, which
-      // can take longer than the next copy where they queue behind loads of scales that miss the
-      // TLB.
+      // Not before the codes have been used: an arrival does not wait for reads under way, and with
+      // cold caches some took longer than the next copy into the slot.
       arrive_warp(shared.codes_empty[place], lane);
       arrive_warp(full, lane);
 #pragma unroll

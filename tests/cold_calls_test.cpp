@@ -1,6 +1,6 @@
 // Kernels whose warps hand shared memory to each other and to tensor copies, called again and again
-// with nothing in the L2 or the TLB: memory then answers late and out of order, which is when a
-// barrier that is passed too early shows. Every call must give the bits of the first.
+// after other data has gone through the caches: memory then answers late and out of order, which is
+// when a barrier that is passed too early shows. Every call must give the bits of the first.
 #include "core/ops/attention.h"
 #include "quant/nf4_linear.h"
 #include "tests/support/op_test.h"
@@ -58,9 +58,8 @@ class CudaColdCalls : public testing::Test {
   Tensor from_, to_;
 };
 
-// The first has rows of W so far apart that each is in a page of its own. On an H100 100 rows take
-// the tile of 128 with the contraction in three parts, 200 rows with it whole, and that of 256
-// otherwise.
+// The first two have long rows of W, where most went wrong. On an H100 100 rows take the tile of
+// 128 with the contraction in three parts, 200 rows with it whole, and that of 256 otherwise.
 TEST_F(CudaColdCalls, LargeNf4Products) {
   struct Product {
     Shape shape;
