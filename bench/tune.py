@@ -22,7 +22,7 @@ import measure
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 TABLE = ROOT / "quant/nf4_dispatch_table.inc"
-FUSED = ("simt", "mma", "wgmma", "wgmma2", "wgmma3")
+FUSED = ("simt", "mma", "lut", "wgmma", "wgmma2", "wgmma3")
 MARGIN = 0.03  # at least
 # Rows in products of any number of them, and in each tile of the kernels that choose among several.
 BITS = "*Nf4Linear*RowsAreIndependentOfTheirNumber*cuda*:*Nf4Linear*WarpgroupTilesAgree*cuda*"

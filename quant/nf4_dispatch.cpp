@@ -19,11 +19,13 @@ constexpr Nf4Line lines[] = {
 #include "quant/nf4_dispatch_table.inc"
 };
 
-/// A warpgroup kernel that was faster on an H100 than mma and than decoding first, if any: at 64,
-/// 128, 256, 512 and 1,024 rows, with 4,096 and with 14,336 outputs. How many blocks there are
-/// decides, not the size of the matrix; below 33 rows mma is faster, by interpolation.
-std::optional<Nf4Kernel> warpgroup_kernel(int64_t outputs, int64_t rows) {
+/// A kernel for Hopper that was faster on an H100 than mma and than decoding first, if any: lut
+/// with every matrix, for as many rows as it takes; those of warpgroups at 64, 128, 256, 512 and
+/// 1,024 rows, with 4,096 and with 14,336 outputs. How many blocks there are decides, not the size
+/// of the matrix; below 33 rows mma is faster, by interpolation.
+std::optional<Nf4Kernel> hopper_kernel(Op op, int64_t outputs, int64_t rows) {
   using enum Nf4Kernel;
+  if (op == Op::transpose && rows <= cuda::nf4_lut_rows) return lut;
   if (rows <= 32) return std::nullopt;
   if (outputs >= 11264 && outputs <= 16896 && rows <= 512) return wgmma;
   if (outputs < 3072 || outputs > 4224) return std::nullopt;
@@ -77,8 +79,8 @@ std::optional<Nf4Kernel> fastest_nf4_kernel(std::string_view gpu, const Nf4Tenso
     const auto measured = kernel_of(lines, gpu, op, w.shape[0], w.shape[1], rows);
     if (!measured || supported(*measured)) return measured;
   }
-  const auto of_warpgroups = warpgroup_kernel(w.shape[op == Op::transpose ? 0 : 1], rows);
-  if (of_warpgroups && supported(*of_warpgroups)) return of_warpgroups;
+  const auto of_hopper = hopper_kernel(op, w.shape[op == Op::transpose ? 0 : 1], rows);
+  if (of_hopper && supported(*of_hopper)) return of_hopper;
   const auto chosen = kernel_of(lines, "", op, w.shape[0], w.shape[1], rows);
   if (!chosen) return std::nullopt;
   // The other kernel needs no tensor cores.

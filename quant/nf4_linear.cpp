@@ -14,6 +14,8 @@ const char* name_of(Nf4Kernel kernel) {
       return "simt";
     case Nf4Kernel::mma:
       return "mma";
+    case Nf4Kernel::lut:
+      return "lut";
     case Nf4Kernel::wgmma:
       return "wgmma";
     case Nf4Kernel::wgmma2:
@@ -35,6 +37,10 @@ std::string limits_of(Nf4Kernel kernel) {
     case Nf4Kernel::mma:
       return fmt::format("at most {} rows and {} outputs, compute capability 8.0",
                          cuda::nf4_mma_rows, cuda::nf4_mma_outputs);
+    case Nf4Kernel::lut:
+      return fmt::format(
+          "op transpose, at most {} rows, K and blocks a multiple of {}, compute capability 9.0",
+          cuda::nf4_lut_rows, cuda::nf4_lut_columns);
     case Nf4Kernel::wgmma:
     case Nf4Kernel::wgmma2:
     case Nf4Kernel::wgmma3:
@@ -58,6 +64,9 @@ bool nf4_matmul_supported(Nf4Kernel kernel, const Nf4Tensor& w, Op op, int64_t r
   if (kernel == Nf4Kernel::mma)
     return rows <= cuda::nf4_mma_rows && (op == Op::transpose ? n : k) <= cuda::nf4_mma_outputs &&
            compute_capability(device) >= 80;
+  if (kernel == Nf4Kernel::lut)
+    return op == Op::transpose && rows <= cuda::nf4_lut_rows && k % cuda::nf4_lut_columns == 0 &&
+           w.block_size >= cuda::nf4_lut_columns && compute_capability(device) == 90;
   return (op == Op::transpose ? n : k) % cuda::nf4_wgmma_outputs == 0 &&
          (op == Op::transpose ? k : n) % cuda::nf4_wgmma_depth == 0 &&
          w.block_size >= cuda::nf4_wgmma_depth && compute_capability(device) == 90 &&
@@ -114,6 +123,8 @@ void nf4_matmul(const Tensor& y, const Tensor& x, const Nf4Tensor& w, Op op, Nf4
             return cuda::nf4_matmul_simt(y, x, w, op, addend, workspace);
           case Nf4Kernel::mma:
             return cuda::nf4_matmul_mma(y, x, w, op, addend, workspace);
+          case Nf4Kernel::lut:
+            return cuda::nf4_matmul_lut(y, x, w, addend);
           case Nf4Kernel::wgmma:
             return cuda::nf4_matmul_wgmma(y, x, w, op, 1, addend);
           case Nf4Kernel::wgmma2:

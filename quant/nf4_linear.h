@@ -4,8 +4,9 @@
 //   op transpose: y [M, N] = x [M, K] W^T        a linear layer's forward
 //   op none:      y [M, K] = x [M, N] W          the gradient of its input
 // The values are exactly those of dequantize_nf4 in x's dtype, sums are carried in fp32: a result
-// differs from dequantize_nf4 and gemm in the order of its sums alone. That order depends on the
-// kernel, op, N and K: a row's bits do not depend on how many others there are.
+// differs from dequantize_nf4 and gemm in the order of its sums alone. (lut does not round a weight
+// to bf16: the value is rounded to fp16, its product with the scale is not.) The order depends on
+// the kernel, op, N and K: a row's bits do not depend on how many others there are.
 #pragma once
 #include "core/ops/gemm.h"
 #include "quant/quantize.h"
@@ -13,9 +14,11 @@
 namespace qlab {
 
 /// All take bf16 alone. simt: any GPU, at most 8 rows; mma: tensor cores from compute
-/// capability 8.0 on; wgmma: those of 9.0, the contraction whole, or cut in two or three
-/// for few outputs. On the CPU, where each is gemm on decoded values, they are the same.
-enum class Nf4Kernel : uint8_t { simt, mma, wgmma, wgmma2, wgmma3 };
+/// capability 8.0 on; lut: those of 9.0, for op transpose and at most 8 rows: a look-up gives two
+/// of the 16 values in fp16, and a block's scale meets the sum of their products with x; wgmma:
+/// those of 9.0, the contraction whole, or cut in two or three for few outputs. On the CPU, where
+/// each is gemm on decoded values, they are the same.
+enum class Nf4Kernel : uint8_t { simt, mma, lut, wgmma, wgmma2, wgmma3 };
 const char* name_of(Nf4Kernel kernel);
 
 /// Plus `addend`, of y's shape and dtype, where defined; it may be y itself.
@@ -35,6 +38,8 @@ void nf4_matmul(const Tensor& y, const Tensor& x, const Nf4Tensor& w, Op op, flo
 namespace cuda {
 /// What the kernels take at most.
 inline constexpr int64_t nf4_simt_rows = 8, nf4_mma_rows = 1024, nf4_mma_outputs = 65536;
+/// lut: rows of x at most; what K is a multiple of, and blocks at least.
+inline constexpr int64_t nf4_lut_rows = 8, nf4_lut_columns = 64;
 /// What outputs and contraction of wgmma are multiples of, and its blocks at least.
 inline constexpr int64_t nf4_wgmma_outputs = 256, nf4_wgmma_depth = 64;
 /// Whether this build, device and driver have it; true where there is no GPU to ask.
@@ -46,6 +51,7 @@ void nf4_matmul_simt(const Tensor& y, const Tensor& x, const Nf4Tensor& w, Op op
                      const Tensor& addend, const Tensor& workspace);
 void nf4_matmul_mma(const Tensor& y, const Tensor& x, const Nf4Tensor& w, Op op,
                     const Tensor& addend, const Tensor& workspace);
+void nf4_matmul_lut(const Tensor& y, const Tensor& x, const Nf4Tensor& w, const Tensor& addend);
 void nf4_matmul_wgmma(const Tensor& y, const Tensor& x, const Nf4Tensor& w, Op op, int parts,
                       const Tensor& addend);
 }  // namespace cuda

@@ -72,8 +72,8 @@ TEST_F(CudaColdCalls, LargeNf4Products) {
     const Nf4Tensor w = quantize_nf4(normals_like(shape, 0.02), 64, true);
     for (const Op op : {Op::transpose, Op::none}) {
       const Tensor x = normals_like({rows, shape[op == Op::transpose ? 1 : 0]}, 1);
-      for (const Nf4Kernel kernel :
-           {Nf4Kernel::mma, Nf4Kernel::wgmma, Nf4Kernel::wgmma2, Nf4Kernel::wgmma3}) {
+      for (const Nf4Kernel kernel : {Nf4Kernel::mma, Nf4Kernel::lut, Nf4Kernel::wgmma,
+                                     Nf4Kernel::wgmma2, Nf4Kernel::wgmma3}) {
         if (!nf4_matmul_supported(kernel, w, op, rows, DType::bf16, gpu)) continue;
         SCOPED_TRACE(
             fmt::format("{} W {} op {} M {}", name_of(kernel), shape, static_cast<int>(op), rows));

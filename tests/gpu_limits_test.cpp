@@ -146,6 +146,8 @@ TEST(GpuLimits, KernelsFollowTheGpuTheyAreFor) {
   EXPECT_TRUE(supported(Nf4Kernel::simt, 75));
   EXPECT_FALSE(supported(Nf4Kernel::mma, 75));
   EXPECT_TRUE(supported(Nf4Kernel::mma, 86));
+  EXPECT_FALSE(supported(Nf4Kernel::lut, 89));
+  EXPECT_TRUE(supported(Nf4Kernel::lut, 90));
   EXPECT_FALSE(supported(Nf4Kernel::wgmma, 89));
   EXPECT_TRUE(supported(Nf4Kernel::wgmma, 90));
   EXPECT_FALSE(supported(Nf4Kernel::wgmma, 120));

@@ -12,7 +12,8 @@ INSTANTIATE_TEST_SUITE_P(Ops, Nf4LinearTest, all_cases, name);
 /// On the CPU they are one.
 std::vector<Nf4Kernel> kernels(Device device) {
   if (!device.is_cuda()) return {Nf4Kernel::mma};
-  return {Nf4Kernel::simt, Nf4Kernel::mma, Nf4Kernel::wgmma, Nf4Kernel::wgmma2, Nf4Kernel::wgmma3};
+  return {Nf4Kernel::simt,  Nf4Kernel::mma,    Nf4Kernel::lut,
+          Nf4Kernel::wgmma, Nf4Kernel::wgmma2, Nf4Kernel::wgmma3};
 }
 bool of_warpgroups(Nf4Kernel kernel) { return kernel >= Nf4Kernel::wgmma; }
 constexpr Op ops[] = {Op::transpose, Op::none};
@@ -163,7 +164,7 @@ TEST_P(Nf4LinearTest, RowsAreIndependentOfTheirNumberAndPlace) {
   const std::vector<int32_t> offset = integers(301, total - 300, 4);
   for (const Op op : ops)
     for (const Nf4Kernel kernel : kernels(device())) {
-      const Nf4Tensor& w = of_warpgroups(kernel) ? wide : narrow;
+      const Nf4Tensor& w = kernel >= Nf4Kernel::lut ? wide : narrow;
       const Tensor x = random({total, inputs(w, op)});
       for (int64_t m = 1; m <= 300; m += device().is_cuda() || m < 18 ? 1 : 37) {
         if (!nf4_matmul_supported(kernel, w, op, m, dtype(), device())) continue;
@@ -176,6 +177,66 @@ TEST_P(Nf4LinearTest, RowsAreIndependentOfTheirNumberAndPlace) {
         }
       }
     }
+}
+
+// Warps without columns in the first panel or the last, several panels, blocks with several batches
+// of groups of outputs, and a group that is not full.
+TEST_P(Nf4LinearTest, LookUpTilesAgree) {
+  using enum Nf4Kernel;
+  if (!device().is_cuda()) GTEST_SKIP() << "on a GPU";
+  int compared = 0;
+  for (const Shape& shape :
+       {Shape{40, 64}, {40, 4032}, {24, 4160}, {40, 8448}, {17016, 128}, {17400, 4160}})
+    for (const bool nested : {false, true}) {
+      const Nf4Tensor w = quantize_nf4(random(shape, 0.05), 64, nested);
+      for (const int64_t m : {1, 3, 8}) {
+        if (!nf4_matmul_supported(lut, w, Op::transpose, m, dtype(), device())) continue;
+        SCOPED_TRACE(fmt::format("W {} nested {} M {}", shape, nested, m));
+        const Tensor x = random({m, shape[1]});
+        const Tensor y = product(x, w, Op::transpose, lut);
+        const bool large = shape.numel() > 1 << 24;  // for a reference on the host
+        expect_close(y,
+                     large ? as_reference(product(x, w, Op::transpose, mma))
+                           : reference(x, w, Op::transpose),
+                     shape[1], 0.05 * std::sqrt(static_cast<double>(shape[1])));
+        expect_same_bits(y, product(x, w, Op::transpose, lut));
+        ++compared;
+      }
+    }
+  if (compared == 0) GTEST_SKIP() << "no such kernel";
+}
+
+// lut brings x into the range of fp16, row by row, and must lose nothing that counts in a sum; what
+// is no number stays so, in its own row.
+TEST_P(Nf4LinearTest, LookUpKeepsTheRangeOfX) {
+  if (dtype() != DType::bf16) GTEST_SKIP() << "of bf16";
+  const auto lut = Nf4Kernel::lut;
+  const int64_t k = 640;
+  const Nf4Tensor w = quantize_nf4(random({48, k}, 0.05), 64, true);
+  if (!nf4_matmul_supported(lut, w, Op::transpose, 1, dtype(), device()))
+    GTEST_SKIP() << "no such kernel";
+  const std::vector<double> noise = normals(5 * k, 7);
+  std::vector<double> v(noise);
+  const double factors[] = {1e30, 1e-30, 1, 1, 0};
+  for (int64_t i = 0; i < 5 * k; ++i) v[i] *= factors[i / k];
+  for (int64_t i = 0; i < k; ++i) v[2 * k + i] *= std::pow(2.0, -(i % 40));  // 40 binades
+  const Tensor x = tensor(v, {5, k}, GetParam());
+  const Tensor y = product(x, w, Op::transpose, lut);
+  for (int64_t row = 0; row < 5; ++row) {
+    SCOPED_TRACE(row);
+    const double size = factors[row] * 0.05 * std::sqrt(static_cast<double>(k));
+    expect_close(y.slice_rows(row, row + 1).clone(),
+                 reference(x.slice_rows(row, row + 1).clone(), w, Op::transpose), k, size);
+  }
+  v[3 * k + 5] = INFINITY;
+  const std::vector<double> with =
+      values(product(tensor(v, {5, k}, GetParam()), w, Op::transpose, lut));
+  const std::vector<double> without = values(y);
+  for (int64_t i = 0; i < 5 * 48; ++i)
+    if (i / 48 == 3)
+      EXPECT_FALSE(std::isfinite(with[i])) << i;
+    else
+      EXPECT_EQ(with[i], without[i]) << i;
 }
 
 // Each of their tiles takes part, of 64, 128 and 256 rows of x, with the contraction in one to
@@ -253,7 +314,7 @@ TEST(Nf4Linear, ManyRowsAndTheCpuDecodeFirst) {
   }
 }
 
-TEST(Nf4Linear, WarpgroupsOfHopper) {
+TEST(Nf4Linear, KernelsOfHopper) {
   using enum Nf4Kernel;
   Nf4Tensor w;
   w.block_size = 64;
@@ -261,6 +322,11 @@ TEST(Nf4Linear, WarpgroupsOfHopper) {
     w.shape = shape;
     return fastest_nf4_kernel(w, op, rows, DType::bf16, Device::gpu(capability).meta());
   };
+  EXPECT_EQ(kernel({14336, 4096}, Op::transpose, 8), lut);
+  EXPECT_EQ(kernel({14336, 4096}, Op::transpose, 9), mma);
+  EXPECT_EQ(kernel({14336, 4096}, Op::none, 8), mma);
+  EXPECT_EQ(kernel({14336, 4096}, Op::transpose, 8, 80), mma);
+  EXPECT_EQ(kernel({14336, 4096 + 32}, Op::transpose, 8), mma);  // columns that lut does not take
   EXPECT_EQ(kernel({14336, 4096}, Op::transpose, 32), mma);
   EXPECT_EQ(kernel({14336, 4096}, Op::transpose, 33), wgmma);
   EXPECT_EQ(kernel({14336, 4096}, Op::transpose, 512), wgmma);

@@ -32,8 +32,8 @@ LinearKernel kernel(Nf4Kernel which, int64_t most_rows = std::numeric_limits<int
 }
 
 const RegisterLinear simt(kernel(Nf4Kernel::simt)), mma(kernel(Nf4Kernel::mma)),
-    wgmma(kernel(Nf4Kernel::wgmma)), wgmma2(kernel(Nf4Kernel::wgmma2, cut_rows)),
-    wgmma3(kernel(Nf4Kernel::wgmma3, cut_rows));
+    lut(kernel(Nf4Kernel::lut)), wgmma(kernel(Nf4Kernel::wgmma)),
+    wgmma2(kernel(Nf4Kernel::wgmma2, cut_rows)), wgmma3(kernel(Nf4Kernel::wgmma3, cut_rows));
 
 }  // namespace
 }  // namespace qlab::bench
