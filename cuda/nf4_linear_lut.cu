@@ -129,12 +129,11 @@ __device__ inline int uniform_warp() {
 
 /// Codes are read once.
 __device__ inline void load_once(uint2& v, const uint8_t* p) {
-#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
   asm volatile("ld.global.nc.L1::no_allocate.L2::128B.v2.u32 {%0, %1}, [%2];"
                : "=r"(v.x), "=r"(v.y)
                : "l"(p));
-#endif
 }
+
 __device__ inline void write_element(const Problem<bf16>& p, int token, int output, float v) {
   if (p.addend != nullptr) v += static_cast<float>(p.addend[token * p.addend_pitch + output]);
   p.y[token * p.y_pitch + output] = static_cast<bf16>(v);
@@ -144,7 +143,6 @@ __device__ inline void write_element(const Problem<bf16>& p, int token, int outp
 // panels of `warps` tiles, and hold a panel's columns of x in registers.
 __global__ void __launch_bounds__(threads, 1)
     nf4_lut_kernel(const Problem<bf16> p, int panels, int panel_tiles) {
-#if __CUDA_ARCH__ >= 900
   constexpr int batch = Shared::batch;
   extern __shared__ __align__(128) char memory[];
   auto& shared = *reinterpret_cast<Shared*>(memory);
@@ -290,7 +288,6 @@ __global__ void __launch_bounds__(threads, 1)
     }
     __syncthreads();
   }
-#endif
 }
 
 }  // namespace
