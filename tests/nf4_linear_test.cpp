@@ -181,7 +181,7 @@ TEST_P(Nf4LinearTest, RowsAreIndependentOfTheirNumberAndPlace) {
 
 // Warps without columns in the first panel or the last, several panels, blocks with several batches
 // of groups of outputs, and a group that is not full.
-TEST_P(Nf4LinearTest, LookUpTilesAgree) {
+TEST_P(Nf4LinearTest, LookUpPanelsAndBatches) {
   using enum Nf4Kernel;
   if (!device().is_cuda()) GTEST_SKIP() << "on a GPU";
   int compared = 0;
