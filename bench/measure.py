@@ -94,10 +94,11 @@ def plain_name(name):
 
 def benchmarks(operations, chosen):
     """The expression for qlab-bench: a filter's match ends before the implementation, so that a
-    case is measured whole."""
+    case is measured whole; right before it, where the filter ends in $."""
     if not chosen:
         return f"^cuda/(ceiling|{operations})/"
-    return f"^cuda/(ceiling/|.*({chosen}).*/[^/]+/iterations:)"
+    behind = "" if chosen.endswith("$") else ".*"
+    return f"^cuda/(ceiling/|.*({chosen.removesuffix('$')}){behind}/[^/]+/iterations:)"
 
 
 def our_kernels(build, part, chosen, folder, seconds):

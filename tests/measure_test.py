@@ -194,7 +194,8 @@ class PlotTest(unittest.TestCase):
 class FilterTest(unittest.TestCase):
     def test_it_ends_before_the_implementation(self):
         name = "cuda/linear/forward/64x64/m1/{}/iterations:11/manual_time"
-        for chosen, count in (("linear/.*/64x64/m1", 2), ("64x64/m1/mma", 0), ("", 2), ("m16", 0)):
+        for chosen, count in (("linear/.*/64x64/m1", 2), ("64x64/m1/mma", 0), ("", 2), ("m16", 0),
+                              ("64x64/m(1|4)$", 2), ("64x64/m$", 0), ("64x64/m", 2)):
             pattern = re.compile(measure.benchmarks("linear", chosen))
             found = [n for n in ("mma", "simt") if pattern.search(name.format(n))]
             self.assertEqual(len(found), count, chosen)
