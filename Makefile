@@ -78,7 +78,8 @@ gpu-bench: setup
 
 tune: build
 	$(call say,Choosing the kernels of NF4 linear layers)
-	@python3 bench/tune.py --tests $(BUILD)/qlab_tests && $(MAKE) build
+	@python3 bench/tune.py --tests $(BUILD)/qlab_tests
+	@$(MAKE) build
 
 clean:
 	$(call say,Removing $(BUILD))

@@ -135,7 +135,11 @@ int run(int argc, char** argv) {
   generate_app->add_option("--adapter", generate.adapter, "PEFT adapter directory");
   generate_app->add_flag("--chat", generate.chat, "wrap the prompt as a user's turn (ChatML)");
   generate_app->add_option("--max-new-tokens", generate.sampling.max_new_tokens)
-      ->check(CLI::PositiveNumber)
+      ->check([](const std::string& text) {
+        const bool good = !text.empty() && text.find_first_not_of("0123456789") == text.npos &&
+                          text.find_first_not_of('0') != text.npos;
+        return good ? "" : text + " is no whole number from 1 up";
+      })
       ->capture_default_str();
   generate_app->add_option("--temperature", generate.sampling.temperature, "0: the likeliest token")
       ->check([](const std::string& text) {
@@ -145,7 +149,12 @@ int run(int argc, char** argv) {
       })
       ->capture_default_str();
   generate_app->add_option("--top-p", generate.sampling.top_p)
-      ->check(CLI::Range(0.0, 1.0))
+      ->check([](const std::string& text) {
+        char* end = nullptr;
+        const double share = std::strtod(text.c_str(), &end);
+        const bool good = end != text.c_str() && *end == '\0' && share >= 0 && share <= 1;
+        return good ? "" : text + " is no share of the probability, from 0 to 1";
+      })
       ->capture_default_str();
   generate_app->add_option("--seed", generate.sampling.seed)
       ->check([](const std::string& text) {

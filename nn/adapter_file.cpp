@@ -93,6 +93,8 @@ void save_adapter(const std::string& dir, const Adapter& adapter, const std::str
 
 LoraSpec read_adapter_spec(const std::string& dir) {
   const std::string path = config_path(dir);
+  if (!std::filesystem::exists(path) && std::filesystem::exists(config_path(dir + "/adapter")))
+    fail("{}: is a trial's directory; its adapter is {}/adapter", dir, dir);
   const Json json = read_json_file(path);
   if (!json.is_object()) fail("{}: must be a JSON object", path);
   const auto text = [&](const char* key) {

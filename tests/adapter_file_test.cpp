@@ -130,6 +130,14 @@ TEST_F(AdapterFileTest, RefusesWhatItDoesNotImplement) {
   EXPECT_THAT(error_with("peft_type", "IA3"), HasSubstr("peft_type must be LORA"));
 }
 
+TEST_F(AdapterFileTest, NamesTheAdapterOfATrial) {
+  saved({});
+  EXPECT_EQ(error_of([&] { read_adapter_spec(folder_ / "."); }),
+            fmt::format("{0}: is a trial's directory; its adapter is {0}/adapter", folder_ / "."));
+  EXPECT_THAT(error_of([&] { read_adapter_spec(folder_ / "gone"); }),
+              HasSubstr("gone/adapter_config.json"));
+}
+
 TEST_F(AdapterFileTest, RefusesMalformedConfigs) {
   saved({});
   EXPECT_EQ(error_with("r", 16), "");

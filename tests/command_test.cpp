@@ -94,6 +94,12 @@ TEST_F(CommandTest, MistakesOnTheCommandLine) {
   expect_refused({"train", run_file(), "--out", ""}, {"--out", "not an empty text"});
   expect_refused({"generate", "x", "--prompt", "x", "--temperature", "-1"},
                  {"--temperature", "-1 is below 0"});
+  for (const char* count : {"0", "-1", "many", "1.5", ""})
+    expect_refused({"generate", "x", "--prompt", "x", "--max-new-tokens", count},
+                   {"--max-new-tokens", "is no whole number from 1 up"});
+  for (const char* share : {"1.5", "-0.1", "half"})
+    expect_refused({"generate", "x", "--prompt", "x", "--top-p", share},
+                   {"--top-p", std::string(share) + " is no share of the probability"});
   expect_refused({"generate", "x", "--prompt", "x", "--seed", "-1"}, {"--seed", "-1 is below 0"});
   expect_refused({"train", run_file(), "--shard", "2/2"}, {"--shard"});
   expect_refused({"tokenize", "synthetic:tiny", run_file()}, {"synthetic:tiny", "tokenizer.json"});
