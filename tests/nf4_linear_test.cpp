@@ -183,7 +183,7 @@ TEST_P(Nf4LinearTest, RowsAreIndependentOfTheirNumberAndPlace) {
 // of groups of outputs, and a group that is not full.
 TEST_P(Nf4LinearTest, LookUpPanelsAndBatches) {
   using enum Nf4Kernel;
-  if (!device().is_cuda()) GTEST_SKIP() << "on a GPU";
+  if (!device().is_cuda()) GTEST_SKIP() << "the kernel runs on a GPU alone";
   int compared = 0;
   for (const Shape& shape :
        {Shape{40, 64}, {40, 4032}, {24, 4160}, {40, 8448}, {17016, 128}, {17400, 4160}})
@@ -209,7 +209,7 @@ TEST_P(Nf4LinearTest, LookUpPanelsAndBatches) {
 // lut brings x into the range of fp16, row by row, and must lose nothing that counts in a sum; what
 // is no number stays so, in its own row.
 TEST_P(Nf4LinearTest, LookUpKeepsTheRangeOfX) {
-  if (dtype() != DType::bf16) GTEST_SKIP() << "of bf16";
+  if (dtype() != DType::bf16) GTEST_SKIP() << "the kernel takes bf16 alone";
   const auto lut = Nf4Kernel::lut;
   const int64_t k = 640;
   const Nf4Tensor w = quantize_nf4(random({48, k}, 0.05), 64, true);

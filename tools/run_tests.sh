@@ -21,9 +21,10 @@ if ((status != 0)); then
   echo "Tests failed: their output is above and in $log. One of them again, with all its output:"
   echo "  ctest --test-dir $build -V -R NAME"
 fi
-echo "Skipped tests: $skipped"
+echo "Skipped, and why:"
 # GoogleTest writes "FILE:LINE: Skipped" and on the next line why; ctest keeps all output there.
 awk '/: Skipped$/ && (getline reason) > 0 { ++count[reason] }
      END { for (reason in count) printf "%6d  %s\n", count[reason], reason }' \
   "$build/Testing/Temporary/LastTest.log" | sort -k1,1nr -k2
+echo "$(grep 'tests passed,' "$log" | tail -1); skipped, as said above: $skipped"
 exit "$status"
