@@ -20,7 +20,8 @@ constexpr Nf4Line lines[] = {
 };
 
 /// A kernel for Hopper that was faster on an H100 than mma and than decoding first, if any: lut
-/// with every matrix, for as many rows as it takes; those of warpgroups at 64, 128, 256, 512 and
+/// with every matrix at 1 and 4 rows (its time hardly depends on them, up to the 8 that it takes);
+/// those of warpgroups at 64, 128, 256, 512 and
 /// 1,024 rows, with 4,096 and with 14,336 outputs. How many blocks there are decides, not the size
 /// of the matrix; below 33 rows mma is faster, by interpolation.
 std::optional<Nf4Kernel> hopper_kernel(Op op, int64_t outputs, int64_t rows) {

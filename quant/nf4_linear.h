@@ -4,9 +4,11 @@
 //   op transpose: y [M, N] = x [M, K] W^T        a linear layer's forward
 //   op none:      y [M, K] = x [M, N] W          the gradient of its input
 // The values are exactly those of dequantize_nf4 in x's dtype, sums are carried in fp32: a result
-// differs from dequantize_nf4 and gemm in the order of its sums alone. (lut does not round a weight
-// to bf16: the value is rounded to fp16, its product with the scale is not.) The order depends on
-// the kernel, op, N and K: a row's bits do not depend on how many others there are.
+// differs from dequantize_nf4 and gemm in the order of its sums alone. The order depends on the
+// kernel, op, N and K: a row's bits do not depend on how many others there are.
+// lut differs in more: it does not round a weight to bf16 (the value is rounded to fp16, its
+// product with the scale is not); of 256 neighbours in a row of x, those below 2^-30 of the largest
+// lose bits, and all do where that largest is below 2^-107; scales beyond 2^107 may overflow.
 #pragma once
 #include "core/ops/gemm.h"
 #include "quant/quantize.h"
