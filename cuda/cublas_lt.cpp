@@ -55,6 +55,10 @@ QLAB_HAND_ON(cublasStatus_t, cublasLtMatrixLayoutInit_internal,
              (cublasLtMatrixLayout_t layout, size_t size, cudaDataType type, uint64_t rows,
               uint64_t cols, int64_t pitch),
              (layout, size, type, rows, cols, pitch))
+QLAB_HAND_ON(cublasStatus_t, cublasLtMatrixLayoutSetAttribute,
+             (cublasLtMatrixLayout_t layout, cublasLtMatrixLayoutAttribute_t attribute,
+              const void* value, size_t size),
+             (layout, attribute, value, size))
 QLAB_HAND_ON(cublasStatus_t, cublasLtMatmulPreferenceInit_internal,
              (cublasLtMatmulPreference_t preference, size_t size), (preference, size))
 QLAB_HAND_ON(cublasStatus_t, cublasLtMatmulPreferenceSetAttribute,
@@ -67,6 +71,11 @@ QLAB_HAND_ON(cublasStatus_t, cublasLtMatmulAlgoGetHeuristic,
               cublasLtMatmulPreference_t preference, int requested,
               cublasLtMatmulHeuristicResult_t* results, int* found),
              (handle, desc, a, b, c, d, preference, requested, results, found))
+QLAB_HAND_ON(cublasStatus_t, cublasLtMatmulAlgoCheck,
+             (cublasLtHandle_t handle, cublasLtMatmulDesc_t desc, cublasLtMatrixLayout_t a,
+              cublasLtMatrixLayout_t b, cublasLtMatrixLayout_t c, cublasLtMatrixLayout_t d,
+              const cublasLtMatmulAlgo_t* algorithm, cublasLtMatmulHeuristicResult_t* result),
+             (handle, desc, a, b, c, d, algorithm, result))
 QLAB_HAND_ON(cublasStatus_t, cublasLtMatmul,
              (cublasLtHandle_t handle, cublasLtMatmulDesc_t desc, const void* alpha, const void* a,
               cublasLtMatrixLayout_t layout_a, const void* b, cublasLtMatrixLayout_t layout_b,

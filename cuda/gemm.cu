@@ -58,6 +58,19 @@ struct Descriptors {
   cublasLtMatmulDescOpaque_t product;
   cublasLtMatrixLayoutOpaque_t a, b, c, d;
 
+  /// Of `count` products, whose matrices lie so many elements apart.
+  void repeat(const Product& p, int count, int64_t a_apart, int64_t b_apart, int64_t c_apart) {
+    const auto set = [&](cublasLtMatrixLayoutOpaque_t& layout, int64_t apart) {
+      check_blas(cublasLtMatrixLayoutSetAttribute(&layout, CUBLASLT_MATRIX_LAYOUT_BATCH_COUNT,
+                                                  &count, sizeof count),
+                 "MatrixLayoutSetAttribute", p);
+      check_blas(cublasLtMatrixLayoutSetAttribute(
+                     &layout, CUBLASLT_MATRIX_LAYOUT_STRIDED_BATCH_OFFSET, &apart, sizeof apart),
+                 "MatrixLayoutSetAttribute", p);
+    };
+    set(a, a_apart), set(b, b_apart), set(c, c_apart), set(d, c_apart);
+  }
+
   Descriptors(const Product& p, const Tensor& ta, const Tensor& tb) {
     check_blas(cublasLtMatmulDescInit(&product, CUBLAS_COMPUTE_32F, CUDA_R_32F), "MatmulDescInit",
                p);
@@ -172,10 +185,6 @@ Product describe(const Tensor& c, const Tensor& a, Op op_a, const Tensor& b, Op 
           .device = c.device().index};
 }
 
-}  // namespace
-
-namespace {
-
 void multiply(const Tensor& c, const Tensor& a, Op op_a, const Tensor& b, Op op_b, float alpha,
               float beta, const Tensor& addend, SplitK split_k, const Tensor& workspace) {
   const Product p = describe(c, a, op_a, b, op_b, addend, split_k, workspace);
@@ -206,6 +215,48 @@ void gemm(const Tensor& c, const Tensor& a, Op op_a, const Tensor& b, Op op_b, f
     multiply(c, a_part, op_a, b_part, op_b, alpha, begin == 0 ? beta : 1.0f,
              begin == 0 ? addend : c, split_k, workspace);
   }
+}
+
+// What one product takes is asked for, and then told to repeat: another algorithm would be another
+// order of sums.
+void gemm_each(std::span<const Factors> products, Op op_a, Op op_b, SplitK split_k,
+               const Tensor& workspace) {
+  const Factors& first = products.front();
+  const Product p = describe(first.c, first.a, op_a, first.b, op_b, first.c, split_k, workspace);
+  const auto apart = [&](Tensor Factors::*matrix, size_t i) {
+    const auto at = [&](size_t j) { return static_cast<const char*>((products[j].*matrix).raw()); };
+    return (at(i) - at(i - 1)) / static_cast<int64_t>(size_of((first.*matrix).dtype()));
+  };
+  const int64_t a_apart = apart(&Factors::a, 1), b_apart = apart(&Factors::b, 1),
+                c_apart = apart(&Factors::c, 1);
+  bool even = first.a.dtype() != DType::f32 && p.k > 0;
+  for (size_t i = 1; even && i < products.size(); ++i) {
+    const Factors& f = products[i];
+    even = describe(f.c, f.a, op_a, f.b, op_b, f.c, split_k, workspace) == p &&
+           apart(&Factors::a, i) == a_apart && apart(&Factors::b, i) == b_apart &&
+           apart(&Factors::c, i) == c_apart;
+  }
+  if (even) {
+    const Product asked = canonical(p);
+    Descriptors shapes(asked, first.a, first.b), d(p, first.a, first.b);
+    const cublasLtMatmulAlgo_t algorithm = choose(asked, shapes);
+    d.repeat(p, static_cast<int>(products.size()), a_apart, b_apart, c_apart);
+    cublasLtMatmulHeuristicResult_t able;
+    if (cublasLtMatmulAlgoCheck(handle(p), &d.product, &d.b, &d.a, &d.d, &d.c, &algorithm, &able) ==
+            CUBLAS_STATUS_SUCCESS &&
+        able.workspaceSize <= static_cast<size_t>(p.workspace_bytes)) {
+      const float one = 1, zero = 0;
+      for (const Factors& f : products) fill_for_initcheck(f.c);
+      check_blas(
+          cublasLtMatmul(handle(p), &d.product, &one, first.b.raw(), &d.b, first.a.raw(), &d.a,
+                         &zero, first.c.raw(), &d.d, first.c.raw(), &d.c, &algorithm,
+                         workspace.raw(), static_cast<size_t>(p.workspace_bytes), current_stream()),
+          "cublasLtMatmul of several", p);
+      return;
+    }
+  }
+  for (const Factors& f : products)
+    gemm(f.c, f.a, op_a, f.b, op_b, 1.0f, 0.0f, f.c, split_k, workspace);
 }
 
 }  // namespace qlab::cuda

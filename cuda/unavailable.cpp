@@ -98,6 +98,7 @@ void cast(In, In) { missing(); }
 void cross_entropy(In, In, In, In) { missing(); }
 void dropout(In, In, In, In, DropoutKey, bool) { missing(); }
 void gemm(In, In, Op, In, Op, float, float, In, SplitK, In) { missing(); }
+void gemm_each(std::span<const Factors>, Op, Op, SplitK, In) { missing(); }
 void rms_norm(In, In, In, In, float) { missing(); }
 void rms_norm_backward(In, In, In, In, In, In) { missing(); }
 void rope(In, In, In, In, int64_t, bool) { missing(); }

@@ -216,6 +216,44 @@ TEST_P(GemmTest, LargeRowsOfBaseProductsAreIndependent) {
   EXPECT_EQ(differ, "") << "rows differ from those of a product of " << most << " rows";
 }
 
+// Products side by side have the bits of each alone, whether their matrices lie at equal distances,
+// as blocks of a wide one do, or anywhere.
+TEST_P(GemmTest, EachIsAProductAlone) {
+  if (device().is_cuda() && dtype() == DType::f32) GTEST_SKIP() << "the library's choice";
+  std::vector<Sizes> sizes = {{1, 16, 64}, {77, 16, 200}, {48, 130, 40}, {16, 8, 8}};
+  if (device().is_cuda())
+    sizes.insert(sizes.end(), {{512, 48, 4096}, {16, 4096, 512}, {512, 16, 14336}});
+  constexpr int64_t count = 5;
+  for (const auto& [m, n, k] : sizes)
+    for (const auto& [op_a, op_b] : all_ops)
+      for (const SplitK split_k : {SplitK::no, SplitK::allowed})
+        for (const bool even : {true, false}) {
+          SCOPED_TRACE(fmt::format("M {} N {} K {}, ops {} {}, {}", m, n, k, static_cast<int>(op_a),
+                                   static_cast<int>(op_b), even));
+          const Shape a_shape = stored(op_a, m, k), b_shape = stored(op_b, k, n);
+          const Tensor a = random({count * a_shape[0], a_shape[1]});
+          const Tensor b = random({b_shape[0], count * b_shape[1]});
+          const Tensor c = Tensor::zeros({count * m, count * n}, dtype(), device());
+          std::vector<Factors> products;
+          for (int64_t i = 0; i < count; ++i) {
+            const int64_t at = even ? i : i * i % count;  // 0, 1, 4, 4, 1
+            products.push_back({c.slice_rows(i * m, (i + 1) * m).slice_cols(i * n, (i + 1) * n),
+                                a.slice_rows(at * a_shape[0], (at + 1) * a_shape[0]),
+                                b.slice_cols(at * b_shape[1], (at + 1) * b_shape[1])});
+          }
+          const int64_t before = gemm_count();
+          gemm_each(products, op_a, op_b, split_k);
+          EXPECT_EQ(gemm_count(), before + count);
+          const Tensor alone = Tensor::zeros(c.shape(), dtype(), device());
+          for (int64_t i = 0; i < count; ++i) {
+            const Factors& p = products[static_cast<size_t>(i)];
+            gemm(alone.slice_rows(i * m, (i + 1) * m).slice_cols(i * n, (i + 1) * n), p.a, op_a,
+                 p.b, op_b, 1.0f, 0.0f, {}, split_k);
+          }
+          expect_same_bits(c, alone);
+        }
+}
+
 // And an adapter's columns do not depend on the adapters beside it.
 TEST(Gemm, ColumnsAreIndependentOfTheirNumber) {
   const Tensor x = tensor(normals(50 * 90, 1), {50, 90}, cpu_f32);
@@ -253,6 +291,8 @@ TEST(Gemm, RejectsWhatDoesNotFit) {
   EXPECT_ERROR(gemm(c, a, Op::none, cast(a, DType::bf16), Op::transpose), "[gemm] dtypes");
   EXPECT_ERROR(gemm(cast(c, DType::bf16), a, Op::none, a, Op::transpose), "[gemm] dtypes");
   EXPECT_ERROR(gemm(c, a.view({6}), Op::none, a, Op::transpose), "needs matrices");
+  EXPECT_ERROR(gemm_each(std::vector<Factors>{{c, a, a}, {c, a, c}}, Op::none, Op::transpose),
+               "[gemm] shapes do not fit");
 }
 
 }  // namespace

@@ -11,13 +11,21 @@
 
 namespace qlab {
 namespace {
-thread_local int64_t products = 0;
-}
 
-int64_t gemm_count() { return products; }
+thread_local int64_t products_issued = 0;
 
-void gemm(const Tensor& c, const Tensor& a, Op op_a, const Tensor& b, Op op_b, float alpha,
-          float beta, const Tensor& addend, SplitK split_k) {
+/// Of op(A) [m, k] and op(B) [k, n].
+struct Sizes {
+  int64_t m, n, k;
+  double flop() const {
+    return 2 * static_cast<double>(m) * static_cast<double>(n) * static_cast<double>(k);
+  }
+  const char* name() const {
+    return std::min({m, n, k}) < 256 ? "product with an adapter or few rows" : "product";
+  }
+};
+
+Sizes checked_sizes(const Tensor& c, const Tensor& a, Op op_a, const Tensor& b, Op op_b) {
   QLAB_CHECK(a.rank() == 2 && b.rank() == 2 && c.rank() == 2,
              "[gemm] needs matrices, got {}, {} and {}", a.str(), b.str(), c.str());
   const int64_t m = a.dim(op_a == Op::none ? 0 : 1), k = a.dim(op_a == Op::none ? 1 : 0);
@@ -28,29 +36,37 @@ void gemm(const Tensor& c, const Tensor& a, Op op_a, const Tensor& b, Op op_b, f
                  !(a.dtype() == DType::f64 && c.dtype() != DType::f64),
              "[gemm] dtypes {}, {} into {}", name_of(a.dtype()), name_of(b.dtype()),
              name_of(c.dtype()));
-  const Tensor& d = addend.defined() ? addend : c;
-  QLAB_CHECK(d.shape() == c.shape() && d.dtype() == c.dtype(), "[gemm] cannot add {} to {}",
-             d.str(), c.str());
   check_device("gemm", c, a);
   check_device("gemm", c, b);
   for (const Tensor* x : {&a, &b, &c}) check_gpu_matrix("gemm", *x);
-  ++products;
-  if (m == 0 || n == 0) return;
+  return {m, n, k};
+}
+
+Tensor workspace_of(const Sizes& z, DType dtype, Device device) {
+  const int64_t bytes = device.target == DeviceType::cuda
+                            ? cuda::gemm_workspace(z.m, z.n, z.k, dtype)
+                            : cpu::gemm_workspace(z.m, z.n, z.k, dtype);
+  const MemoryTag tag(Category::workspace);
+  const MemoryName name("workspace of a product");
+  return Tensor::empty({bytes}, DType::u8, device);
+}
+
+}  // namespace
+
+int64_t gemm_count() { return products_issued; }
+
+void gemm(const Tensor& c, const Tensor& a, Op op_a, const Tensor& b, Op op_b, float alpha,
+          float beta, const Tensor& addend, SplitK split_k) {
+  const Sizes z = checked_sizes(c, a, op_a, b, op_b);
+  const Tensor& d = addend.defined() ? addend : c;
+  QLAB_CHECK(d.shape() == c.shape() && d.dtype() == c.dtype(), "[gemm] cannot add {} to {}",
+             d.str(), c.str());
+  ++products_issued;
+  if (z.m == 0 || z.n == 0) return;
   const Device device = a.device();  // meta in a dry run, also when C is a gradient that exists
-  const int64_t bytes = device.target == DeviceType::cuda ? cuda::gemm_workspace(m, n, k, a.dtype())
-                                                          : cpu::gemm_workspace(m, n, k, a.dtype());
-  Tensor workspace;
-  {
-    const MemoryTag tag(Category::workspace);
-    const MemoryName name("workspace of a product");
-    workspace = Tensor::empty({bytes}, DType::u8, device);
-  }
-  const double dm = static_cast<double>(m), dn = static_cast<double>(n),
-               dk = static_cast<double>(k);
-  const bool skinny = std::min({m, n, k}) < 256;
-  const OpScope scope(
-      skinny ? "product with an adapter or few rows" : "product", device,
-      {2 * dm * dn * dk, bytes_of_all(a, b, c) + (beta != 0 ? bytes_of_all(d) : 0)});
+  const Tensor workspace = workspace_of(z, a.dtype(), device);
+  const OpScope scope(z.name(), device,
+                      {z.flop(), bytes_of_all(a, b, c) + (beta != 0 ? bytes_of_all(d) : 0)});
   on_device(
       device,
       [&] {
@@ -58,6 +74,31 @@ void gemm(const Tensor& c, const Tensor& a, Op op_a, const Tensor& b, Op op_b, f
         cpu::gemm(c, a, op_a, b, op_b, alpha, beta, workspace);
       },
       [&] { cuda::gemm(c, a, op_a, b, op_b, alpha, beta, d, split_k, workspace); });
+}
+
+void gemm_each(std::span<const Factors> products, Op op_a, Op op_b, SplitK split_k) {
+  if (products.empty()) return;
+  const Factors& first = products.front();
+  const Device device = first.a.device();
+  if (products.size() == 1 || device.target != DeviceType::cuda) {
+    for (const Factors& p : products) gemm(p.c, p.a, op_a, p.b, op_b, 1.0f, 0.0f, {}, split_k);
+    return;
+  }
+  double bytes = 0;
+  for (const Factors& p : products) {
+    checked_sizes(p.c, p.a, op_a, p.b, op_b);
+    QLAB_CHECK(p.c.shape() == first.c.shape() && p.a.shape() == first.a.shape() &&
+                   p.a.dtype() == first.a.dtype() && p.c.dtype() == first.c.dtype(),
+               "[gemm_each] {} times {} into {} beside {} times {} into {}", p.a.str(), p.b.str(),
+               p.c.str(), first.a.str(), first.b.str(), first.c.str());
+    bytes += bytes_of_all(p.a, p.b, p.c);
+  }
+  const Sizes z = checked_sizes(first.c, first.a, op_a, first.b, op_b);
+  products_issued += std::ssize(products);
+  if (z.m == 0 || z.n == 0) return;
+  const Tensor workspace = workspace_of(z, first.a.dtype(), device);
+  const OpScope scope(z.name(), device, {z.flop() * static_cast<double>(products.size()), bytes});
+  if (!device.is_meta()) cuda::gemm_each(products, op_a, op_b, split_k, workspace);
 }
 
 Tensor matmul_nt(const Tensor& x, const Tensor& w) {

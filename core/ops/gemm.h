@@ -7,6 +7,8 @@
 // bits depend on that row alone, which is what lets trials train together (docs/design.md, "Same
 // seed, same bits").
 #pragma once
+#include <span>
+
 #include "core/tensor.h"
 
 namespace qlab {
@@ -21,6 +23,14 @@ enum class SplitK : uint8_t { no, allowed };
 /// given.
 void gemm(const Tensor& c, const Tensor& a, Op op_a, const Tensor& b, Op op_b, float alpha = 1.0f,
           float beta = 0.0f, const Tensor& addend = {}, SplitK split_k = SplitK::no);
+
+/// The matrices of a product.
+struct Factors {
+  Tensor c, a, b;
+};
+/// C = op(A) op(B) for each of products of equal shapes, the bits those of gemm. A GPU computes
+/// those that lie at equal distances from one another in one launch.
+void gemm_each(std::span<const Factors> products, Op op_a, Op op_b, SplitK split_k = SplitK::no);
 
 /// x [M, K] times w [N, K] transposed: a linear layer's forward. The result has x's dtype.
 Tensor matmul_nt(const Tensor& x, const Tensor& w);
@@ -41,5 +51,7 @@ namespace cuda {
 int64_t gemm_workspace(int64_t m, int64_t n, int64_t k, DType dtype);
 void gemm(const Tensor& c, const Tensor& a, Op op_a, const Tensor& b, Op op_b, float alpha,
           float beta, const Tensor& addend, SplitK split_k, const Tensor& workspace);
+void gemm_each(std::span<const Factors> products, Op op_a, Op op_b, SplitK split_k,
+               const Tensor& workspace);
 }  // namespace cuda
 }  // namespace qlab
