@@ -18,7 +18,8 @@ struct Out {
   const bf16* s;   // [T, columns of all parts]
   float* ds_sums;  // [column tiles, T, R]
   int64_t dy_pitch, s_pitch, b_pitch;
-  int rows, split_rows, parts;
+  int64_t dy_segment, s_segment, ds_sums_segment, db_sums_segment;  // elements between segments
+  int rows, split_rows, parts, width;                               // of a segment
   OutPart part[max_parts];
 };
 
@@ -47,10 +48,10 @@ __device__ inline void copy_streamed(uint32_t to, const void* from, bool inside)
 #endif
 }
 
-// A block per tile of columns of one module and split_rows rows; 16 rows at a time, in a ring. A
-// warp keeps its columns of B and of dB in registers; the warps' shares of ds meet in shared
-// memory, one step behind. Reads dy once; writes 4 bytes of ds per row and tile, and of dB per
-// column and split.
+// A block per segment, tile of columns of one module and split_rows rows; 16 rows at a time, in a
+// ring. A warp keeps its columns of B and of dB in registers; the warps' shares of ds meet in
+// shared memory, one step behind. Reads dy once; writes 4 bytes of ds per row and tile, and of dB
+// per column and split.
 template <class Tile>
 __global__ void __launch_bounds__(Tile::threads, 1) out_kernel(const __grid_constant__ Out p) {
   constexpr int width = Tile::width, cols = Tile::cols, stages = Tile::stages;
@@ -75,13 +76,14 @@ __global__ void __launch_bounds__(Tile::threads, 1) out_kernel(const __grid_cons
   static_assert(Tile::threads % units == 0 && out_rows * s_units <= Tile::threads);
   const int first = thread / units, unit = thread % units;
   const bool inside = col0 + 8 * unit < out;
-  const bf16* from = p.dy + part.row + (inside ? col0 + 8 * unit : 0) +
+  const auto segment = static_cast<int64_t>(blockIdx.z);
+  const bf16* from = p.dy + segment * p.dy_segment + part.row + (inside ? col0 + 8 * unit : 0) +
                      static_cast<int64_t>(begin + first) * p.dy_pitch;
   const int64_t down = step * p.dy_pitch;
   uint32_t to = base + first * row_bytes<cols> + 16 * unit;
   const int s_row = thread / s_units;
-  const bf16* from_s =
-      p.s + part.column + thread % s_units * 8 + static_cast<int64_t>(begin + s_row) * p.s_pitch;
+  const bf16* from_s = p.s + segment * p.s_segment + part.column + thread % s_units * 8 +
+                       static_cast<int64_t>(begin + s_row) * p.s_pitch;
   uint32_t to_s = base + Tile::s_at + s_row * row_bytes<width> + thread % s_units * 16;
   int left = end - begin;  // rows from the next slab on
   // The place of the next slab is counted by each thread: for a uniform offset beside a cache
@@ -106,6 +108,7 @@ __global__ void __launch_bounds__(Tile::threads, 1) out_kernel(const __grid_cons
   }
 
   // B as the right operand: two neighbouring columns of dy per register.
+  const bf16* const of_b = part.b + segment * p.width;
   uint32_t b[steps][2 * tiles][2];
 #pragma unroll
   for (int k = 0; k < steps; ++k)
@@ -115,7 +118,7 @@ __global__ void __launch_bounds__(Tile::threads, 1) out_kernel(const __grid_cons
       for (int h = 0; h < 2; ++h) {
         const int col = own0 + 16 * k + 8 * h + lane % 4 * 2;
         const auto at = [&](int c) -> uint32_t {
-          return c < out ? part.b[c * p.b_pitch + 8 * j + lane / 4].bits : 0;
+          return c < out ? of_b[c * p.b_pitch + 8 * j + lane / 4].bits : 0;
         };
         b[k][j][h] = at(col) | at(col + 1) << 16;
       }
@@ -124,7 +127,8 @@ __global__ void __launch_bounds__(Tile::threads, 1) out_kernel(const __grid_cons
   const uint32_t own = base + warp * Tile::warp_cols * 2;
   const uint32_t rows_of_dy = left_lane<cols>(own), columns_of_dy = right_lane<cols>(own),
                  rows_of_s = left_lane<width>(base + Tile::s_at);
-  float* ds_sums = p.ds_sums + (static_cast<int64_t>(tile) * p.rows + begin) * width;
+  float* ds_sums = p.ds_sums + segment * p.ds_sums_segment +
+                   (static_cast<int64_t>(tile) * p.rows + begin) * width;
   const auto add_shares = [&](const float* of_warps, int count) {
 #pragma unroll
     for (int j = 0; j < (out_rows * width + Tile::threads - 1) / Tile::threads; ++j) {
@@ -182,7 +186,8 @@ __global__ void __launch_bounds__(Tile::threads, 1) out_kernel(const __grid_cons
   add_shares(shares + (slabs + 1) % 2 * Tile::warps * Tile::share,
              end - begin - (slabs - 1) * out_rows);
 
-  float* const db_sums = part.db_sums + static_cast<int64_t>(blockIdx.y) * out * width;
+  float* const db_sums =
+      part.db_sums + segment * p.db_sums_segment + static_cast<int64_t>(blockIdx.y) * out * width;
 #pragma unroll
   for (int k = 0; k < steps; ++k)
 #pragma unroll

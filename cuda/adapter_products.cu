@@ -44,14 +44,14 @@ void dispatch_tiles(const char* op, int64_t width, F&& f) {
   }
 }
 
-void launch_sums(const char* op, Sums& sums) {
+void launch_sums(const char* op, Sums& sums, int64_t segments = 1) {
   int64_t blocks = 0;
   for (int i = 0; i < sums.count; ++i) {
     const Sum& s = sums.sum[i];
     sums.first_block[i] = static_cast<int>(blocks);
     blocks += ceil_div<int64_t>(static_cast<int64_t>(s.rows) * ceil_div(s.cols, 4), sum_threads);
   }
-  launch(op, sum_kernel, grid_for(op, blocks, 1), sum_threads, 0, sums);
+  launch(op, sum_kernel, grid_for(op, blocks, segments), sum_threads, 0, sums);
 }
 
 int narrow(int64_t n) { return static_cast<int>(n); }
@@ -68,24 +68,36 @@ Masks masks_of(const AdapterRows& rows) {
   return masks;
 }
 
-/// Adds `planes` of [parts, splits, width, K] to dA of every part.
+const AdapterPart& part_of(const AdapterRows& rows, int64_t segment, int module) {
+  return rows.of(segment)[static_cast<size_t>(module)];
+}
+
+/// Adds `planes` of [segments, modules, splits, width, K] to dA of every part.
 void add_to_da(const char* op, const AdapterRows& rows, const float* planes, int64_t splits,
                int64_t width, int64_t k, float factor) {
   Sums sums;
-  for (const AdapterPart& part : rows.parts) {
-    sums.sum[sums.count++] = {.planes = planes,
-                              .to = part.lora->da.data<float>(),
-                              .plane = width * k,
-                              .to_pitch = k,
-                              .rows = narrow(part.r()),
-                              .cols = narrow(k),
-                              .from_pitch = narrow(k),
-                              .count = narrow(splits),
-                              .factor = factor,
-                              .rounded = false};
+  const int64_t modules = std::ssize(rows.modules());
+  for (const AdapterPart& part : rows.modules()) {
+    Sum& sum = sums.sum[sums.count];
+    sum = {.planes = planes,
+           .plane = width * k,
+           .segment = modules * splits * width * k,
+           .to_pitch = k,
+           .rows = narrow(part.r()),
+           .cols = narrow(k),
+           .from_pitch = narrow(k),
+           .count = narrow(splits),
+           .to = {},
+           .factor = {},
+           .rounded = false};
+    for (int i = 0; i < rows.segments; ++i) {
+      sum.to[i] = part_of(rows, i, sums.count).lora->da.data<float>();
+      sum.factor[i] = factor;
+    }
+    ++sums.count;
     planes += splits * width * k;
   }
-  launch_sums(op, sums);
+  launch_sums(op, sums, rows.segments);
 }
 
 /// A ring of eight slabs, or of three where shared memory is small (compute capability 8.6, 8.9);
@@ -154,14 +166,15 @@ void adapter_forward(const Tensor& s, const Tensor& x, const Tensor& a, const Ad
   Sums sums;
   for (int64_t i = 0; i < parts; ++i)
     sums.sum[sums.count++] = {.planes = arguments.sums + i * splits * t * width,
-                              .to = s.data<bf16>() + i * width,
                               .plane = t * width,
+                              .segment = 0,
                               .to_pitch = s.pitch(),
                               .rows = narrow(t),
                               .cols = narrow(width),
                               .from_pitch = narrow(width),
                               .count = narrow(splits),
-                              .factor = factor_of(rows),
+                              .to = {s.data<bf16>() + i * width},
+                              .factor = {factor_of(rows)},
                               .rounded = true};
   launch_sums(op, sums);
 }
@@ -169,60 +182,81 @@ void adapter_forward(const Tensor& s, const Tensor& x, const Tensor& a, const Ad
 void adapter_out_gradients(const Tensor& ds, const Tensor& dy, const Tensor& b, const Tensor& s,
                            const AdapterRows& rows, const Tensor& workspace) {
   const char* const op = "adapter_backward";
-  const int64_t t = dy.dim(0), width = ds.dim(1) / std::ssize(rows.parts);
-  const int64_t tiles = adapter_plan::out_tiles(rows.parts),
+  const int64_t segments = rows.segments, t = dy.dim(0) / segments,
+                width = ds.dim(1) / std::ssize(rows.parts), own_width = ds.dim(1) / segments;
+  const int64_t tiles = adapter_plan::out_tiles(rows.modules()),
                 split_rows = adapter_plan::out_split_rows(t, tiles),
                 splits = ceil_div(t, split_rows);
+  int64_t db_sums_segment = 0;
+  for (const AdapterPart& part : rows.modules()) db_sums_segment += splits * part.out() * width;
   float* const ds_sums = static_cast<float*>(workspace.raw());
-  float* db_sums = ds_sums + tiles * t * width;
+  float* db_sums = ds_sums + segments * tiles * t * width;
   Out arguments{.dy = dy.data<bf16>(),
                 .s = s.data<bf16>(),
                 .ds_sums = ds_sums,
                 .dy_pitch = dy.pitch(),
                 .s_pitch = s.pitch(),
                 .b_pitch = b.pitch(),
+                .dy_segment = t * dy.pitch(),
+                .s_segment = t * s.pitch() + own_width,
+                .ds_sums_segment = tiles * t * width,
+                .db_sums_segment = db_sums_segment,
                 .rows = narrow(t),
                 .split_rows = narrow(split_rows),
                 .parts = 0,
+                .width = narrow(own_width),
                 .part = {}};
   Sums sums;
   int64_t first_tile = 0;
-  for (const AdapterPart& part : rows.parts) {
+  for (const AdapterPart& part : rows.modules()) {
     const int64_t own = ceil_div(part.out(), adapter_plan::out_tile_cols);
+    Sum &of_ds = sums.sum[sums.count], &of_db = sums.sum[sums.count + 1];
+    of_ds = {.planes = ds_sums + first_tile * t * width,
+             .plane = t * width,
+             .segment = tiles * t * width,
+             .to_pitch = ds.pitch(),
+             .rows = narrow(t),
+             .cols = narrow(width),
+             .from_pitch = narrow(width),
+             .count = narrow(own),
+             .to = {},
+             .factor = {},
+             .rounded = true};
+    of_db = {.planes = db_sums,
+             .plane = part.out() * width,
+             .segment = db_sums_segment,
+             .to_pitch = part.r(),
+             .rows = narrow(part.out()),
+             .cols = narrow(part.r()),
+             .from_pitch = narrow(width),
+             .count = narrow(splits),
+             .to = {},
+             .factor = {},
+             .rounded = false};
+    for (int i = 0; i < segments; ++i) {
+      const LoraModule& lora = *part_of(rows, i, arguments.parts).lora;
+      of_ds.to[i] = ds.data<bf16>() + i * (t * ds.pitch() + own_width) + part.column;
+      of_ds.factor[i] = 1;
+      of_db.to[i] = lora.db.data<float>();
+      of_db.factor[i] = lora.scale;
+    }
+    sums.count += 2;
     arguments.part[arguments.parts++] = {.b = b.data<bf16>() + part.row * b.pitch() + part.column,
                                          .db_sums = db_sums,
                                          .row = narrow(part.row),
                                          .out = narrow(part.out()),
                                          .column = narrow(part.column),
                                          .first_tile = narrow(first_tile)};
-    sums.sum[sums.count++] = {.planes = ds_sums + first_tile * t * width,
-                              .to = ds.data<bf16>() + part.column,
-                              .plane = t * width,
-                              .to_pitch = ds.pitch(),
-                              .rows = narrow(t),
-                              .cols = narrow(width),
-                              .from_pitch = narrow(width),
-                              .count = narrow(own),
-                              .factor = 1,
-                              .rounded = true};
-    sums.sum[sums.count++] = {.planes = db_sums,
-                              .to = part.lora->db.data<float>(),
-                              .plane = part.out() * width,
-                              .to_pitch = part.r(),
-                              .rows = narrow(part.out()),
-                              .cols = narrow(part.r()),
-                              .from_pitch = narrow(width),
-                              .count = narrow(splits),
-                              .factor = part.lora->scale,
-                              .rounded = false};
     first_tile += own;
     db_sums += splits * part.out() * width;
   }
+  dim3 grid = grid_for(op, tiles, splits);
+  grid.z = static_cast<unsigned>(segments);
   if (width == 16)
-    launch_out<1>(op, grid_for(op, tiles, splits), arguments);
+    launch_out<1>(op, grid, arguments);
   else
-    launch_out<2>(op, grid_for(op, tiles, splits), arguments);
-  launch_sums(op, sums);
+    launch_out<2>(op, grid, arguments);
+  launch_sums(op, sums, segments);
 }
 
 void adapter_in_gradients(const Tensor& ds, const Tensor& x, const AdapterRows& rows,

@@ -4,6 +4,7 @@
 #include "core/ops/dropout.h"
 #include "cuda/early_launch.cuh"
 #include "cuda/mma.cuh"
+#include "nn/adapter_products.h"
 
 namespace qlab::cuda::adapter {
 
@@ -53,14 +54,14 @@ __device__ inline void store_shared(uint32_t address, uint4 v) {
 }
 
 /// The parts of a sum, to be added in order: to [rows, cols] (+)= factor times the sum of `count`
-/// planes. The product is rounded before it is added, so that micro-batches' gradients have one sum
-/// wherever they are added up (experiments/gradient_sum.h).
+/// planes; the same of every segment. The product is rounded before it is added, so that
+/// micro-batches' gradients have one sum wherever they are added up (experiments/gradient_sum.h).
 struct Sum {
   const float* planes;
-  void* to;
-  int64_t plane, to_pitch;  // elements
+  int64_t plane, segment, to_pitch;  // elements
   int rows, cols, from_pitch, count;
-  float factor;
+  void* to[max_segments];
+  float factor[max_segments];
   bool rounded;  // to bf16, written; otherwise added to fp32
 };
 struct Sums {
@@ -80,10 +81,13 @@ static __global__ void __launch_bounds__(sum_threads)
   const unsigned units = static_cast<unsigned>(s.cols + 3) / 4;
   const unsigned index =
       static_cast<unsigned>(block - sums.first_block[which]) * sum_threads + threadIdx.x;
+  const int segment = static_cast<int>(blockIdx.y);
+  const float factor = s.factor[segment];
   const unsigned row = index / units, col = (index - row * units) * 4;
   await_previous();
   if (row >= static_cast<unsigned>(s.rows)) return;
-  const float* from = s.planes + static_cast<int64_t>(row) * s.from_pitch + col;
+  const float* from =
+      s.planes + segment * s.segment + static_cast<int64_t>(row) * s.from_pitch + col;
   float4 sum = make_float4(0, 0, 0, 0);
   constexpr int batch = 8;
   for (int i = 0; i < s.count; i += batch, from += batch * s.plane) {
@@ -97,16 +101,16 @@ static __global__ void __launch_bounds__(sum_threads)
       sum.x += v[j].x, sum.y += v[j].y, sum.z += v[j].z, sum.w += v[j].w;
   }
   if (s.rounded) {
-    bf16* const to = static_cast<bf16*>(s.to) + row * s.to_pitch + col;
-    *reinterpret_cast<uint2*>(to) = make_uint2(pack(s.factor * sum.x, s.factor * sum.y),
-                                               pack(s.factor * sum.z, s.factor * sum.w));
+    bf16* const to = static_cast<bf16*>(s.to[segment]) + row * s.to_pitch + col;
+    *reinterpret_cast<uint2*>(to) =
+        make_uint2(pack(factor * sum.x, factor * sum.y), pack(factor * sum.z, factor * sum.w));
     return;
   }
-  float* const to = static_cast<float*>(s.to) + row * s.to_pitch + col;
+  float* const to = static_cast<float*>(s.to[segment]) + row * s.to_pitch + col;
   const float v[4] = {sum.x, sum.y, sum.z, sum.w};
 #pragma unroll
   for (int i = 0; i < 4; ++i)
-    if (col + i < static_cast<unsigned>(s.cols)) to[i] += s.factor * v[i];
+    if (col + i < static_cast<unsigned>(s.cols)) to[i] += factor * v[i];
 }
 
 }  // namespace qlab::cuda::adapter

@@ -18,7 +18,7 @@ template <class... Tensors>
 bool on_tensor_cores(const AdapterRows& rows, int64_t max_rank, const Tensor& first,
                      const Tensors&... tensors) {
   if (first.device().target != DeviceType::cuda || first.dtype() != DType::bf16 ||
-      rows.parts.size() > max_kernel_parts || first.dim(1) % 8 != 0 || first.pitch() % 8 != 0 ||
+      rows.modules().size() > max_kernel_parts || first.dim(1) % 8 != 0 || first.pitch() % 8 != 0 ||
       ((tensors.dim(1) % 8 != 0 || tensors.pitch() % 8 != 0) || ...))
     return false;
   const int64_t width = width_of(rows.parts.front());
@@ -37,6 +37,17 @@ Tensor workspace_of(int64_t bytes, Device device) {
   return Tensor::empty({bytes}, DType::u8, device);
 }
 
+/// The rows of a segment.
+Tensor own_rows(const Tensor& x, const AdapterRows& rows, int64_t segment) {
+  const int64_t count = x.dim(0) / rows.segments;
+  return x.slice_rows(segment * count, (segment + 1) * count);
+}
+/// And its columns.
+Tensor own_block(const Tensor& s, const AdapterRows& rows, int64_t segment) {
+  const int64_t count = s.dim(1) / rows.segments;
+  return own_rows(s, rows, segment).slice_cols(segment * count, (segment + 1) * count);
+}
+
 void output_gradient_of_part(const Tensor& dy, const Tensor& s, const AdapterPart& part) {
   gemm(part.lora->db, dy.slice_cols(part.row, part.row + part.out()), Op::transpose,
        columns(s, part), Op::none, part.lora->scale, 1.0f, {}, SplitK::allowed);
@@ -47,13 +58,21 @@ void output_gradients(const Tensor& ds, const Tensor& dy, const Tensor& b, const
                       const AdapterRows& rows) {
   const Device device = dy.device();
   if (on_tensor_cores(rows, max_kernel_rank, dy, b, s, ds)) {
-    const Tensor workspace = workspace_of(cuda::adapter_out_workspace(dy.dim(0), rows), device);
+    const Tensor workspace =
+        workspace_of(cuda::adapter_out_workspace(dy.dim(0) / rows.segments, rows), device);
     const OpScope scope("adapter_backward", device, {0, bytes_of_all(dy, b, s, ds)});
     if (!device.is_meta()) cuda::adapter_out_gradients(ds, dy, b, s, rows, workspace);
     return;
   }
-  gemm(ds, dy, Op::none, b, Op::none, 1.0f, 0.0f, {}, SplitK::allowed);
-  for (const AdapterPart& part : rows.parts) output_gradient_of_part(dy, s, part);
+  std::vector<Factors> products;
+  const int64_t width = b.dim(1) / rows.segments;
+  for (int64_t i = 0; i < rows.segments; ++i)
+    products.push_back(
+        {own_block(ds, rows, i), own_rows(dy, rows, i), b.slice_cols(i * width, (i + 1) * width)});
+  gemm_each(products, Op::none, Op::none, SplitK::allowed);
+  for (int64_t i = 0; i < rows.segments; ++i)
+    for (const AdapterPart& part : rows.of(i))
+      output_gradient_of_part(own_rows(dy, rows, i), own_rows(s, rows, i), part);
 }
 
 void input_gradient_of_part(const Tensor& ds, const Tensor& x, const AdapterPart& part,
@@ -67,7 +86,9 @@ void input_weight_gradients(const Tensor& ds, const Tensor& x, const AdapterRows
   const Device device = x.device();
   const bool dropout = rows.dropout() > 0;
   if ((rows.parts.size() == 1 && !dropout) || !on_tensor_cores(rows, max_dropout_rank, x, ds)) {
-    for (const AdapterPart& part : rows.parts) input_gradient_of_part(ds, x, part, rows);
+    for (int64_t i = 0; i < rows.segments; ++i)
+      for (const AdapterPart& part : rows.of(i))
+        input_gradient_of_part(own_rows(ds, rows, i), own_rows(x, rows, i), part, rows);
     return;
   }
   if (dropout) {
@@ -83,9 +104,25 @@ void input_weight_gradients(const Tensor& ds, const Tensor& x, const AdapterRows
     const MemoryName name("dA of a group");
     da = Tensor::empty({ds.dim(1), x.dim(1)}, DType::f32, device);
   }
-  gemm(da, ds, Op::transpose, x, Op::none, 1.0f, 0.0f, {}, SplitK::allowed);
+  // One module alone has its product without the columns beyond its rank.
+  const int64_t width = ds.dim(1) / rows.segments;
+  const int64_t used = rows.modules().size() == 1 ? rows.modules().front().r() : width;
+  std::vector<Factors> products;
+  for (int64_t i = 0; i < rows.segments; ++i)
+    products.push_back({da.slice_rows(i * width, i * width + used),
+                        own_block(ds, rows, i).slice_cols(0, used), own_rows(x, rows, i)});
+  gemm_each(products, Op::transpose, Op::none, SplitK::allowed);
   const OpScope scope("adapter_backward", device, {0, 3 * bytes_of_all(da)});
   if (!device.is_meta()) cuda::adapter_add_da(da, rows);
+}
+
+void check_segments(const char* op, const Tensor& s, const AdapterRows& rows) {
+  QLAB_CHECK(rows.segments == 1 || (rows.dropout() == 0 && rows.segments <= max_segments &&
+                                    std::ssize(rows.parts) % rows.segments == 0 &&
+                                    s.dim(0) % rows.segments == 0 && s.dim(1) % rows.segments == 0),
+             "[{}] {} segments of {} parts, dropout {}, share {}: at most {} of equal rows and "
+             "parts, without dropout",
+             op, rows.segments, rows.parts.size(), rows.dropout(), s.str(), max_segments);
 }
 
 }  // namespace
@@ -100,10 +137,17 @@ Tensor dropped(const Tensor& x, const AdapterPart& part, const AdapterRows& rows
 }
 
 void adapter_forward(const Tensor& s, const Tensor& x, const Tensor& a, const AdapterRows& rows) {
+  check_segments("adapter_forward", s, rows);
   check_shape("adapter_forward", "s", s, {x.dim(0), a.dim(0)});
   check_shape("adapter_forward", "a", a, {s.dim(1), x.dim(1)});
-  if (rows.dropout() == 0)
-    return gemm(s, x, Op::none, a, Op::transpose, 1.0f, 0.0f, {}, SplitK::allowed);
+  if (rows.dropout() == 0) {
+    std::vector<Factors> products;
+    const int64_t width = a.dim(0) / rows.segments;
+    for (int64_t i = 0; i < rows.segments; ++i)
+      products.push_back(
+          {own_block(s, rows, i), own_rows(x, rows, i), a.slice_rows(i * width, (i + 1) * width)});
+    return gemm_each(products, Op::none, Op::transpose, SplitK::allowed);
+  }
   if (on_tensor_cores(rows, max_dropout_rank, x, s, a)) {
     const Device device = x.device();
     const Tensor workspace =
@@ -121,6 +165,7 @@ void adapter_forward(const Tensor& s, const Tensor& x, const Tensor& a, const Ad
 void adapter_backward(const Tensor& ds, const Tensor& dy, const Tensor& b, const Tensor& s,
                       const Tensor& x, const AdapterRows& rows) {
   check_shape("adapter_backward", "ds", ds, {dy.dim(0), b.dim(1)});
+  check_segments("adapter_backward", ds, rows);
   check_shape("adapter_backward", "s", s, ds.shape());
   check_shape("adapter_backward", "b", b, {dy.dim(1), ds.dim(1)});
   output_gradients(ds, dy, b, s, rows);
@@ -162,11 +207,11 @@ int64_t adapter_forward_workspace(int64_t tokens, int64_t k, const AdapterRows& 
 
 int64_t adapter_out_workspace(int64_t tokens, const AdapterRows& rows) {
   using namespace adapter_plan;
-  const int64_t tiles = out_tiles(rows.parts), width = width_of(rows.parts.front());
+  const int64_t tiles = out_tiles(rows.modules()), width = width_of(rows.parts.front());
   const int64_t splits = ceil_div(tokens, out_split_rows(tokens, tiles));
   int64_t rows_of_sums = tiles * tokens;
-  for (const AdapterPart& part : rows.parts) rows_of_sums += splits * part.out();
-  return rows_of_sums * width * static_cast<int64_t>(sizeof(float));
+  for (const AdapterPart& part : rows.modules()) rows_of_sums += splits * part.out();
+  return rows.segments * rows_of_sums * width * static_cast<int64_t>(sizeof(float));
 }
 
 int64_t adapter_in_workspace(int64_t tokens, int64_t k, const AdapterRows& rows) {

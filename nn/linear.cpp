@@ -12,22 +12,25 @@
 namespace qlab {
 namespace {
 
-/// The adapters of one segment, for at most row_unit of its rows. Column 0 is that of the first
-/// segment; those of the parts count from the segment's own.
+/// The adapters of one segment, for at most row_unit of its rows, or of several that compute
+/// together. Column 0 is that of the first segment; those of the parts count from the segment's
+/// own.
 struct SegmentParts {
   int64_t begin, end;  // token rows
   int64_t column, width;
   std::vector<AdapterPart> parts;
+  int64_t segments = 1;
 
   bool dropout() const { return parts.front().dropout.p > 0; }
   AdapterRows rows(const Batch& batch) const {
-    if (!dropout()) return {parts, {}, {}};
+    if (!dropout()) return {parts, {}, {}, segments};
     return {parts, batch.examples.slice_rows(begin, end), batch.positions.slice_rows(begin, end)};
   }
 };
 
 struct Layout {
   std::vector<SegmentParts> segments;  // those with an adapter on the group, in units of rows
+  std::vector<SegmentParts> runs;      // of those, neighbours together
   int64_t width = 0;                   // columns in all
   int64_t widest = 0;                  // of one segment
 
@@ -38,6 +41,38 @@ struct Layout {
     return widest * 16 <= k ? SlotPolicy::keep : SlotPolicy::recompute;
   }
 };
+
+/// Whether `next` may compute with those of `run`: equal rows and modules, one after another.
+bool together(const SegmentParts& run, const SegmentParts& next) {
+  const int64_t rows = (run.end - run.begin) / run.segments;
+  const auto alike = [](const AdapterPart& a, const AdapterPart& b) {
+    return a.row == b.row && a.column == b.column && a.r() == b.r() && a.out() == b.out();
+  };
+  return run.segments < max_segments && !run.dropout() && !next.dropout() &&
+         next.begin == run.end && next.end - next.begin == rows &&
+         next.column == run.column + run.width && next.width == run.width / run.segments &&
+         std::equal(next.parts.begin(), next.parts.end(), run.parts.begin(),
+                    run.parts.begin() + std::ssize(run.parts) / run.segments, alike);
+}
+
+std::vector<SegmentParts> runs_of(const std::vector<SegmentParts>& segments) {
+  std::vector<SegmentParts> runs;
+  for (const SegmentParts& next : segments) {
+    if (runs.empty() || !together(runs.back(), next)) {
+      runs.push_back(next);
+      continue;
+    }
+    SegmentParts& run = runs.back();
+    for (AdapterPart part : next.parts) {
+      part.column += run.width;
+      run.parts.push_back(part);
+    }
+    run.end = next.end;
+    run.width += next.width;
+    ++run.segments;
+  }
+  return runs;
+}
 
 Layout layout_of(const LinearGroup& group, const Batch& batch) {
   Layout layout;
@@ -61,6 +96,7 @@ Layout layout_of(const LinearGroup& group, const Batch& batch) {
       layout.segments.push_back(own);
     }
   }
+  layout.runs = runs_of(layout.segments);
   return layout;
 }
 
@@ -125,7 +161,8 @@ Tensor cleared_tail(const Tensor& x, int64_t k, const Layout& layout, bool writt
   return tail;
 }
 
-/// The rows of a segment and its columns, of all that stand side by side, or of its own alone.
+/// The rows of a segment, or of a run, and its columns, of all that stand side by side, or of its
+/// own alone.
 Tensor own_columns(const Tensor& tail, const SegmentParts& segment) {
   return tail.slice_rows(segment.begin, segment.end)
       .slice_cols(segment.column, segment.column + segment.width);
@@ -172,14 +209,14 @@ void fill_s(const Tensor& x, const Tensor& block, const Layout& layout, const Li
   const bool written =
       kept.defined() ? one_adapter(layout, x.dim(0)) : all_written(layout, x.dim(0));
   const Tensor tail = cleared_tail(x, k, layout, written);
-  for (const SegmentParts& segment : layout.segments) {
-    const Tensor s = own_columns(tail, segment);
-    if (kept.defined())
-      copy_s(s, packed_columns(kept, segment));
-    else
-      adapter_forward(s, x.slice_rows(segment.begin, segment.end).slice_cols(0, k),
-                      stacked_a(block, segment, n, k), segment.rows(batch));
+  if (kept.defined()) {
+    for (const SegmentParts& segment : layout.segments)
+      copy_s(own_columns(tail, segment), packed_columns(kept, segment));
+    return;
   }
+  for (const SegmentParts& run : layout.runs)
+    adapter_forward(own_columns(tail, run), x.slice_rows(run.begin, run.end).slice_cols(0, k),
+                    stacked_a(block, run, n, k), run.rows(batch));
 }
 
 /// s out of the tail of x, that of each segment from column 0 on.
@@ -206,27 +243,24 @@ Tensor folded_backward(const Tensor& incoming, Node& node, const LinearGroup& gr
     const Tensor x = node.take("linear.x");  // dx may lie where it lay
     const Tensor tail =
         width > 0 ? cleared_tail(wide, n, layout, all_written(layout, g.dim(0))) : Tensor();
-    for (const SegmentParts& segment : layout.segments) {
-      const int64_t rows = segment.end - segment.begin, last = segment.column + segment.width;
-      Tensor ds =
-          segment.dropout()
-              ? Tensor::empty({rows, segment.width}, g.dtype(), g.device())
-              : tail.slice_rows(segment.begin, segment.end).slice_cols(segment.column, last);
-      const Tensor rows_of_x = x.slice_rows(segment.begin, segment.end);
-      adapter_backward(ds, g.slice_rows(segment.begin, segment.end),
-                       stacked_b(block, segment, n, k),
-                       rows_of_x.slice_cols(k + segment.column, k + last),
-                       rows_of_x.slice_cols(0, k), segment.rows(batch));
-      if (segment.dropout()) apart.push_back(std::move(ds));
+    const Tensor tail_of_x = x.slice_cols(k, k + layout.width);
+    for (const SegmentParts& run : layout.runs) {
+      Tensor ds = run.dropout()
+                      ? Tensor::empty({run.end - run.begin, run.width}, g.dtype(), g.device())
+                      : own_columns(tail, run);
+      adapter_backward(ds, g.slice_rows(run.begin, run.end), stacked_b(block, run, n, k),
+                       own_columns(tail_of_x, run),
+                       x.slice_rows(run.begin, run.end).slice_cols(0, k), run.rows(batch));
+      if (run.dropout()) apart.push_back(std::move(ds));
     }
   }
   if (!node.needs(0)) return {};
   const Tensor dx = matmul_nn(wide, block.slice_rows(0, n + width).slice_cols(0, k));
   size_t next = 0;
-  for (const SegmentParts& segment : layout.segments)
-    if (segment.dropout())
-      adapter_input_gradient(dx.slice_rows(segment.begin, segment.end), apart[next++],
-                             stacked_a(block, segment, n, k), segment.rows(batch));
+  for (const SegmentParts& run : layout.runs)
+    if (run.dropout())
+      adapter_input_gradient(dx.slice_rows(run.begin, run.end), apart[next++],
+                             stacked_a(block, run, n, k), run.rows(batch));
   return dx;
 }
 

@@ -13,13 +13,14 @@ struct Sizes {
   float p;
 };
 
-/// A segment's adapters on modules of one input, and what meets them.
+/// The adapters of a segment, or of several, on modules of one input, and what meets them.
 struct Problem {
   Tensor x, dy, a, b, s, ds, dx, examples, positions;
   std::vector<LoraModule> modules;
   std::vector<AdapterPart> parts;
+  int64_t segments = 1;
 
-  AdapterRows rows() const { return {parts, examples, positions}; }
+  AdapterRows rows() const { return {parts, examples, positions, segments}; }
 };
 
 class AdapterProductsTest : public OpTest {
@@ -34,25 +35,28 @@ class AdapterProductsTest : public OpTest {
     return y;
   }
 
-  Problem problem(const Sizes& z, int64_t tail = 64, int64_t before = 0) {
+  Problem problem(const Sizes& z, int64_t tail = 64, int64_t before = 0, int64_t segments = 1) {
     Problem p;
+    p.segments = segments;
     int64_t n = 0;
     for (const int64_t out : z.outs) n += out;
-    const int64_t width = width_of(z.r), all = width * std::ssize(z.outs);
-    p.x = placed(z.t, z.k, tail, before);
-    p.dy = placed(z.t, n, tail, before, 0.1);
-    p.dx = placed(z.t, z.k, tail, before);
-    p.s = placed(z.t, all, tail, before);
-    p.ds = placed(z.t, all, tail, before);
+    const int64_t width = width_of(z.r), all = segments * width * std::ssize(z.outs);
+    const int64_t rows = segments * z.t;
+    p.x = placed(rows, z.k, tail, before);
+    p.dy = placed(rows, n, tail, before, 0.1);
+    p.dx = placed(rows, z.k, tail, before);
+    p.s = placed(rows, all, tail, before);
+    p.ds = placed(rows, all, tail, before);
     p.a = Tensor::with_tail(all, z.k, tail, dtype(), device());
     p.b = Tensor::with_tail(n, all, tail, dtype(), device());
     fill_zero(p.a);
     fill_zero(p.b);
     int64_t row = 0, column = 0;
     const DType sums = dtype() == DType::f64 ? DType::f64 : DType::f32;
-    for (const int64_t out : z.outs) {
+    for (int64_t i = 0; i < segments * std::ssize(z.outs); ++i) {
+      const int64_t out = z.outs[static_cast<size_t>(i) % z.outs.size()];
       LoraModule lora;
-      lora.scale = 0.5f;
+      lora.scale = 0.5f / static_cast<float>(1 + column / width / std::ssize(z.outs));
       lora.a_compute = random({z.r, z.k}, 0.1);
       copy(p.a.slice_rows(column, column + z.r), lora.a_compute);
       copy(p.b.slice_rows(row, row + out).slice_cols(column, column + z.r),
@@ -62,18 +66,18 @@ class AdapterProductsTest : public OpTest {
       lora.da = random({z.r, z.k}, Case{device(), sums}, 3);
       lora.db = random({out, z.r}, Case{device(), sums}, 3);
       p.modules.push_back(lora);
-      row += out;
+      row = (row + out) % n;
       column += width;
     }
     row = column = 0;
-    for (size_t i = 0; i < z.outs.size(); ++i) {
+    for (size_t i = 0; i < p.modules.size(); ++i) {
       p.parts.push_back({&p.modules[i], row, column, {17 + i, z.p}});
-      row += z.outs[i];
+      row = (row + z.outs[i % z.outs.size()]) % n;
       column += width;
     }
     std::vector<int64_t> examples;
     std::vector<int32_t> positions;
-    for (int64_t i = 0; i < z.t; ++i) {
+    for (int64_t i = 0; i < rows; ++i) {
       examples.push_back((int64_t{1} << 33) + i / 50);
       positions.push_back(static_cast<int32_t>(i % 50));
     }
@@ -87,6 +91,7 @@ class AdapterProductsTest : public OpTest {
     Problem p;
     p.x = as_reference(from.x), p.dy = as_reference(from.dy), p.a = as_reference(from.a);
     p.b = as_reference(from.b), p.s = as_reference(from.s), p.ds = as_reference(from.ds);
+    p.segments = from.segments;
     p.dx = as_reference(from.dx), p.examples = as_reference(from.examples);
     p.positions = as_reference(from.positions);
     for (LoraModule lora : from.modules) {
@@ -135,6 +140,43 @@ class AdapterProductsTest : public OpTest {
     adapter_input_gradient(want.dx, want.ds, want.a, want.rows());
     // Stored, and rounded, once per module where nothing is dropped; its elements are of unit size.
     expect_close(got.dx, want.dx, z.r, z.p == 0 ? static_cast<double>(z.outs.size()) : 0);
+  }
+
+  void expect_alone(const Sizes& z, int64_t segments) {
+    SCOPED_TRACE(fmt::format("{} segments of T {} K {} r {} modules {}", segments, z.t, z.k, z.r,
+                             z.outs.size()));
+    const Problem p = problem(z, 64, 8, segments);
+    const auto results = [&] {
+      std::vector<Tensor> all{p.s.clone(), p.ds.clone()};
+      for (const LoraModule& lora : p.modules) {
+        for (const Tensor& t : {lora.da, lora.db}) {
+          all.push_back(t.clone());
+          copy(t, tensor(normals(t.numel(), 9), t.shape(), {device(), t.dtype()}));
+        }
+      }
+      fill_zero(p.s), fill_zero(p.ds);
+      return all;
+    };
+    results();
+    adapter_forward(p.s, p.x, p.a, p.rows());
+    adapter_backward(p.ds, p.dy, p.b, p.s, p.x, p.rows());
+    const std::vector<Tensor> together = results();
+    const int64_t width = p.s.dim(1) / segments, count = p.parts.size() / segments;
+    for (int64_t i = 0; i < segments; ++i) {
+      std::vector<AdapterPart> parts(p.parts.begin() + i * count,
+                                     p.parts.begin() + (i + 1) * count);
+      for (AdapterPart& part : parts) part.column -= i * width;
+      const AdapterRows rows{parts, {}, {}};
+      const auto own = [&](const Tensor& x) { return x.slice_rows(i * z.t, (i + 1) * z.t); };
+      const auto own_columns = [&](const Tensor& x) {
+        return x.slice_cols(i * width, (i + 1) * width);
+      };
+      const Tensor s = own_columns(own(p.s)), ds = own_columns(own(p.ds));
+      adapter_forward(s, own(p.x), p.a.slice_rows(i * width, (i + 1) * width), rows);
+      adapter_backward(ds, own(p.dy), own_columns(p.b), s, own(p.x), rows);
+    }
+    const std::vector<Tensor> alone = results();
+    for (size_t i = 0; i < alone.size(); ++i) expect_same_bits(together[i], alone[i]);
   }
 
   /// The columns that a rank fills: what stands between them is not everywhere written.
@@ -209,6 +251,24 @@ TEST_P(AdapterProductsTest, BitsDoNotDependOnTheNeighbours) {
   }
 }
 
+// Segments that compute together have the bits of each alone, and write their own blocks only.
+TEST_P(AdapterProductsTest, SegmentsTogetherAreThoseAlone) {
+  if (device().is_cuda() && dtype() == DType::f32) GTEST_SKIP() << "the library's choice";
+  for (const Sizes& z : {Sizes{77, 264, 5, {192}, 0}, Sizes{40, 320, 16, {320, 128, 128}, 0},
+                         Sizes{33, 64, 20, {64, 32}, 0}, Sizes{40, 72, 80, {64}, 0},
+                         Sizes{1, 70, 8, {63, 9}, 0}, Sizes{128, 1544, 16, {576, 200}, 0}})
+    for (const int64_t segments : {2, 3, max_segments}) expect_alone(z, segments);
+}
+
+TEST_P(AdapterProductsTest, LargeSegmentsTogetherAreThoseAlone) {
+  if (!device().is_cuda() || dtype() != DType::bf16) GTEST_SKIP() << "for a GPU's kernels";
+  for (const Sizes& z :
+       {Sizes{512, 4096, 16, {4096, 1024, 1024}, 0}, Sizes{512, 4096, 8, {4096}, 0},
+        Sizes{512, 4096, 16, {14336, 14336}, 0}, Sizes{512, 14336, 16, {4096}, 0},
+        Sizes{300, 4096, 64, {4096}, 0}, Sizes{2048, 4096, 32, {4096, 1024, 1024}, 0}})
+    for (const int64_t segments : {3, max_segments}) expect_alone(z, segments);
+}
+
 // A group whose weight is held expanded keeps the adapters of its latest forward pass there; an
 // earlier one's backward pass must not meet them.
 TEST_P(AdapterProductsTest, HeldWeightsMeetTheAdaptersOfTheirPass) {
@@ -273,6 +333,11 @@ TEST(AdapterProducts, RejectWhatDoesNotFit) {
   EXPECT_ERROR(adapter_forward(make(5, 16), make(5, 8), make(16, 7), rows), "a must be");
   EXPECT_ERROR(adapter_backward(make(5, 8), make(5, 6), make(6, 16), make(5, 16), make(5, 8), rows),
                "ds must be");
+  const std::vector<AdapterPart> three(3, part);
+  EXPECT_ERROR(adapter_forward(make(5, 48), make(5, 8), make(48, 8), {three, {}, {}, 3}),
+               "3 segments of 3 parts");
+  EXPECT_ERROR(adapter_forward(make(6, 32), make(6, 8), make(32, 8), {three, {}, {}, 2}),
+               "2 segments of 3 parts");
 }
 
 }  // namespace
