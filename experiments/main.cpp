@@ -47,6 +47,9 @@ void add_run(CLI::App* app, qlab::SweepOptions& options, qlab::CommonOptions& co
                   "micro-batches of train.grad_accum are shared out, and results stay the same")
       ->check(CLI::Range(1, 64))
       ->capture_default_str();
+  app->add_flag("--profile", options.profile,
+                "print where the time of the fourth step (or of a shorter run's last) goes "
+                "on a GPU, operation by operation; of a sweep, one of every training");
   add_common(app, common);
 }
 
@@ -67,9 +70,6 @@ int run(int argc, char** argv) {
   sweep_app->callback([&] { code = qlab::run_sweep_command(sweep, common); });
   auto* train_app = app.add_subcommand("train", "run one configuration");
   add_run(train_app, sweep, common);
-  train_app->add_flag("--profile", sweep.profile,
-                      "print where the time of the fourth step (or of a shorter run's last) goes "
-                      "on a GPU, operation by operation");
   train_app->callback([&] { code = qlab::run_train_command(sweep, common); });
 
   std::string path;
