@@ -187,7 +187,7 @@ std::vector<Shape> shapes(Device device) {
 
 std::vector<int64_t> rows(Device device) {
   if (device.is_cpu()) return {1, 64, 512};
-  return {1, 4, 16, 64, 256, 1024, 2048, 4096, 8192, 16384};
+  return {1, 4, 8, 16, 64, 256, 1024, 2048, 4096, 8192, 16384};
 }
 
 /// From as many rows on each kernel is timed in turns with `dense`: long products run at what the

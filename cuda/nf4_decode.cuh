@@ -54,14 +54,10 @@ struct Scale {
 
 /// Entry number `index` % 16 of the table, by selects: indexed, it would be built in local memory.
 __device__ inline float selected_value(uint32_t index) {
-  float v[16];
+  float v = nf4::value(0);
 #pragma unroll
-  for (int i = 0; i < 16; ++i) v[i] = nf4::value(i);
-#pragma unroll
-  for (int half = 8, bit = 1; half > 0; half /= 2, bit *= 2)
-#pragma unroll
-    for (int i = 0; i < half; ++i) v[i] = (index & bit) != 0 ? v[2 * i + 1] : v[2 * i];
-  return v[0];
+  for (uint32_t i = 1; i < 16; ++i) v = index % 16 == i ? nf4::value(i) : v;
+  return v;
 }
 
 /// Both values of a byte by one look-up: 256 pairs in shared memory, 16 copies side by side, of
@@ -77,9 +73,7 @@ class PairTable {
   /// By a block of `threads` threads, which then synchronize.
   __device__ static void fill(char* table) {
     const int low_code = static_cast<int>(threadIdx.x) / copies;
-    float low = nf4::value(0);
-#pragma unroll
-    for (int i = 1; i < 16; ++i) low = low_code == i ? nf4::value(i) : low;
+    const float low = selected_value(static_cast<uint32_t>(low_code));
     char* const to = table + low_code * pitch + threadIdx.x % copies * 8;
 #pragma unroll
     for (int high = 0; high < 16; ++high)

@@ -21,17 +21,14 @@ constexpr int most_rows = nf4_lut_rows;  // of x, the columns of the right opera
 /// that an address is one byte permutation.
 class HalfTable {
  public:
-  static constexpr int pitch = 256, bytes = 256 * pitch;
+  static constexpr int pitch = PairTable::pitch, bytes = 256 * pitch;
 
   /// By a block of `threads` threads, which then synchronize.
   __device__ static void fill(char* table) {
     static_assert(warps == 16);
     const int lane = static_cast<int>(threadIdx.x) % 32, low = static_cast<int>(threadIdx.x) / 32;
     const auto value = [](int code) {
-      float v = nf4::value(0);
-#pragma unroll
-      for (int i = 1; i < 16; ++i) v = code == i ? nf4::value(i) : v;
-      return pack<f16>(v, 0.0f);
+      return pack<f16>(selected_value(static_cast<uint32_t>(code)), 0.0f);
     };
     const uint32_t second = value(low) << 16;
 #pragma unroll
@@ -68,10 +65,7 @@ struct Shared {
   __device__ static float& sum(Sums& sums, int token, int output) {
     return sums[token / 2][(token % 2 * tile_rows + output + token / 2 * 8) % 32];
   }
-  /// The dynamic map in free places: of entry `code`, in floats from the first of them.
-  __device__ static int map_place(int code) {
-    return code / 32 * (HalfTable::pitch / static_cast<int>(sizeof(float))) + code % 32;
-  }
+  /// The dynamic map, at the places of PairTable, whose pitch is this table's.
   __device__ float* map() { return HalfTable::free_floats(table, 0); }
   /// For a warp: of even rows, and of odd ones.
   __device__ float* scales(int warp, int parity) {
@@ -95,13 +89,14 @@ struct TileScales {
   }
 };
 
-/// Factors that bring the binade of `most` to that of 2^to, and back: fp16 has 30 binades with all
-/// its bits from 2^15 down.
+/// Factors that bring the binade of `most` to that of 2^14, and back: fp16 has 30 binades with all
+/// its bits from 2^15 down. 2^126 at most, whose reciprocal is no denormal; it brings the smallest
+/// bf16, 2^-133, to 2^-7.
 struct Range {
   float down, up;
-  __device__ Range(float most, int to) {
+  __device__ explicit Range(float most) {
     const int exponent = static_cast<int>(__float_as_uint(most) >> 23);
-    const int biased = min(max(254 + to - exponent, 1), 224);
+    const int biased = min(254 + 14 - exponent, 253);
     down = __uint_as_float(static_cast<uint32_t>(biased) << 23);
     up = __uint_as_float(static_cast<uint32_t>(254 - biased) << 23);
   }
@@ -140,7 +135,7 @@ __device__ inline void write_element(const Problem<bf16>& p, int token, int outp
 }
 
 // A block takes every so many-th group of 16 outputs. Its warps share out the columns of W in
-// panels of `warps` tiles, and hold a panel's columns of x in registers.
+// panels of at most `warps` tiles, and hold a panel's columns of x in registers.
 __global__ void __launch_bounds__(threads, 1)
     nf4_lut_kernel(const Problem<bf16> p, int panels, int panel_tiles) {
   constexpr int batch = Shared::batch;
@@ -171,7 +166,7 @@ __global__ void __launch_bounds__(threads, 1)
     return at;
   };
   // Rows 2 g and 2 g + 1 of the tile are g and g + 8 of the product.
-  uint2 codes[tile_units][2];
+  uint2 codes[tile_units][2] = {};
   const auto codes_of = [&](const Place& at) {
     return p.codes + static_cast<int64_t>(min(row(at) + 2 * g, p.n - 2)) * (p.k / 2) +
            column(at) / 2 + 8 * t;
@@ -192,9 +187,9 @@ __global__ void __launch_bounds__(threads, 1)
   const bool nested = p.scales.codes != nullptr;
   float* const map = shared.map();
   if (nested && threadIdx.x < map_size)
-    map[shared.map_place(threadIdx.x)] = p.scales.map[threadIdx.x];
+    map[PairTable::map_place(threadIdx.x)] = p.scales.map[threadIdx.x];
   const float offset = nested ? *p.scales.offset : 0.0f;
-  const auto entry = [&](int code) { return map[Shared::map_place(code)]; };
+  const PairTable::Map entry{map};
   __syncthreads();
   await_previous();
 
@@ -220,7 +215,7 @@ __global__ void __launch_bounds__(threads, 1)
             most = most_of(most, raw[u][i].z), most = most_of(most, raw[u][i].w);
           }
         }
-        const Range range(most_of_row(most), 14);
+        const Range range(most_of_row(most));
 #pragma unroll
         for (int u = 0; u < tile_units; ++u)
 #pragma unroll

@@ -1,6 +1,6 @@
 #include "cuda/early_launch.cuh"
 #include "cuda/mma.cuh"
-#include "cuda/nf4_linear.cuh"
+#include "cuda/nf4_parts.cuh"
 
 namespace qlab::cuda {
 namespace {

@@ -1,7 +1,7 @@
 #include <algorithm>
 
 #include "cuda/early_launch.cuh"
-#include "cuda/nf4_linear.cuh"
+#include "cuda/nf4_parts.cuh"
 #include "cuda/reduce.cuh"
 
 namespace qlab::cuda {

@@ -20,10 +20,9 @@ constexpr Nf4Line lines[] = {
 };
 
 /// A kernel for Hopper that was faster on an H100 than mma and than decoding first, if any: lut
-/// with every matrix at 1 and 4 rows (its time hardly depends on them, up to the 8 that it takes);
-/// those of warpgroups at 64, 128, 256, 512 and
-/// 1,024 rows, with 4,096 and with 14,336 outputs. How many blocks there are decides, not the size
-/// of the matrix; below 33 rows mma is faster, by interpolation.
+/// with every matrix at 1, 4 and 8 rows, all that it takes; those of warpgroups at 64, 128, 256,
+/// 512 and 1,024 rows, with 4,096 and with 14,336 outputs. How many blocks there are decides, not
+/// the size of the matrix; below 33 rows mma is faster, by interpolation.
 std::optional<Nf4Kernel> hopper_kernel(Op op, int64_t outputs, int64_t rows) {
   using enum Nf4Kernel;
   if (op == Op::transpose && rows <= cuda::nf4_lut_rows) return lut;

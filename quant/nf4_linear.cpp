@@ -39,7 +39,7 @@ std::string limits_of(Nf4Kernel kernel) {
                          cuda::nf4_mma_rows, cuda::nf4_mma_outputs);
     case Nf4Kernel::lut:
       return fmt::format(
-          "op transpose, at most {} rows, K and blocks a multiple of {}, compute capability 9.0",
+          "op transpose, at most {} rows, blocks of {} and more, compute capability 9.0",
           cuda::nf4_lut_rows, cuda::nf4_lut_columns);
     case Nf4Kernel::wgmma:
     case Nf4Kernel::wgmma2:
@@ -92,8 +92,9 @@ void nf4_matmul(const Tensor& y, const Tensor& x, const Nf4Tensor& w, Op op, Nf4
   const Device device = x.device();
   QLAB_CHECK(nf4_matmul_supported(kernel, w, op, m, x.dtype(), device),
              "[nf4_matmul] no {} kernel for {} rows of {} with W {} on {}: it takes bfloat16, N a "
-             "multiple of 8, K of 32, {}",
-             name_of(kernel), m, name_of(x.dtype()), w.shape, device.str(), limits_of(kernel));
+             "multiple of 8, K of {}, {}",
+             name_of(kernel), m, name_of(x.dtype()), w.shape, device.str(),
+             kernel == Nf4Kernel::lut ? cuda::nf4_lut_columns : 32, limits_of(kernel));
   for (const Tensor* t : {&x, &y, &w.codes, &addend})
     if (t->defined()) check_gpu_rows("nf4_matmul", *t);
   Tensor weight, workspace;

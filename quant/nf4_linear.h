@@ -8,7 +8,7 @@
 // kernel, op, N and K: a row's bits do not depend on how many others there are.
 // lut differs in more: it does not round a weight to bf16 (the value is rounded to fp16, its
 // product with the scale is not); of 256 neighbours in a row of x, those below 2^-30 of the largest
-// lose bits, and all do where that largest is below 2^-107; scales beyond 2^107 may overflow.
+// lose bits; scales beyond 2^107 may overflow.
 #pragma once
 #include "core/ops/gemm.h"
 #include "quant/quantize.h"
@@ -16,8 +16,9 @@
 namespace qlab {
 
 /// All take bf16 alone. simt: any GPU, at most 8 rows; mma: tensor cores from compute
-/// capability 8.0 on; lut: those of 9.0, for op transpose and at most 8 rows: a look-up gives two
-/// of the 16 values in fp16, and a block's scale meets the sum of their products with x; wgmma:
+/// capability 8.0 on; lut: those of 9.0, where alone it was measured, for op transpose and at most
+/// 8 rows: a look-up gives two of the 16 values in fp16, and a block's scale meets the sum of their
+/// products with x; wgmma:
 /// those of 9.0, the contraction whole, or cut in two or three for few outputs. On the CPU, where
 /// each is gemm on decoded values, they are the same.
 enum class Nf4Kernel : uint8_t { simt, mma, lut, wgmma, wgmma2, wgmma3 };

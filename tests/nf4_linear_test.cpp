@@ -179,6 +179,10 @@ TEST_P(Nf4LinearTest, RowsAreIndependentOfTheirNumberAndPlace) {
     }
 }
 
+/// More than the eight groups of 16 that lut adds together on each of 144 multiprocessors, the most
+/// that compute capability 9.0 has.
+constexpr int64_t many_outputs = 18'600;
+
 // Warps without columns in the first panel or the last, several panels, blocks with several batches
 // of groups of outputs, and a group that is not full.
 TEST_P(Nf4LinearTest, LookUpPanelsAndBatches) {
@@ -187,7 +191,7 @@ TEST_P(Nf4LinearTest, LookUpPanelsAndBatches) {
   if (dtype() != DType::bf16) GTEST_SKIP() << "the kernel takes bf16 alone";
   int compared = 0;
   for (const Shape& shape :
-       {Shape{40, 64}, {40, 4032}, {24, 4160}, {40, 8448}, {17016, 128}, {17400, 4160}})
+       {Shape{40, 64}, {40, 4032}, {24, 4160}, {40, 8448}, {many_outputs, 128}})
     for (const bool nested : {false, true}) {
       const Nf4Tensor w = quantize_nf4(random(shape, 0.05), 64, nested);
       for (const int64_t m : {1, 3, 8}) {
@@ -195,16 +199,45 @@ TEST_P(Nf4LinearTest, LookUpPanelsAndBatches) {
         SCOPED_TRACE(fmt::format("W {} nested {} M {}", shape, nested, m));
         const Tensor x = random({m, shape[1]});
         const Tensor y = product(x, w, Op::transpose, lut);
-        const bool large = shape.numel() > 1 << 24;  // for a reference on the host
-        expect_close(y,
-                     large ? as_reference(product(x, w, Op::transpose, mma))
-                           : reference(x, w, Op::transpose),
-                     shape[1], 0.05 * std::sqrt(static_cast<double>(shape[1])));
+        expect_close(y, reference(x, w, Op::transpose), shape[1],
+                     0.05 * std::sqrt(static_cast<double>(shape[1])));
         expect_same_bits(y, product(x, w, Op::transpose, lut));
         ++compared;
       }
     }
   if (compared == 0) GTEST_SKIP() << "no such kernel";
+}
+
+// Panels and batches at once; beside another kernel, since the host would take long.
+TEST_P(Nf4LinearTest, LargeLookUpsAgreeWithMma) {
+  using enum Nf4Kernel;
+  if (!device().is_cuda()) GTEST_SKIP() << "the kernel runs on a GPU alone";
+  if (dtype() != DType::bf16) GTEST_SKIP() << "the kernel takes bf16 alone";
+  const int64_t k = 4160;
+  const Nf4Tensor w = quantize_nf4(random({many_outputs, k}, 0.05), 64, true);
+  if (!nf4_matmul_supported(lut, w, Op::transpose, 8, dtype(), device()))
+    GTEST_SKIP() << "no such kernel";
+  const Tensor x = random({8, k});
+  for (const int64_t m : {1, 3, 8}) {
+    const Tensor some = x.slice_rows(0, m), y = product(some, w, Op::transpose, lut);
+    expect_close(y, as_reference(product(some, w, Op::transpose, mma)), k,
+                 0.05 * std::sqrt(static_cast<double>(k)));
+    expect_same_bits(y, product(x, w, Op::transpose, lut).slice_rows(0, m));
+  }
+}
+
+// Two panels, the second of which only some warps have, and a group that is not full.
+TEST_P(Nf4LinearTest, LookUpRowsAreIndependentInEveryPanel) {
+  const auto lut = Nf4Kernel::lut;
+  const Nf4Tensor w = quantize_nf4(random({264, 4160}, 0.05), 64, true);
+  if (!device().is_cuda() || !nf4_matmul_supported(lut, w, Op::transpose, 1, dtype(), device()))
+    GTEST_SKIP() << "no such kernel";
+  const Tensor x = random({8, 4160});
+  const Tensor all = product(x, w, Op::transpose, lut);
+  for (int64_t m = 1; m <= 8; ++m)
+    for (const int64_t begin : {int64_t{0}, 8 - m})
+      expect_same_bits(product(x.slice_rows(begin, begin + m), w, Op::transpose, lut),
+                       all.slice_rows(begin, begin + m));
 }
 
 // lut brings x into the range of fp16, row by row, and must lose nothing that counts in a sum; what
@@ -216,28 +249,44 @@ TEST_P(Nf4LinearTest, LookUpKeepsTheRangeOfX) {
   const Nf4Tensor w = quantize_nf4(random({48, k}, 0.05), 64, true);
   if (!nf4_matmul_supported(lut, w, Op::transpose, 1, dtype(), device()))
     GTEST_SKIP() << "no such kernel";
-  const std::vector<double> noise = normals(5 * k, 7);
-  std::vector<double> v(noise);
-  const double factors[] = {1e30, 1e-30, 1, 1, 0};
-  for (int64_t i = 0; i < 5 * k; ++i) v[i] *= factors[i / k];
+  // 2e-39 is among bf16's denormals, 1e-36 below what a factor of 2^97 would save.
+  const double factors[] = {1e30, 1e-30, 1, 1, 0, 1e-36, 2e-39};
+  constexpr int64_t rows = std::ssize(factors);
+  std::vector<double> v = normals(rows * k, 7);
+  for (int64_t i = 0; i < rows * k; ++i) v[i] *= factors[i / k];
   for (int64_t i = 0; i < k; ++i) v[2 * k + i] *= std::pow(2.0, -(i % 40));  // 40 binades
-  const Tensor x = tensor(v, {5, k}, GetParam());
+  const Tensor x = tensor(v, {rows, k}, GetParam());
   const Tensor y = product(x, w, Op::transpose, lut);
-  for (int64_t row = 0; row < 5; ++row) {
+  // Results of the smallest rows are denormals themselves, so that they are compared by absolute
+  // steps of those.
+  const double step = std::pow(2.0, -133);
+  for (int64_t row = 0; row < rows; ++row) {
     SCOPED_TRACE(row);
     const double size = factors[row] * 0.05 * std::sqrt(static_cast<double>(k));
-    expect_close(y.slice_rows(row, row + 1).clone(),
-                 reference(x.slice_rows(row, row + 1).clone(), w, Op::transpose), k, size);
+    const Tensor want = reference(x.slice_rows(row, row + 1).clone(), w, Op::transpose);
+    const std::vector<double> got = values(y.slice_rows(row, row + 1)), wanted = values(want);
+    for (size_t i = 0; i < got.size(); ++i)
+      EXPECT_NEAR(got[i], wanted[i], size / 100 + std::abs(wanted[i]) / 128 + step) << i;
   }
-  v[3 * k + 5] = INFINITY;
-  const std::vector<double> with =
-      values(product(tensor(v, {5, k}, GetParam()), w, Op::transpose, lut));
   const std::vector<double> without = values(y);
-  for (int64_t i = 0; i < 5 * 48; ++i)
-    if (i / 48 == 3)
-      EXPECT_FALSE(std::isfinite(with[i])) << i;
-    else
-      EXPECT_EQ(with[i], without[i]) << i;
+  const auto differs_only_in = [&](int64_t row) {
+    const std::vector<double> with =
+        values(product(tensor(v, {rows, k}, GetParam()), w, Op::transpose, lut));
+    for (int64_t i = 0; i < rows * 48; ++i)
+      if (i / 48 == row)
+        EXPECT_FALSE(std::isfinite(with[i])) << i;
+      else
+        EXPECT_EQ(with[i], without[i]) << i;
+  };
+  const std::vector<double> finite = v;
+  for (const double no_number : {double{INFINITY}, std::nan("")}) {
+    SCOPED_TRACE(no_number);
+    v[3 * k + 5] = no_number;
+    differs_only_in(3);
+    std::fill(v.begin() + 3 * k, v.begin() + 4 * k, no_number);
+    differs_only_in(3);
+    v = finite;
+  }
 }
 
 // Each of their tiles takes part, of 64, 128 and 256 rows of x, with the contraction in one to
@@ -340,6 +389,37 @@ TEST(Nf4Linear, KernelsOfHopper) {
   EXPECT_EQ(kernel({4096, 14336}, Op::transpose, 1025), std::nullopt);
   EXPECT_EQ(kernel({4096, 4096}, Op::transpose, 64, 80), mma);
   EXPECT_EQ(kernel({4104, 4096}, Op::transpose, 64), mma);  // outputs that they do not take
+}
+
+TEST(Nf4Linear, ForAtMostEightRowsAKnownGpuLooksUp) {
+  Nf4Tensor w;
+  w.block_size = 64;
+  for (const Shape& shape : {Shape{4096, 4096}, {14336, 4096}, {1024, 8192}, {200, 8320}})
+    for (int64_t rows = 1; rows <= 9; ++rows) {
+      w.shape = shape;
+      const auto kernel = fastest_nf4_kernel("NVIDIA H100 80GB HBM3", w, Op::transpose, rows,
+                                             DType::bf16, Device::gpu(90).meta());
+      EXPECT_EQ(kernel == Nf4Kernel::lut, rows <= 8) << shape.str() << ", " << rows << " rows";
+    }
+}
+
+TEST(Nf4Linear, LookUpsRefuseWhatTheyDoNotTake) {
+  const auto refused = [](const Shape& shape, int64_t block_size, Op op, int64_t rows,
+                          int capability) {
+    const Device gpu = Device::gpu(capability).meta();
+    const Nf4Tensor w = quantize_nf4(Tensor::empty(shape, DType::bf16, gpu), block_size, true);
+    const int64_t in = shape[op == Op::transpose ? 1 : 0], out = shape[op == Op::transpose ? 0 : 1];
+    nf4_matmul(Tensor::empty({rows, out}, DType::bf16, gpu),
+               Tensor::empty({rows, in}, DType::bf16, gpu), w, op, Nf4Kernel::lut);
+  };
+  const Op t = Op::transpose;
+  refused({64, 128}, 64, t, 8, 90);  // none of it
+  EXPECT_ERROR(refused({64, 128}, 64, t, 9, 90), "no lut kernel for 9 rows");
+  EXPECT_ERROR(refused({64, 128}, 64, Op::none, 8, 90), "op transpose, at most 8 rows");
+  EXPECT_ERROR(refused({64, 96}, 64, t, 8, 90), "K of 64");
+  EXPECT_ERROR(refused({64, 128}, 32, t, 8, 90), "blocks of 64 and more");
+  for (const int capability : {75, 80, 89, 100, 120})
+    EXPECT_ERROR(refused({64, 128}, 64, t, 8, capability), "compute capability 9.0");
 }
 
 TEST(Nf4Linear, WhereTheKernelOfAKnownGpuRefusesAnotherIsTaken) {
