@@ -8,7 +8,7 @@
 // kernel, op, N and K: a row's bits do not depend on how many others there are.
 // lut differs in more: it does not round a weight to bf16 (the value is rounded to fp16, its
 // product with the scale is not); of 256 neighbours in a row of x, those below 2^-30 of the largest
-// lose bits; scales beyond 2^107 may overflow.
+// lose bits; scales beyond 2^105 may overflow.
 #pragma once
 #include "core/ops/gemm.h"
 #include "quant/quantize.h"
