@@ -234,6 +234,26 @@ constexpr int words_per_lane = 8;
 constexpr int words_per_warp = words_per_lane * warp_size;
 constexpr int words_per_block = words_per_lane * dequantize_threads;
 
+/// Of a matrix, what is left in the L2 until last: scratch is written again for the next product,
+/// and as much of it costs no write to memory. By measurement on an H100, whose L2 holds 50 MB; 8
+/// to 33 MB make no difference.
+constexpr uint32_t lasting_words = (8 << 20) / 16;
+
+__device__ inline void store_lasting(float* to, const float (&v)[vector_width]) { store(to, v); }
+template <Half T>
+__device__ inline void store_lasting(T* to, const float (&v)[vector_width]) {
+#if __CUDA_ARCH__ >= 900
+  uint64_t policy;
+  asm volatile("createpolicy.fractional.L2::evict_last.b64 %0, 1.0;" : "=l"(policy));
+  asm volatile("st.global.L2::cache_hint.v4.b32 [%0], {%1, %2, %3, %4}, %5;" ::"l"(to),
+               "r"(pack<T>(v[0], v[1])), "r"(pack<T>(v[2], v[3])), "r"(pack<T>(v[4], v[5])),
+               "r"(pack<T>(v[6], v[7])), "l"(policy)
+               : "memory");
+#else
+  store(to, v);
+#endif
+}
+
 // One warp per 256 words of eight codes, a lane per word and 16 bytes of bf16 to a store. Lane i
 // holds value(i % 16), so a code is a shuffle. Reads 0.52, writes 2 (bf16) bytes per element.
 template <class T, bool nested>
@@ -270,7 +290,11 @@ __global__ void __launch_bounds__(dequantize_threads)
     }
     if (w < words) {
       const uint32_t row = words_per_row.quotient(w), at = w - row * words_per_row.divisor();
-      store(y + row * pitch + static_cast<int64_t>(at) * vector_width, v);
+      T* const to = y + row * pitch + static_cast<int64_t>(at) * vector_width;
+      if (w < lasting_words)
+        store_lasting(to, v);
+      else
+        store(to, v);
     }
   }
 }
