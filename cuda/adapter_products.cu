@@ -83,6 +83,32 @@ const AdapterPart& part_of(const AdapterRows& rows, int64_t segment, int module)
   return rows.of(segment)[static_cast<size_t>(module)];
 }
 
+/// Adds the sums [segments, splits, R, K] to dA of every part.
+void add_to_da(const char* op, const AdapterRows& rows, const float* all_sums, int64_t splits,
+               int64_t width, int64_t k) {
+  Sums sums;
+  for (const AdapterPart& part : rows.modules()) {
+    const int module = sums.count++;
+    Sum& sum = sums.sum[module];
+    sum = {.planes = all_sums + part.column * k,
+           .plane = width * k,
+           .segment = splits * width * k,
+           .to_pitch = k,
+           .rows = narrow(part.r()),
+           .cols = narrow(k),
+           .from_pitch = narrow(k),
+           .count = narrow(splits),
+           .to = {},
+           .factor = {},
+           .rounded = false};
+    for (int64_t i = 0; i < rows.segments; ++i) {
+      sum.to[i] = part_of(rows, i, module).lora->da.data<float>();
+      sum.factor[i] = factor_of(rows);
+    }
+  }
+  launch_sums(op, sums, rows.segments);
+}
+
 /// A ring of eight slabs, or of three where shared memory is small (compute capability 8.6, 8.9);
 /// bits do not depend on it.
 template <int tiles, bool small>
@@ -273,27 +299,11 @@ void adapter_in_gradients(const Tensor& ds, const Tensor& x, const AdapterRows& 
     launch(op, in_kernel<tiles, dropout>, grid, in_threads, InTile<tiles, dropout>::bytes,
            arguments);
   });
-  Sums sums;
-  for (const AdapterPart& part : rows.modules()) {
-    const int module = sums.count++;
-    Sum& sum = sums.sum[module];
-    sum = {.planes = arguments.sums + part.column * k,
-           .plane = width * k,
-           .segment = splits * width * k,
-           .to_pitch = k,
-           .rows = narrow(part.r()),
-           .cols = narrow(k),
-           .from_pitch = narrow(k),
-           .count = narrow(splits),
-           .to = {},
-           .factor = {},
-           .rounded = false};
-    for (int64_t i = 0; i < segments; ++i) {
-      sum.to[i] = part_of(rows, i, module).lora->da.data<float>();
-      sum.factor[i] = factor_of(rows);
-    }
-  }
-  launch_sums(op, sums, segments);
+  add_to_da(op, rows, arguments.sums, splits, width, k);
+}
+
+void adapter_add_da(const Tensor& da, const AdapterRows& rows) {
+  add_to_da("adapter_backward", rows, da.data<float>(), 1, da.dim(0) / rows.segments, da.dim(1));
 }
 
 void adapter_input_gradient(const Tensor& dx, const Tensor& ds, const Tensor& a,

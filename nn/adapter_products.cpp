@@ -77,10 +77,18 @@ void input_gradient_of_part(const Tensor& ds, const Tensor& x, const AdapterPart
        1.0f, {}, SplitK::allowed);
 }
 
+/// Whether kernels read x for s and dA; otherwise the library does, or dropout is an operation of
+/// its own.
+template <class... Tensors>
+bool own_kernels_read_x(const AdapterRows& rows, const Tensor& x, const Tensors&... others) {
+  return (rows.dropout() > 0 || x.dim(0) / rows.segments <= adapter_plan::max_plain_rows) &&
+         on_tensor_cores(rows, max_in_rank, x, others...);
+}
+
 /// dA, where it can be of all modules in one pass over x.
 void input_weight_gradients(const Tensor& ds, const Tensor& x, const AdapterRows& rows) {
   const Device device = x.device();
-  if (on_tensor_cores(rows, max_in_rank, x, ds)) {
+  if (own_kernels_read_x(rows, x, ds)) {
     const Tensor workspace =
         workspace_of(cuda::adapter_in_workspace(x.dim(0) / rows.segments, x.dim(1), rows), device);
     const OpScope scope(rows.dropout() > 0 ? "adapter with dropout" : "adapter_backward", device,
@@ -88,9 +96,28 @@ void input_weight_gradients(const Tensor& ds, const Tensor& x, const AdapterRows
     if (!device.is_meta()) cuda::adapter_in_gradients(ds, x, rows, workspace);
     return;
   }
+  if (rows.parts.size() == 1 || !on_tensor_cores(rows, max_in_rank, x, ds)) {
+    for (int64_t i = 0; i < rows.segments; ++i)
+      for (const AdapterPart& part : rows.of(i))
+        input_gradient_of_part(own_rows(ds, rows, i), own_rows(x, rows, i), part, rows);
+    return;
+  }
+  Tensor da;
+  {
+    const MemoryTag tag(Category::workspace);
+    const MemoryName name("dA of a group");
+    da = Tensor::empty({ds.dim(1), x.dim(1)}, DType::f32, device);
+  }
+  // One module alone has its product without the columns beyond its rank.
+  const int64_t width = ds.dim(1) / rows.segments;
+  const int64_t used = rows.modules().size() == 1 ? rows.modules().front().r() : width;
+  std::vector<Factors> products;
   for (int64_t i = 0; i < rows.segments; ++i)
-    for (const AdapterPart& part : rows.of(i))
-      input_gradient_of_part(own_rows(ds, rows, i), own_rows(x, rows, i), part, rows);
+    products.push_back({da.slice_rows(i * width, i * width + used),
+                        own_block(ds, rows, i).slice_cols(0, used), own_rows(x, rows, i)});
+  gemm_each(products, Op::transpose, Op::none, SplitK::allowed);
+  const OpScope scope("adapter_backward", device, {0, 3 * bytes_of_all(da)});
+  if (!device.is_meta()) cuda::adapter_add_da(da, rows);
 }
 
 void check_segments(const char* op, const Tensor& s, const AdapterRows& rows) {
@@ -119,7 +146,7 @@ void adapter_forward(const Tensor& s, const Tensor& x, const Tensor& a, const Ad
   check_segments("adapter_forward", s, rows);
   check_shape("adapter_forward", "s", s, {x.dim(0), a.dim(0)});
   check_shape("adapter_forward", "a", a, {s.dim(1), x.dim(1)});
-  if (on_tensor_cores(rows, max_in_rank, x, s, a)) {
+  if (own_kernels_read_x(rows, x, s, a)) {
     const Device device = x.device();
     const Tensor workspace = workspace_of(
         cuda::adapter_forward_workspace(x.dim(0) / rows.segments, x.dim(1), rows), device);

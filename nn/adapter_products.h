@@ -84,6 +84,8 @@ void adapter_out_gradients(const Tensor& ds, const Tensor& dy, const Tensor& b, 
 /// dA.
 void adapter_in_gradients(const Tensor& ds, const Tensor& x, const AdapterRows& rows,
                           const Tensor& workspace);
+/// dA of the parts += their rows of da, fp32 [R, K].
+void adapter_add_da(const Tensor& da, const AdapterRows& rows);
 /// With dropout.
 void adapter_input_gradient(const Tensor& dx, const Tensor& ds, const Tensor& a,
                             const AdapterRows& rows);
