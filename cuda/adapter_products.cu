@@ -1,6 +1,6 @@
 #include "nn/adapter_products.h"
 
-#include "cuda/adapter_in.cuh"
+#include "cuda/adapter_dropout.cuh"
 #include "cuda/adapter_out.cuh"
 #include "nn/adapter_plan.h"
 
@@ -23,14 +23,14 @@ void launch(const char* op, void (*kernel)(Arguments), dim3 grid, int threads, i
                arguments);
 }
 
-dim3 grid_for(const char* op, int64_t x, int64_t y, int64_t z = 1) {
-  return {grid_of(op, x), static_cast<unsigned>(y), static_cast<unsigned>(z)};
+dim3 grid_for(const char* op, int64_t x, int64_t y) {
+  return {grid_of(op, x), static_cast<unsigned>(y)};
 }
 
-/// Calls f.template operator()<tiles>() with 16 tiles = columns.
+/// Calls f.template operator()<tiles>() with 16 tiles = width.
 template <class F>
-void dispatch_tiles(const char* op, int64_t columns, F&& f) {
-  switch (columns) {
+void dispatch_tiles(const char* op, int64_t width, F&& f) {
+  switch (width) {
     case 16:
       return f.template operator()<1>();
     case 32:
@@ -40,21 +40,11 @@ void dispatch_tiles(const char* op, int64_t columns, F&& f) {
     case 64:
       return f.template operator()<4>();
     default:
-      fail("[{}] adapters of {} columns", op, columns);
+      fail("[{}] adapters of {} columns", op, width);
   }
 }
-/// And <tiles, dropout>().
-template <class F>
-void dispatch_tiles(const char* op, int64_t columns, bool dropout, F&& f) {
-  dispatch_tiles(op, columns, [&]<int tiles>() {
-    if (dropout)
-      f.template operator()<tiles, true>();
-    else
-      f.template operator()<tiles, false>();
-  });
-}
 
-void launch_sums(const char* op, Sums& sums, int64_t segments) {
+void launch_sums(const char* op, Sums& sums, int64_t segments = 1) {
   int64_t blocks = 0;
   for (int i = 0; i < sums.count; ++i) {
     const Sum& s = sums.sum[i];
@@ -70,7 +60,6 @@ float factor_of(const AdapterRows& rows) {
   return static_cast<float>(dropout_factor(rows.dropout()));
 }
 Masks masks_of(const AdapterRows& rows) {
-  if (rows.dropout() == 0) return {};
   Masks masks{.example = rows.examples.data<int64_t>(),
               .position = rows.positions.data<int32_t>(),
               .threshold = dropout_threshold(rows.dropout()) << 16,
@@ -83,16 +72,16 @@ const AdapterPart& part_of(const AdapterRows& rows, int64_t segment, int module)
   return rows.of(segment)[static_cast<size_t>(module)];
 }
 
-/// Adds the sums [segments, splits, R, K] to dA of every part.
-void add_to_da(const char* op, const AdapterRows& rows, const float* all_sums, int64_t splits,
-               int64_t width, int64_t k) {
+/// Adds `planes` of [segments, modules, splits, width, K] to dA of every part.
+void add_to_da(const char* op, const AdapterRows& rows, const float* planes, int64_t splits,
+               int64_t width, int64_t k, float factor) {
   Sums sums;
+  const int64_t modules = std::ssize(rows.modules());
   for (const AdapterPart& part : rows.modules()) {
-    const int module = sums.count++;
-    Sum& sum = sums.sum[module];
-    sum = {.planes = all_sums + part.column * k,
+    Sum& sum = sums.sum[sums.count];
+    sum = {.planes = planes,
            .plane = width * k,
-           .segment = splits * width * k,
+           .segment = modules * splits * width * k,
            .to_pitch = k,
            .rows = narrow(part.r()),
            .cols = narrow(k),
@@ -101,10 +90,12 @@ void add_to_da(const char* op, const AdapterRows& rows, const float* all_sums, i
            .to = {},
            .factor = {},
            .rounded = false};
-    for (int64_t i = 0; i < rows.segments; ++i) {
-      sum.to[i] = part_of(rows, i, module).lora->da.data<float>();
-      sum.factor[i] = factor_of(rows);
+    for (int i = 0; i < rows.segments; ++i) {
+      sum.to[i] = part_of(rows, i, sums.count).lora->da.data<float>();
+      sum.factor[i] = factor;
     }
+    ++sums.count;
+    planes += splits * width * k;
   }
   launch_sums(op, sums, rows.segments);
 }
@@ -115,8 +106,8 @@ template <int tiles, bool small>
 using OutTileFor = OutTile<tiles, 8, 64, small ? 3 : 8>;
 static_assert(OutTileFor<1, true>::bytes <= 99 << 10 && OutTileFor<2, true>::bytes <= 99 << 10);
 static_assert(OutTileFor<1, true>::cols == adapter_plan::out_tile_cols);
-static_assert(down_bytes<4> <= 99 << 10 && InTile<4, false>::bytes <= 99 << 10 &&
-              InTile<2, true>::bytes <= 99 << 10 && InTile<4, true>::bytes <= 99 << 10);
+static_assert(down_bytes<4> <= 99 << 10 && InTile<2>::bytes <= 99 << 10 &&
+              InTile<3>::bytes <= 99 << 10 && InTile<4>::bytes <= 99 << 10);
 
 int shared_memory_of_a_block() {
   int device = 0, bytes = 0;
@@ -154,45 +145,38 @@ bool adapter_kernels_present() {
 void adapter_forward(const Tensor& s, const Tensor& x, const Tensor& a, const AdapterRows& rows,
                      const Tensor& workspace) {
   const char* const op = "adapter_forward";
-  const int64_t segments = rows.segments, t = x.dim(0) / segments, k = x.dim(1),
-                width = s.dim(1) / segments;
-  const int64_t columns = adapter_plan::in_columns(rows), parts = width / columns;
-  const int64_t split_cols = adapter_plan::down_split_cols(t, k, rows),
+  const int64_t t = x.dim(0), k = x.dim(1), parts = std::ssize(rows.parts);
+  const int64_t width = s.dim(1) / parts;
+  const int64_t split_cols = adapter_plan::down_split_cols(t, k, parts),
                 splits = ceil_div(k, split_cols);
   const Down arguments{.x = x.data<bf16>(),
                        .a = a.data<bf16>(),
                        .sums = static_cast<float*>(workspace.raw()),
                        .x_pitch = x.pitch(),
                        .a_pitch = a.pitch(),
-                       .x_segment = t * x.pitch(),
-                       .a_segment = width * a.pitch(),
                        .rows = narrow(t),
                        .k = narrow(k),
                        .split_cols = narrow(split_cols),
                        .parts = narrow(parts),
                        .masks = masks_of(rows)};
-  const dim3 grid = grid_for(op, ceil_div<int64_t>(t, down_rows) * parts, splits, segments);
-  dispatch_tiles(op, columns, rows.dropout() > 0, [&]<int tiles, bool dropout>() {
-    launch(op, down_kernel<tiles, dropout>, grid, down_threads, down_bytes<tiles>, arguments);
+  dispatch_tiles(op, width, [&]<int tiles>() {
+    launch(op, down_kernel<tiles>, grid_for(op, ceil_div<int64_t>(t, down_rows) * parts, splits),
+           down_threads, down_bytes<tiles>, arguments);
   });
   Sums sums;
-  Sum& sum = sums.sum[sums.count++];
-  sum = {.planes = arguments.sums,
-         .plane = t * width,
-         .segment = splits * t * width,
-         .to_pitch = s.pitch(),
-         .rows = narrow(t),
-         .cols = narrow(width),
-         .from_pitch = narrow(width),
-         .count = narrow(splits),
-         .to = {},
-         .factor = {},
-         .rounded = true};
-  for (int64_t i = 0; i < segments; ++i) {
-    sum.to[i] = s.data<bf16>() + i * (t * s.pitch() + width);
-    sum.factor[i] = factor_of(rows);
-  }
-  launch_sums(op, sums, segments);
+  for (int64_t i = 0; i < parts; ++i)
+    sums.sum[sums.count++] = {.planes = arguments.sums + i * splits * t * width,
+                              .plane = t * width,
+                              .segment = 0,
+                              .to_pitch = s.pitch(),
+                              .rows = narrow(t),
+                              .cols = narrow(width),
+                              .from_pitch = narrow(width),
+                              .count = narrow(splits),
+                              .to = {s.data<bf16>() + i * width},
+                              .factor = {factor_of(rows)},
+                              .rounded = true};
+  launch_sums(op, sums);
 }
 
 void adapter_out_gradients(const Tensor& ds, const Tensor& dy, const Tensor& b, const Tensor& s,
@@ -266,7 +250,8 @@ void adapter_out_gradients(const Tensor& ds, const Tensor& dy, const Tensor& b, 
     first_tile += own;
     db_sums += splits * part.out() * width;
   }
-  const dim3 grid = grid_for(op, tiles, splits, segments);
+  dim3 grid = grid_for(op, tiles, splits);
+  grid.z = static_cast<unsigned>(segments);
   if (width == 16)
     launch_out<1>(op, grid, arguments);
   else
@@ -277,33 +262,30 @@ void adapter_out_gradients(const Tensor& ds, const Tensor& dy, const Tensor& b, 
 void adapter_in_gradients(const Tensor& ds, const Tensor& x, const AdapterRows& rows,
                           const Tensor& workspace) {
   const char* const op = "adapter_backward";
-  const int64_t segments = rows.segments, t = x.dim(0) / segments, k = x.dim(1),
-                width = ds.dim(1) / segments;
-  const int64_t columns = adapter_plan::in_columns(rows), parts = width / columns;
-  const int64_t split_rows = adapter_plan::in_split_rows(t, k, rows),
+  const int64_t t = x.dim(0), k = x.dim(1), parts = std::ssize(rows.parts);
+  const int64_t width = ds.dim(1) / parts;
+  const int64_t split_rows = adapter_plan::in_split_rows(t, k, parts),
                 splits = ceil_div(t, split_rows);
   const In arguments{.x = x.data<bf16>(),
                      .ds = ds.data<bf16>(),
                      .sums = static_cast<float*>(workspace.raw()),
                      .x_pitch = x.pitch(),
                      .ds_pitch = ds.pitch(),
-                     .x_segment = t * x.pitch(),
-                     .ds_segment = t * ds.pitch() + width,
                      .rows = narrow(t),
                      .k = narrow(k),
                      .split_rows = narrow(split_rows),
                      .parts = narrow(parts),
                      .masks = masks_of(rows)};
-  const dim3 grid = grid_for(op, ceil_div<int64_t>(k, in_cols) * parts, splits, segments);
-  dispatch_tiles(op, columns, rows.dropout() > 0, [&]<int tiles, bool dropout>() {
-    launch(op, in_kernel<tiles, dropout>, grid, in_threads, InTile<tiles, dropout>::bytes,
-           arguments);
+  dispatch_tiles(op, width, [&]<int tiles>() {
+    launch(op, in_kernel<tiles>, grid_for(op, ceil_div<int64_t>(k, in_cols) * parts, splits),
+           in_threads, InTile<tiles>::bytes, arguments);
   });
-  add_to_da(op, rows, arguments.sums, splits, width, k);
+  add_to_da(op, rows, arguments.sums, splits, width, k, factor_of(rows));
 }
 
 void adapter_add_da(const Tensor& da, const AdapterRows& rows) {
-  add_to_da("adapter_backward", rows, da.data<float>(), 1, da.dim(0) / rows.segments, da.dim(1));
+  add_to_da("adapter_backward", rows, da.data<float>(), 1, da.dim(0) / std::ssize(rows.parts),
+            da.dim(1), 1.0f);
 }
 
 void adapter_input_gradient(const Tensor& dx, const Tensor& ds, const Tensor& a,

@@ -29,7 +29,6 @@ constexpr Share shares[] = {
     {"rope", 0, 0.9},
     {"swiglu", 0, 1.0},
     {"swiglu_backward", 0, 1.0},
-    {"adapter_forward", 0, 0.77},
     {"adapter_backward", 0, 0.74},
     {"adapter with dropout", 0, 0.41},
     {"dropout", 0, 0.92},

@@ -1,6 +1,6 @@
 // How the GPU's kernels for adapters (nn/adapter_products.h) cut their sums into parts: by one
 // segment's own rows and modules alone, so that its bits depend on nothing else. Scratch follows
-// from it, so every build compiles it. T rows of a segment, K inputs.
+// from it, so every build compiles it. T rows, K inputs, `width` columns of s and ds per module.
 #pragma once
 #include <algorithm>
 #include <cstdint>
@@ -27,33 +27,15 @@ inline int64_t out_split_rows(int64_t t, int64_t tiles) {
   return std::max<int64_t>(64, round_up(ceil_div(t, splits), 16));
 }
 
-// s and dA: the columns of R that a block has. Of one module with dropout, since masks differ;
-// otherwise those of all modules in as few equal blocks of at most max_in_rank as they make.
-inline int64_t in_columns(const AdapterRows& rows) {
-  const int64_t width = rows.parts.front().width(), all = std::ssize(rows.modules()) * width;
-  if (rows.dropout() > 0) return width;
-  int64_t blocks = ceil_div(all, max_in_rank);
-  while (all % (blocks * 16) != 0) ++blocks;
-  return all / blocks;
-}
-
-/// Rows of a segment without dropout up to which s and dA are faster by these kernels than by the
-/// library, whose parts leave eight segments of 512 rows at 1.0 TB/s (1.8); of 8,192 rows its
-/// products read 2.2 (2.0).
-inline constexpr int64_t max_plain_rows = 1024;
-
-// s: splits of the columns of x.
-inline int64_t down_split_cols(int64_t t, int64_t k, const AdapterRows& rows) {
-  if (rows.dropout() == 0) return 512;
-  const int64_t splits = ceil_div(256, ceil_div(t, 128) * std::ssize(rows.modules()));
+// s with dropout: splits of the columns of x.
+inline int64_t down_split_cols(int64_t t, int64_t k, int64_t parts) {
+  const int64_t splits = ceil_div(256, ceil_div(t, 128) * parts);
   return std::max<int64_t>(256, round_up(ceil_div(k, splits), 64));
 }
 
-// dA: splits of the rows of x.
-inline int64_t in_split_rows(int64_t t, int64_t k, const AdapterRows& rows) {
-  if (rows.dropout() == 0) return 256;
-  const int64_t splits =
-      std::clamp<int64_t>(384 / (ceil_div(k, 256) * std::ssize(rows.modules())), 2, 16);
+// dA with dropout: splits of the rows of x.
+inline int64_t in_split_rows(int64_t t, int64_t k, int64_t parts) {
+  const int64_t splits = std::clamp<int64_t>(384 / (ceil_div(k, 256) * parts), 2, 16);
   return std::max<int64_t>(128, round_up(ceil_div(t, splits), 32));
 }
 

@@ -8,6 +8,10 @@
 namespace qlab {
 namespace {
 
+int64_t width_of(const AdapterPart& part) {
+  return (part.r() + fold_step - 1) / fold_step * fold_step;
+}
+
 /// Shapes and pitches that the GPU's kernels take: rows and modules begin at multiples of 16 bytes,
 /// and the parts lie side by side.
 template <class... Tensors>
@@ -17,10 +21,10 @@ bool on_tensor_cores(const AdapterRows& rows, int64_t max_rank, const Tensor& fi
       rows.modules().size() > max_kernel_parts || first.dim(1) % 8 != 0 || first.pitch() % 8 != 0 ||
       ((tensors.dim(1) % 8 != 0 || tensors.pitch() % 8 != 0) || ...))
     return false;
-  const int64_t width = rows.parts.front().width();
+  const int64_t width = width_of(rows.parts.front());
   for (size_t i = 0; i < rows.parts.size(); ++i) {
     const AdapterPart& part = rows.parts[i];
-    if (part.r() > max_rank || part.width() != width ||
+    if (part.r() > max_rank || width_of(part) != width ||
         part.column != static_cast<int64_t>(i) * width || part.row % 8 != 0 || part.out() % 8 != 0)
       return false;
   }
@@ -53,7 +57,7 @@ void output_gradient_of_part(const Tensor& dy, const Tensor& s, const AdapterPar
 void output_gradients(const Tensor& ds, const Tensor& dy, const Tensor& b, const Tensor& s,
                       const AdapterRows& rows) {
   const Device device = dy.device();
-  if (on_tensor_cores(rows, max_out_rank, dy, b, s, ds)) {
+  if (on_tensor_cores(rows, max_kernel_rank, dy, b, s, ds)) {
     const Tensor workspace =
         workspace_of(cuda::adapter_out_workspace(dy.dim(0) / rows.segments, rows), device);
     const OpScope scope("adapter_backward", device, {0, bytes_of_all(dy, b, s, ds)});
@@ -77,29 +81,21 @@ void input_gradient_of_part(const Tensor& ds, const Tensor& x, const AdapterPart
        1.0f, {}, SplitK::allowed);
 }
 
-/// Whether kernels read x for s and dA; otherwise the library does, or dropout is an operation of
-/// its own.
-template <class... Tensors>
-bool own_kernels_read_x(const AdapterRows& rows, const Tensor& x, const Tensors&... others) {
-  return (rows.dropout() > 0 || x.dim(0) / rows.segments <= adapter_plan::max_plain_rows) &&
-         on_tensor_cores(rows, max_in_rank, x, others...);
-}
-
 /// dA, where it can be of all modules in one pass over x.
 void input_weight_gradients(const Tensor& ds, const Tensor& x, const AdapterRows& rows) {
   const Device device = x.device();
-  if (own_kernels_read_x(rows, x, ds)) {
-    const Tensor workspace =
-        workspace_of(cuda::adapter_in_workspace(x.dim(0) / rows.segments, x.dim(1), rows), device);
-    const OpScope scope(rows.dropout() > 0 ? "adapter with dropout" : "adapter_backward", device,
-                        {0, bytes_of_all(x, ds)});
-    if (!device.is_meta()) cuda::adapter_in_gradients(ds, x, rows, workspace);
-    return;
-  }
-  if (rows.parts.size() == 1 || !on_tensor_cores(rows, max_in_rank, x, ds)) {
+  const bool dropout = rows.dropout() > 0;
+  if ((rows.parts.size() == 1 && !dropout) || !on_tensor_cores(rows, max_dropout_rank, x, ds)) {
     for (int64_t i = 0; i < rows.segments; ++i)
       for (const AdapterPart& part : rows.of(i))
         input_gradient_of_part(own_rows(ds, rows, i), own_rows(x, rows, i), part, rows);
+    return;
+  }
+  if (dropout) {
+    const Tensor workspace =
+        workspace_of(cuda::adapter_in_workspace(x.dim(0), x.dim(1), rows), device);
+    const OpScope scope("adapter with dropout", device, {0, bytes_of_all(x, ds)});
+    if (!device.is_meta()) cuda::adapter_in_gradients(ds, x, rows, workspace);
     return;
   }
   Tensor da;
@@ -131,8 +127,6 @@ void check_segments(const char* op, const Tensor& s, const AdapterRows& rows) {
 
 }  // namespace
 
-int64_t AdapterPart::width() const { return (r() + fold_step - 1) / fold_step * fold_step; }
-
 Tensor columns(const Tensor& s, const AdapterPart& part) {
   return s.slice_cols(part.column, part.column + part.r());
 }
@@ -146,15 +140,6 @@ void adapter_forward(const Tensor& s, const Tensor& x, const Tensor& a, const Ad
   check_segments("adapter_forward", s, rows);
   check_shape("adapter_forward", "s", s, {x.dim(0), a.dim(0)});
   check_shape("adapter_forward", "a", a, {s.dim(1), x.dim(1)});
-  if (own_kernels_read_x(rows, x, s, a)) {
-    const Device device = x.device();
-    const Tensor workspace = workspace_of(
-        cuda::adapter_forward_workspace(x.dim(0) / rows.segments, x.dim(1), rows), device);
-    const OpScope scope(rows.dropout() > 0 ? "adapter with dropout" : "adapter_forward", device,
-                        {0, bytes_of_all(x, s, a)});
-    if (!device.is_meta()) cuda::adapter_forward(s, x, a, rows, workspace);
-    return;
-  }
   if (rows.dropout() == 0) {
     std::vector<Factors> products;
     const int64_t width = a.dim(0) / rows.segments;
@@ -162,6 +147,14 @@ void adapter_forward(const Tensor& s, const Tensor& x, const Tensor& a, const Ad
       products.push_back(
           {own_block(s, rows, i), own_rows(x, rows, i), a.slice_rows(i * width, (i + 1) * width)});
     return gemm_each(products, Op::none, Op::transpose, SplitK::allowed);
+  }
+  if (on_tensor_cores(rows, max_dropout_rank, x, s, a)) {
+    const Device device = x.device();
+    const Tensor workspace =
+        workspace_of(cuda::adapter_forward_workspace(x.dim(0), x.dim(1), rows), device);
+    const OpScope scope("adapter with dropout", device, {0, bytes_of_all(x, s, a)});
+    if (!device.is_meta()) cuda::adapter_forward(s, x, a, rows, workspace);
+    return;
   }
   for (const AdapterPart& part : rows.parts)
     gemm(columns(s, part), dropped(x, part, rows), Op::none,
@@ -189,7 +182,7 @@ void adapter_gradients(const Tensor& ds, const Tensor& dy, const Tensor& s, cons
 
 void adapter_input_gradient(const Tensor& dx, const Tensor& ds, const Tensor& a,
                             const AdapterRows& rows) {
-  if (a.defined() && rows.dropout() > 0 && on_tensor_cores(rows, max_in_rank, dx, ds, a)) {
+  if (a.defined() && rows.dropout() > 0 && on_tensor_cores(rows, max_dropout_rank, dx, ds, a)) {
     const OpScope scope("adapter with dropout", dx.device(), {0, bytes_of_all(dx, dx, ds, a)});
     if (!dx.device().is_meta()) cuda::adapter_input_gradient(dx, ds, a, rows);
     return;
@@ -207,15 +200,14 @@ void adapter_input_gradient(const Tensor& dx, const Tensor& ds, const Tensor& a,
 namespace cuda {
 
 int64_t adapter_forward_workspace(int64_t tokens, int64_t k, const AdapterRows& rows) {
-  using namespace adapter_plan;
-  const int64_t columns = std::ssize(rows.parts) * rows.parts.front().width();
-  const int64_t splits = ceil_div(k, down_split_cols(tokens, k, rows));
-  return splits * tokens * columns * static_cast<int64_t>(sizeof(float));
+  const int64_t parts = std::ssize(rows.parts), width = width_of(rows.parts.front());
+  const int64_t splits = adapter_plan::ceil_div(k, adapter_plan::down_split_cols(tokens, k, parts));
+  return parts * splits * tokens * width * static_cast<int64_t>(sizeof(float));
 }
 
 int64_t adapter_out_workspace(int64_t tokens, const AdapterRows& rows) {
   using namespace adapter_plan;
-  const int64_t tiles = out_tiles(rows.modules()), width = rows.parts.front().width();
+  const int64_t tiles = out_tiles(rows.modules()), width = width_of(rows.parts.front());
   const int64_t splits = ceil_div(tokens, out_split_rows(tokens, tiles));
   int64_t rows_of_sums = tiles * tokens;
   for (const AdapterPart& part : rows.modules()) rows_of_sums += splits * part.out();
@@ -223,10 +215,10 @@ int64_t adapter_out_workspace(int64_t tokens, const AdapterRows& rows) {
 }
 
 int64_t adapter_in_workspace(int64_t tokens, int64_t k, const AdapterRows& rows) {
-  using namespace adapter_plan;
-  const int64_t columns = std::ssize(rows.parts) * rows.parts.front().width();
-  const int64_t splits = ceil_div(tokens, in_split_rows(tokens, k, rows));
-  return splits * columns * k * static_cast<int64_t>(sizeof(float));
+  const int64_t parts = std::ssize(rows.parts), width = width_of(rows.parts.front());
+  const int64_t splits =
+      adapter_plan::ceil_div(tokens, adapter_plan::in_split_rows(tokens, k, parts));
+  return parts * splits * width * k * static_cast<int64_t>(sizeof(float));
 }
 
 }  // namespace cuda

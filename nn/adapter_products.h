@@ -5,9 +5,9 @@
 //   dx += mask (ds A) / (1 - p')
 // x [T, K] is that of all modules, dy [T, N] has their outputs side by side; s, ds [T, R] have a
 // part of columns for each. Segments follow one another along T and along R, where each has its own
-// diagonal block of s and ds; their bits are those of each segment alone. On a GPU in bf16 kernels
-// read x and dy once for all modules, and no dropped copy of x is made; otherwise these are
-// products and dropouts of their own, module by module.
+// diagonal block of s and ds; their bits are those of each segment alone. On a GPU in bf16 each of
+// these lines reads x and dy once for all modules, and no dropped copy of x is made; otherwise they
+// are products and dropouts of their own, module by module.
 #pragma once
 #include <span>
 
@@ -16,14 +16,13 @@
 
 namespace qlab {
 
-/// What the GPU's kernels for ds and dB take, with larger ranks the library is as fast; and those
-/// for the rest.
-inline constexpr int64_t max_out_rank = 32, max_in_rank = 64;
+/// What the GPU's kernels take; with larger ranks the library is as fast at ds and dB.
+inline constexpr int64_t max_kernel_rank = 32, max_dropout_rank = 64;
 inline constexpr size_t max_kernel_parts = 4;
 /// Segments of one call.
 inline constexpr int max_segments = 8;
 
-/// The adapter on one module.
+/// The adapter on one module. Its columns of s and ds are its rank, rounded up to fold_step.
 struct AdapterPart {
   const LoraModule* lora;
   int64_t row;     // of the group's outputs where the module begins
@@ -32,8 +31,6 @@ struct AdapterPart {
 
   int64_t r() const { return lora->a.dim(0); }
   int64_t out() const { return lora->b.dim(0); }
-  /// Its columns of s and ds: its rank, rounded up to fold_step (nn/fold.h).
-  int64_t width() const;
 };
 
 /// The adapters of segments and the rows that they meet. Where there are several, none has dropout,
@@ -72,19 +69,19 @@ void adapter_input_gradient(const Tensor& dx, const Tensor& ds, const Tensor& a,
 namespace cuda {
 /// Whether the code that runs on the current device has these kernels; true where there is none.
 bool adapter_kernels_present();
-/// `tokens` of a segment.
 int64_t adapter_forward_workspace(int64_t tokens, int64_t k, const AdapterRows& rows);
 int64_t adapter_out_workspace(int64_t tokens, const AdapterRows& rows);
 int64_t adapter_in_workspace(int64_t tokens, int64_t k, const AdapterRows& rows);
+/// With dropout.
 void adapter_forward(const Tensor& s, const Tensor& x, const Tensor& a, const AdapterRows& rows,
                      const Tensor& workspace);
-/// ds and dB.
+/// ds and dB, of several segments too.
 void adapter_out_gradients(const Tensor& ds, const Tensor& dy, const Tensor& b, const Tensor& s,
                            const AdapterRows& rows, const Tensor& workspace);
-/// dA.
+/// dA, with dropout.
 void adapter_in_gradients(const Tensor& ds, const Tensor& x, const AdapterRows& rows,
                           const Tensor& workspace);
-/// dA of the parts += their rows of da, fp32 [R, K].
+/// dA of the parts += their rows of da, fp32 [R, K]; of several segments too.
 void adapter_add_da(const Tensor& da, const AdapterRows& rows);
 /// With dropout.
 void adapter_input_gradient(const Tensor& dx, const Tensor& ds, const Tensor& a,

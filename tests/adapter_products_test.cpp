@@ -269,66 +269,6 @@ TEST_P(AdapterProductsTest, LargeSegmentsTogetherAreThoseAlone) {
     for (const int64_t segments : {3, max_segments}) expect_alone(z, segments);
 }
 
-// Without dropout a block has columns of several modules, and those of one may lie in two blocks.
-constexpr std::array<int64_t, 6> ranks_of_kernels{4, 16, 20, 32, 48, 64};
-std::vector<int64_t> outs_of(int64_t modules) {
-  return std::vector<int64_t>(static_cast<size_t>(modules), 24);
-}
-
-TEST_P(AdapterProductsTest, LargeModulesTogetherMatchTheFormulas) {
-  if (!device().is_cuda() || dtype() != DType::bf16) GTEST_SKIP() << "for a GPU's kernels";
-  for (const int64_t r : ranks_of_kernels)
-    for (int64_t modules = 1; modules <= 4; ++modules)
-      expect_formulas({129, 576, r, outs_of(modules), 0});
-  // Every rank and number of modules meets several numbers of rows.
-  size_t next = 0;
-  for (const int64_t k : {64, 72, 576, 4096})
-    for (const int64_t t : {1, 15, 127, 129, 300, 513, 1100}) {
-      expect_formulas({t, k, ranks_of_kernels[next % 6], outs_of(1 + (next / 6) % 4), 0});
-      ++next;
-    }
-}
-
-TEST_P(AdapterProductsTest, LargeModulesOfSegmentsTogetherAreThoseAlone) {
-  if (!device().is_cuda() || dtype() != DType::bf16) GTEST_SKIP() << "for a GPU's kernels";
-  for (const int64_t segments : {1, 3, max_segments}) {
-    for (const int64_t r : ranks_of_kernels)
-      for (int64_t modules = 1; modules <= 4; ++modules)
-        expect_alone({129, 576, r, outs_of(modules), 0}, segments);
-    size_t next = 5;
-    for (const int64_t k : {64, 72, 576, 4096})
-      for (const int64_t t : {1, 15, 127, 300, 513, 1100}) {
-        expect_alone({t, k, ranks_of_kernels[next % 6], outs_of(1 + (next / 5) % 4), 0}, segments);
-        ++next;
-      }
-  }
-}
-
-// What the kernels add to dA and dB is the same a second time: sums double exactly.
-TEST_P(AdapterProductsTest, GradientsAddUp) {
-  if (!device().is_cuda() || dtype() != DType::bf16) GTEST_SKIP() << "for a GPU's kernels";
-  for (const auto& [z, segments] :
-       {std::pair{Sizes{300, 576, 20, {192, 64, 64}, 0}, int64_t{3}},
-        std::pair{Sizes{1100, 72, 16, {64}, 0}, int64_t{1}},
-        std::pair{Sizes{300, 576, 32, {192, 64, 64}, 0.1f}, int64_t{1}}}) {
-    const Problem p = problem(z, 64, 8, segments);
-    for (const LoraModule& lora : p.modules) fill_zero(lora.da), fill_zero(lora.db);
-    adapter_backward(p.ds, p.dy, p.b, p.s, p.x, p.rows());
-    std::vector<Tensor> once;
-    for (const LoraModule& lora : p.modules)
-      for (const Tensor& t : {lora.da, lora.db}) once.push_back(t.clone());
-    adapter_backward(p.ds, p.dy, p.b, p.s, p.x, p.rows());
-    for (size_t i = 0; i < once.size(); ++i) {
-      const LoraModule& lora = p.modules[i / 2];
-      std::vector<double> twice = values(once[i]);
-      double largest = 0;
-      for (double& v : twice) largest = std::max(largest, std::abs(v)), v *= 2;
-      EXPECT_GT(largest, 0);
-      EXPECT_EQ(values(i % 2 == 0 ? lora.da : lora.db), twice);
-    }
-  }
-}
-
 // A group whose weight is held expanded keeps the adapters of its latest forward pass there; an
 // earlier one's backward pass must not meet them.
 TEST_P(AdapterProductsTest, HeldWeightsMeetTheAdaptersOfTheirPass) {

@@ -1,9 +1,7 @@
-// The products of adapters that read x or write dx, on the tensor cores of sm_80 and newer. With
-// dropout, masks are drawn where x is read, and no dropped copy of x is made; a thread meets eight
-// neighbouring features of a row, which is what one draw decides. Masks differ between modules, so
-// a block then has the columns of R of one; otherwise it has up to 64 of all modules'
-// (adapter_plan::in_columns). Sums over features and tokens are cut into parts by the segment's own
-// size, written in fp32 and added by sum_kernel.
+// The products of adapters with dropout, on the tensor cores of sm_80 and newer: masks are drawn
+// where x is read, and no dropped copy of x is made. A thread meets eight neighbouring features of
+// a row, which is what one draw decides. Sums over features and tokens are cut into parts by the
+// segment's own size, written in fp32 and added by sum_kernel.
 #pragma once
 #include "cuda/adapter_tiles.cuh"
 
@@ -20,23 +18,19 @@ constexpr int down_bytes = down_stages* down_stage_bytes<tiles>;
 
 struct Down {
   const bf16* x;
-  const bf16* a;  // [R, K]
-  float* sums;    // [segments, splits, T, R]
+  const bf16* a;  // [R of all parts, K]
+  float* sums;    // [parts, splits, T, R]
   int64_t x_pitch, a_pitch;
-  int64_t x_segment, a_segment;  // elements between segments
-  int rows, k, split_cols;       // of a segment
-  int parts;                     // blocks of columns that R has
-  Masks masks;                   // with dropout
+  int rows, k, split_cols, parts;
+  Masks masks;
 };
 
-// A block per segment, 16 tiles columns of R, 128 rows and split_cols columns of x, a warp per 32
-// rows; tiles of 64 columns of x and A in a ring. Both operands number k by the eight features of a
-// thread: two steps of 16 per four 16-byte pieces of a row. Halves of odd rows are swapped, so that
-// two rows occupy all banks. Reads x once per part of R, from memory once; writes 4 bytes per row,
-// column of R and split.
-template <int tiles, bool dropout>
-__global__ void __launch_bounds__(down_threads, tiles == 1 ? 3 : 2)
-    down_kernel(const __grid_constant__ Down p) {
+// A block per part, 128 rows and split_cols columns, a warp per 32 rows; tiles of 64 columns of x
+// and A in a ring. Both operands number k by the eight features of a thread: two steps of 16 per
+// four 16-byte pieces of a row. Halves of odd rows are swapped, so that two rows occupy all banks.
+// Reads x once per part, from memory once; writes 4 bytes per row, column of R and split.
+template <int tiles>
+__global__ void __launch_bounds__(down_threads) down_kernel(const __grid_constant__ Down p) {
   constexpr int width = 16 * tiles, stages = down_stages, stage_bytes = down_stage_bytes<tiles>;
   extern __shared__ __align__(128) unsigned char shared[];
   const uint32_t base = shared_address(shared);
@@ -49,10 +43,7 @@ __global__ void __launch_bounds__(down_threads, tiles == 1 ? 3 : 2)
   await_previous();
 
   const int unit = thread % 8, first = thread / 8;
-  const auto segment = static_cast<int64_t>(blockIdx.z);
-  const bf16* const x = p.x + segment * p.x_segment;
-  const bf16* const a =
-      p.a + segment * p.a_segment + static_cast<int64_t>(part) * width * p.a_pitch;
+  const bf16* const a = p.a + static_cast<int64_t>(part) * width * p.a_pitch;
   const auto load_chunk = [&](int chunk) {
     const int col = begin + chunk * down_cols + 8 * unit;
     const uint32_t to = base + chunk % stages * stage_bytes;
@@ -62,7 +53,7 @@ __global__ void __launch_bounds__(down_threads, tiles == 1 ? 3 : 2)
       const int row = first + 16 * i;
       const bool valid = inside && (i >= down_rows / 16 || row0 + row < p.rows);
       const bf16* const from = i < down_rows / 16
-                                   ? x + static_cast<int64_t>(row0 + row) * p.x_pitch
+                                   ? p.x + static_cast<int64_t>(row0 + row) * p.x_pitch
                                    : a + static_cast<int64_t>(row - down_rows) * p.a_pitch;
       copy_async<16>(to + row * 128 + (unit ^ (row & 1) << 2) * 16, valid ? from + col : p.x,
                      valid);
@@ -73,12 +64,11 @@ __global__ void __launch_bounds__(down_threads, tiles == 1 ? 3 : 2)
     commit_copies();
   }
 
-  [[maybe_unused]] Place place[4];
-  if constexpr (dropout)
+  Place place[4];
 #pragma unroll
-    for (int i = 0; i < 4; ++i)
-      place[i] = place_of(p.masks, min(row0 + 32 * warp + 8 * i + lane / 4, p.rows - 1));
-  [[maybe_unused]] const uint64_t key = dropout ? p.masks.key[part] : 0;
+  for (int i = 0; i < 4; ++i)
+    place[i] = place_of(p.masks, min(row0 + 32 * warp + 8 * i + lane / 4, p.rows - 1));
+  const uint64_t key = p.masks.key[part];
   float acc[2][2 * tiles][4] = {};
   const uint32_t from_x = base + (32 * warp + lane / 4) * 128,
                  from_a = base + (down_rows + lane / 4) * 128;
@@ -91,36 +81,32 @@ __global__ void __launch_bounds__(down_threads, tiles == 1 ? 3 : 2)
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const uint32_t piece = stage + ((4 * half + lane % 4) ^ (lane / 4 & 1) << 2) * 16;
-      uint4 features[4];
+      const int column_unit = (begin + chunk * down_cols) / 8 + 4 * half + lane % 4;
+      uint4 x[4];
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        features[i] = load_shared(from_x + i * 8 * 128 + piece);
-        if constexpr (dropout) {
-          const int column_unit = (begin + chunk * down_cols) / 8 + 4 * half + lane % 4;
-          features[i] = masked(features[i], mask_of(key, place[i], column_unit), p.masks.threshold);
-        }
-      }
+      for (int i = 0; i < 4; ++i)
+        x[i] = masked(load_shared(from_x + i * 8 * 128 + piece),
+                      mask_of(key, place[i], column_unit), p.masks.threshold);
 #pragma unroll
       for (int j = 0; j < 2 * tiles; ++j) {
         const uint4 a_piece = load_shared(from_a + j * 8 * 128 + piece);
 #pragma unroll
         for (int m = 0; m < 2; ++m) {
-          const uint4 &top = features[2 * m], &bottom = features[2 * m + 1];
+          const uint4 &top = x[2 * m], &bottom = x[2 * m + 1];
           mma<bf16>(acc[m][j], {top.x, bottom.x, top.y, bottom.y}, a_piece.x, a_piece.y);
           mma<bf16>(acc[m][j], {top.z, bottom.z, top.w, bottom.w}, a_piece.z, a_piece.w);
         }
       }
     }
   }
-  const int columns = p.parts * width;
-  float* const to = p.sums + (segment * gridDim.y + blockIdx.y) * p.rows * columns + part * width;
+  float* const to = p.sums + (static_cast<int64_t>(part) * gridDim.y + blockIdx.y) * p.rows * width;
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
     const int row = row0 + 32 * warp + 8 * i + lane / 4;
     if (row >= p.rows) continue;
 #pragma unroll
     for (int j = 0; j < 2 * tiles; ++j)
-      *reinterpret_cast<float2*>(to + static_cast<int64_t>(row) * columns + 8 * j + lane % 4 * 2) =
+      *reinterpret_cast<float2*>(to + static_cast<int64_t>(row) * width + 8 * j + lane % 4 * 2) =
           make_float2(acc[i / 2][j][i % 2 * 2], acc[i / 2][j][i % 2 * 2 + 1]);
   }
 }
@@ -131,32 +117,29 @@ inline constexpr int in_threads = 256, in_rows = 32, in_cols = 256, in_warp_cols
 
 struct In {
   const bf16* x;
-  const bf16* ds;  // [T, R]
-  float* sums;     // [segments, splits, R, K]
+  const bf16* ds;  // [T, R of all parts]
+  float* sums;     // [parts, splits, R, K]
   int64_t x_pitch, ds_pitch;
-  int64_t x_segment, ds_segment;  // elements between segments
-  int rows, k, split_rows;        // of a segment
-  int parts;                      // blocks of columns that R has
-  Masks masks;                    // with dropout
+  int rows, k, split_rows, parts;
+  Masks masks;
 };
 
-template <int tiles, bool dropout>
+template <int tiles>
 struct InTile {
   static constexpr int width = 16 * tiles;
   static constexpr int ds_at = in_rows * row_bytes<in_cols>;
   static constexpr int stage_bytes = ds_at + in_rows * row_bytes<width>;
-  static constexpr int stages = dropout && tiles > 2 ? 3 : 4;  // 99 KB at most
-  static constexpr int kept_bytes = dropout ? in_rows * row_bytes<in_warp_cols> : 0;  // of a warp
+  static constexpr int stages = tiles <= 2 ? 4 : 3;                     // 99 KB at most
+  static constexpr int kept_bytes = in_rows * row_bytes<in_warp_cols>;  // of a warp
   static constexpr int bytes = stages * stage_bytes + in_threads / 32 * kept_bytes;
 };
 
-// A block per segment, 16 tiles columns of R, 256 columns and split_rows rows of x, a warp per 32
-// columns, whose sums stay in registers; 32 rows at a time, in a ring. With dropout each warp puts
-// its columns of x down as the module sees them. Reads x once per part of R, from memory once;
-// writes 4 bytes per element of dA and split.
-template <int tiles, bool dropout>
+// A block per part, 256 columns and split_rows rows, a warp per 32 columns, whose sums stay in
+// registers; 32 rows at a time, in a ring. Each warp puts its columns of x down as the module sees
+// them. Reads x once per part, from memory once; writes 4 bytes per element of dA and split.
+template <int tiles>
 __global__ void __launch_bounds__(in_threads, 2) in_kernel(const __grid_constant__ In p) {
-  using Tile = InTile<tiles, dropout>;
+  using Tile = InTile<tiles>;
   constexpr int width = Tile::width, stages = Tile::stages;
   extern __shared__ __align__(128) unsigned char shared[];
   const uint32_t base = shared_address(shared);
@@ -171,9 +154,7 @@ __global__ void __launch_bounds__(in_threads, 2) in_kernel(const __grid_constant
   constexpr int units = in_cols / 8, step = in_threads / units, ds_units = width / 8;
   const int first = thread / units, unit = thread % units, ds_row = thread / ds_units;
   const bool inside = col0 + 8 * unit < p.k;
-  const auto segment = static_cast<int64_t>(blockIdx.z);
-  const bf16* const x = p.x + segment * p.x_segment;
-  const bf16* const ds = p.ds + segment * p.ds_segment + part * width + thread % ds_units * 8;
+  const bf16* const ds = p.ds + part * width + thread % ds_units * 8;
   const auto load_slab = [&](int slab) {
     const int row0 = begin + slab * in_rows;
     const uint32_t to = base + slab % stages * Tile::stage_bytes;
@@ -182,7 +163,7 @@ __global__ void __launch_bounds__(in_threads, 2) in_kernel(const __grid_constant
       const int row = row0 + first + i;
       const bool valid = inside && row < end;
       copy_async<16>(to + (first + i) * row_bytes<in_cols> + 16 * unit,
-                     valid ? x + row * p.x_pitch + col0 + 8 * unit : p.x, valid);
+                     valid ? p.x + row * p.x_pitch + col0 + 8 * unit : p.x, valid);
     }
     if (ds_row < in_rows) {
       const bool valid = row0 + ds_row < end;
@@ -197,56 +178,50 @@ __global__ void __launch_bounds__(in_threads, 2) in_kernel(const __grid_constant
   }
 
   float acc[tiles][in_warp_cols / 8][4] = {};
-  [[maybe_unused]] const uint64_t key = dropout ? p.masks.key[part] : 0;
+  const uint64_t key = p.masks.key[part];
+  const uint32_t own =
+      base + (lane / 4) * row_bytes<in_cols> + warp * in_warp_cols * 2 + lane % 4 * 16;
   const uint32_t from_ds = right_lane<width>(base + Tile::ds_at);
-  const uint32_t own = base + warp * in_warp_cols * 2;  // the warp's columns in a slab
   const uint32_t kept = base + stages * Tile::stage_bytes + warp * Tile::kept_bytes;
-  constexpr int seen = dropout ? in_warp_cols : in_cols;  // columns of a tile that x is taken from
-  const uint32_t from_x = left_lane<seen>(dropout ? kept : own);
+  const uint32_t put = kept + lane / 4 * row_bytes<in_warp_cols> + lane % 4 * 16;
   for (int slab = 0; slab < slabs; ++slab) {
-    [[maybe_unused]] Philox mask[in_rows / 8];
-    if constexpr (dropout)
+    Philox mask[in_rows / 8];
 #pragma unroll
-      for (int i = 0; i < in_rows / 8; ++i)
-        mask[i] = mask_of(
-            key, place_of(p.masks, min(begin + slab * in_rows + 8 * i + lane / 4, p.rows - 1)),
-            own0 / 8 + lane % 4);
+    for (int i = 0; i < in_rows / 8; ++i)
+      mask[i] = mask_of(
+          key, place_of(p.masks, min(begin + slab * in_rows + 8 * i + lane / 4, p.rows - 1)),
+          own0 / 8 + lane % 4);
     wait_for_copies<stages - 2>();
     __syncthreads();
     if (slab + stages - 1 < slabs) load_slab(slab + stages - 1);
     commit_copies();
     const uint32_t stage = slab % stages * Tile::stage_bytes;
-    if constexpr (dropout) {
-      const uint32_t at = lane % 4 * 16;
 #pragma unroll
-      for (int i = 0; i < in_rows / 8; ++i) {
-        const int row = 8 * i + lane / 4;
-        store_shared(kept + row * row_bytes<in_warp_cols> + at,
-                     masked(load_shared(own + stage + row * row_bytes<in_cols> + at), mask[i],
-                            p.masks.threshold));
-      }
-      __syncwarp();
-    }
+    for (int i = 0; i < in_rows / 8; ++i)
+      store_shared(put + i * 8 * row_bytes<in_warp_cols>,
+                   masked(load_shared(own + stage + i * 8 * row_bytes<in_cols>), mask[i],
+                          p.masks.threshold));
+    __syncwarp();
 #pragma unroll
     for (int k = 0; k < in_rows / 16; ++k) {
-      uint32_t features[in_warp_cols / 16][4];
+      uint32_t x[in_warp_cols / 16][4];
 #pragma unroll
       for (int n = 0; n < in_warp_cols / 16; ++n)
-        load_transposed(features[n],
-                        from_x + (dropout ? 0 : stage) + 16 * k * row_bytes<seen> + 32 * n);
+        load_transposed(x[n],
+                        left_lane<in_warp_cols>(kept) + 16 * k * row_bytes<in_warp_cols> + 32 * n);
 #pragma unroll
       for (int j = 0; j < tiles; ++j) {
         uint32_t left[4];
         load_transposed(left, from_ds + stage + 16 * k * row_bytes<width> + 32 * j);
 #pragma unroll
         for (int n = 0; n < in_warp_cols / 16; ++n) {
-          mma<bf16>(acc[j][2 * n], left, features[n][0], features[n][1]);
-          mma<bf16>(acc[j][2 * n + 1], left, features[n][2], features[n][3]);
+          mma<bf16>(acc[j][2 * n], left, x[n][0], x[n][1]);
+          mma<bf16>(acc[j][2 * n + 1], left, x[n][2], x[n][3]);
         }
       }
     }
   }
-  float* const to = p.sums + ((segment * gridDim.y + blockIdx.y) * p.parts + part) * width * p.k;
+  float* const to = p.sums + (static_cast<int64_t>(part) * gridDim.y + blockIdx.y) * width * p.k;
 #pragma unroll
   for (int n = 0; n < in_warp_cols / 8; ++n) {
     const int col = own0 + 8 * n + lane % 4 * 2;
