@@ -429,6 +429,30 @@ std::string nearest(const std::string& name, const std::vector<std::string>& nam
   return best;
 }
 
+/// What other tools call a key; too far from its name to be found by it, and not always with its
+/// values.
+std::string known_elsewhere(const std::string& name) {
+  static const std::map<std::string, std::string> keys{
+      {"rank", "lora.r"},
+      {"lora_rank", "lora.r"},
+      {"lora_target_linear", "lora.targets"},
+      {"bits", "quant.type"},
+      {"quantization", "quant.type"},
+      {"bf16", "quant.compute_dtype"},
+      {"fp16", "quant.compute_dtype"},
+      {"base_model", "model.path"},
+      {"model_name", "model.path"},
+      {"sequence_len", "data.seq_len"},
+      {"cutoff_len", "data.seq_len"},
+      {"val_set_size", "data.eval"},
+      {"micro_batch_size", "train.batch_size"},
+      {"num_epochs", "train.epochs"},
+      {"optimizer", "optim.type"},
+  };
+  const auto found = keys.find(leaf(name));
+  return found == keys.end() ? "" : found->second;
+}
+
 std::string suggest_key(const std::string& name) {
   const std::string block = name.substr(0, name.find('.'));
   std::vector<std::string> candidates, in_block;
@@ -443,7 +467,8 @@ std::string suggest_key(const std::string& name) {
     const std::string home = alias.key.substr(0, alias.key.find('.'));
     if (home == block && home != alias.name) candidates.push_back(home + "." + alias.name);
   }
-  const std::string best = nearest(name, candidates);
+  std::string best = known_elsewhere(name);
+  if (best.empty()) best = nearest(name, candidates);
   std::string text = best.empty() ? "" : fmt::format("; did you mean \"{}\"?", best);
   if (!in_block.empty()) {
     text += fmt::format(" (keys of {}: {})", block, fmt::join(in_block, ", "));

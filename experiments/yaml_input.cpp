@@ -5,12 +5,29 @@
 #include <charconv>
 #include <cmath>
 #include <filesystem>
+#include <fstream>
 #include <string_view>
 
 #include "core/error.h"
 
 namespace qlab {
 namespace fs = std::filesystem;
+
+namespace {
+
+/// The first line that a tab indents, or 0. The parser's own message is of whatever the tab broke.
+int indented_by_tab(const std::string& file) {
+  std::ifstream in(file);
+  int number = 0;
+  for (std::string line; std::getline(in, line);) {
+    ++number;
+    const size_t text = line.find_first_not_of(" \t");
+    if (text != line.npos && line.find('\t') < text) return number;
+  }
+  return 0;
+}
+
+}  // namespace
 
 YAML::Node load_yaml(const std::string& file) {
   if (fs::is_directory(file)) fail("{}: is a directory, expected a YAML file", file);
@@ -21,6 +38,8 @@ YAML::Node load_yaml(const std::string& file) {
   } catch (const YAML::BadFile&) {
     fail("{}: cannot be read", file);
   } catch (const YAML::Exception& e) {
+    if (const int line = indented_by_tab(file); line > 0)
+      fail("{}:{}: a tab indents this line, and YAML takes blanks alone", file, line);
     fail("{}:{}: not valid YAML: {}", file, e.mark.line + 1, e.msg);
   }
   if (documents.empty() || (documents.size() == 1 && documents[0].IsNull())) {

@@ -165,7 +165,11 @@ TEST(Config, UnknownKeysNameLineAndNearest) {
             "run.yaml:4: unknown key \"train.bacth_size\"; did you mean \"train.batch_size\"?");
   EXPECT_THAT(error_of("train: {lr: 1}"), HasSubstr("did you mean \"optim.lr\"?"));
   EXPECT_THAT(error_of("learning_rte: 1"), HasSubstr("did you mean \"learning_rate\"?"));
-  EXPECT_THAT(error_of("lora: {rank: 8}"), HasSubstr("keys of lora: r, alpha"));
+  EXPECT_THAT(error_of("lora: {rank: 8}"),
+              AllOf(HasSubstr("did you mean \"lora.r\"?"), HasSubstr("keys of lora: r, alpha")));
+  EXPECT_THAT(error_of("bits: 4"), HasSubstr("did you mean \"quant.type\"?"));
+  EXPECT_THAT(error_of("micro_batch_size: 2"), HasSubstr("did you mean \"train.batch_size\"?"));
+  EXPECT_THAT(error_of("optimizer: adamw"), HasSubstr("did you mean \"optim.type\"?"));
   EXPECT_THAT(error_of("trian: {steps: 1}"), HasSubstr("did you mean \"train\"?"));
   EXPECT_THAT(error_of("zzzzzzzz: 1"), HasSubstr("blocks: model, quant"));
   EXPECT_THAT(set_error({"lora.alhpa=8"}), HasSubstr("--set lora.alhpa=8: unknown key"));
@@ -358,6 +362,10 @@ TEST(Config, FilesAndPathsBesideThem) {
   EXPECT_THAT(error(dir.string()), HasSubstr("is a directory"));
   std::ofstream(file) << "lora: {r: 8\ntrain: [";
   EXPECT_THAT(error(file), HasSubstr("not valid YAML"));
+  std::ofstream(file) << "# a\n\nlora:\n\tr: 8\n";
+  EXPECT_THAT(error(file), HasSubstr("run.yaml:4: a tab indents this line"));
+  std::ofstream(file) << "lora: {r:\t8}\n";
+  EXPECT_EQ(error(file), "");
   std::ofstream(file) << "lora: {r: 8}\n---\ntrain: {steps: 3}\n";
   EXPECT_THAT(error(file), HasSubstr("run.yaml:3: a second document begins"));
   std::ofstream(file) << "---\nlora: {r: 8}\n...\n";
