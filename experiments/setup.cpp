@@ -102,6 +102,11 @@ int64_t examples_to_train(const TrainConfig& config, const Dataset& data) {
   return count;
 }
 
+int64_t evaluations_left(int64_t step, int64_t total_steps, int64_t every) {
+  if (step >= total_steps) return 0;
+  return 1 + (every > 0 ? (total_steps - 1) / every - (step - 1) / every : 0);
+}
+
 const ModelSource& Library::model(const std::string& path) {
   check_stop();
   auto it = models_.find(path);

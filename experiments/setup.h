@@ -35,6 +35,9 @@ std::string compute_dtype_word(DType compute);
 
 /// How many examples of the set a trial trains on, those of later epochs counted again.
 int64_t examples_to_train(const TrainConfig& config, const Dataset& data);
+/// Evaluations from the one that may follow step `step` (from 1) on, where steps are left to take;
+/// `every`: train.eval_every.
+int64_t evaluations_left(int64_t step, int64_t total_steps, int64_t every);
 
 /// How many random examples, and from which seed.
 struct SyntheticSet {

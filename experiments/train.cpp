@@ -416,12 +416,25 @@ void Gang::evaluate_due() {
       tell(done);
       return callbacks_.stop && callbacks_.stop();
     };
+    const Clock::time_point start = Clock::now();
     const Evaluation result = evaluate(stepper_, *t->eval_, t->adapter_.get(), stop, eval_tokens_);
     if (result.stopped) return;
+    evaluation_seconds_per_example_ =
+        seconds_since(start) / static_cast<double>(t->eval_->examples.size());
     tell(t->eval_->examples.size());
     if (t->fresh_) of_base[t->eval_] = result;
     t->record_evaluation(result);
   }
+}
+
+double Gang::evaluation_seconds_left() const {
+  double examples = 0;
+  for (const TrialRun* t : running())
+    if (t->eval_ != nullptr)
+      examples += static_cast<double>(t->eval_->examples.size()) *
+                  static_cast<double>(evaluations_left(t->progress_.step, t->total_steps_,
+                                                       t->config_.train.eval_every));
+  return examples * evaluation_seconds_per_example_;
 }
 
 void Gang::begin_window(TrialRun& trial) {
@@ -582,7 +595,8 @@ void Gang::run() {
       const double per_step = t->progress_.seconds / static_cast<double>(t->progress_.step);
       callbacks_.progress({t->name_, t->progress_.step, t->total_steps_, t->loss_,
                            static_cast<double>(t->progress_.tokens) / t->progress_.seconds,
-                           per_step * static_cast<double>(t->total_steps_ - t->progress_.step),
+                           per_step * static_cast<double>(t->total_steps_ - t->progress_.step) +
+                               evaluation_seconds_left(),
                            peak_flops_ > 0 && !t->timed_.empty()
                                ? t->timed_.back().flops / t->timed_.back().seconds / peak_flops_
                                : 0,

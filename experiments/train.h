@@ -150,6 +150,8 @@ class Gang {
   RunPlan make_plan(bool force) const;
   void reserve();
   void evaluate_due();
+  /// Of all trials, by the speed of the last evaluation.
+  double evaluation_seconds_left() const;
   void train_step();
   void begin_window(TrialRun& trial);
   /// Adds to the losses and to the adapters' gradients.
@@ -172,6 +174,7 @@ class Gang {
   RunPlan plan_;
   Stepper stepper_;
   int64_t steps_taken_ = 0;
+  double evaluation_seconds_per_example_ = 0;
   double flops_ = 0;                // of the step being taken
   int64_t eval_tokens_ = 0;         // of a batch
   std::set<size_t> policies_told_;  // leaner ones, each when it first occurs

@@ -51,6 +51,17 @@ class RunnerTest : public TrainingTest {
   std::string printed_;
 };
 
+TEST(Setup, EvaluationsLeft) {
+  for (int64_t total = 1; total <= 12; ++total)
+    for (int64_t every = 0; every <= 13; ++every)
+      for (int64_t step = 1; step <= total; ++step) {
+        int64_t due = 0;
+        for (int64_t at = step; step < total && at <= total; ++at)
+          due += at == total || (every > 0 && at % every == 0);
+        EXPECT_EQ(evaluations_left(step, total, every), due) << step << " of " << total;
+      }
+}
+
 TEST_P(RunnerTest, FinishedTrialsAreSkipped) {
   const std::string rest = "parameters: {lora.r: {values: [2, 4]}}\n";
   const RunnerResult first = sweep(rest);
