@@ -140,9 +140,19 @@ int run(const Sweep& sweep, const SweepOptions& options, const CommonOptions& co
   return result.failed + result.elsewhere > 0 ? 1 : 0;
 }
 
-// The model of eval, generate and inspect is their argument; --set gives the rest.
-Config config_for(const std::string& model, const CommonOptions& common) {
+// The model of eval, generate and inspect is their argument; --set gives the rest, of the blocks
+// that they read.
+Config config_for(const std::string& model, const CommonOptions& common,
+                  const std::vector<std::string>& blocks) {
   Config config = load_config("", common.sets);
+  for (const auto& [key, where] : config.origins) {
+    if (key == "model.path") fail("{}: the model is the command's first argument", where);
+    const std::string block = key.substr(0, key.find('.'));
+    if (std::find(blocks.begin(), blocks.end(), block) == blocks.end())
+      fail("{}: {} changes nothing here: this command reads keys of {}{}", where, key,
+           fmt::join(blocks, ", "),
+           block == "lora" ? "; an adapter comes with --adapter and has its own" : "");
+  }
   config.model.path = model;
   return config;
 }
@@ -200,7 +210,7 @@ int run_config_command(const std::string& file, const CommonOptions& common) {
 }
 
 int run_inspect_command(const std::string& model, const CommonOptions& common) {
-  const Config config = config_for(model, common);
+  const Config config = config_for(model, common, {"quant", "lora"});
   const LlamaConfig llama = open_model(model).config;
   const WeightSpec spec = weight_spec(config);
   const std::optional<LoraSpec> lora =
@@ -225,7 +235,7 @@ int run_generate_command(const GenerateOptions& options, const CommonOptions& co
   if (options.model.starts_with("synthetic:"))
     fail("{}: a synthetic model has random weights and no tokenizer; nothing to generate",
          options.model);
-  loaded.config = config_for(options.model, common);
+  loaded.config = config_for(options.model, common, {"model", "quant"});
   check_computable(loaded.config, options.model);
   const Tokenizer tokenizer = Tokenizer::load(options.model);
   if (options.chat &&
@@ -252,7 +262,7 @@ int run_generate_command(const GenerateOptions& options, const CommonOptions& co
 int run_eval_command(const EvalOptions& options, const CommonOptions& common) {
   Loaded loaded;
   // Data first: a mistake there should not cost the loading of a model.
-  loaded.config = config_for(options.model, common);
+  loaded.config = config_for(options.model, common, {"model", "quant", "data"});
   check_computable(loaded.config, options.model);
   loaded.config.data.eval = options.data;
   const Dataset& data = loaded.library.eval_set(loaded.config);

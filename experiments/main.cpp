@@ -53,6 +53,24 @@ void add_run(CLI::App* app, qlab::SweepOptions& options, qlab::CommonOptions& co
   add_common(app, common);
 }
 
+/// Of the first argument that the parsed command does not have; "" where there is none. An option
+/// that is lacking may be one that is misspelt.
+std::string unknown_option(const CLI::App& app) {
+  for (const CLI::App* sub : app.get_subcommands())
+    for (const std::string& argument : sub->remaining()) {
+      const std::string given = argument.substr(0, argument.find('='));
+      if (!given.starts_with("--") || given == "--") continue;
+      std::vector<std::string> names;
+      for (const CLI::Option* option : sub->get_options())
+        for (const std::string& name : option->get_lnames()) names.push_back("--" + name);
+      const std::string near = qlab::nearest(given, names);
+      return fmt::format(
+          "{}: qlab {} has no such option{} (qlab {} --help lists them)", given, sub->get_name(),
+          near.empty() ? "" : fmt::format("; did you mean {}?", near), sub->get_name());
+    }
+  return "";
+}
+
 int run(int argc, char** argv) {
   CLI::App app("qlab: QLoRA ablations without Python in the way");
   app.set_version_flag("--version", fmt::format("qlab {} ({})", qlab::version, qlab::git_commit));
@@ -195,6 +213,8 @@ int run(int argc, char** argv) {
   try {
     app.parse(argc, argv);
   } catch (const CLI::ParseError& error) {
+    if (error.get_exit_code() != 0)
+      if (const std::string text = unknown_option(app); !text.empty()) qlab::fail("{}", text);
     return app.exit(error) == 0 ? 0 : 2;
   }
   return code;

@@ -388,6 +388,9 @@ class Runner {
         runs.push_back(std::make_unique<TrialRun>(p.trial->config, p.trial->name,
                                                   std::move(files[i]), library_, model));
         pointers.push_back(runs.back().get());
+        if (const TrialRun& run = *runs.back(); run.step() > 0)
+          print_(fmt::format("{}: continues at step {} of {}", run.name(), run.step(),
+                             run.total_steps()));
       } catch (const OutOfMemory&) {
         throw;
       } catch (const Error& error) {  // for example a state that cannot be read

@@ -102,6 +102,11 @@ TEST_F(CommandTest, MistakesOnTheCommandLine) {
                    {"--top-p", std::string(share) + " is no share of the probability"});
   expect_refused({"generate", "x", "--prompt", "x", "--seed", "-1"}, {"--seed", "-1 is below 0"});
   expect_refused({"train", run_file(), "--shard", "2/2"}, {"--shard"});
+  expect_refused({"train", run_file(), "--outt=x"},
+                 {"--outt: qlab train has no such option; did you mean --out?"});
+  expect_refused({"eval", "x", "--dta", "y"}, {"--dta: qlab eval", "did you mean --data?"});
+  expect_refused({"eval", "x", "--frobnicate"}, {"--frobnicate: qlab eval has no such option ("});
+  expect_refused({"eval", "x"}, {"--data is required"});
   expect_refused({"tokenize", "synthetic:tiny", run_file()}, {"synthetic:tiny", "tokenizer.json"});
   expect_refused({"generate", "synthetic:tiny", "--prompt", "x"}, {"synthetic:tiny", "tokenizer"});
   const std::string tokenizer = fs::absolute(golden("tokenizer/llama3.json")).string();
@@ -125,6 +130,8 @@ TEST_F(CommandTest, MissingModels) {
                  {"some-org/Some-Model", "hf download some-org/Some-Model"});
   fs::create_directory(folder_ / "empty");
   expect_refused({"inspect", folder_ / "empty"}, {"empty", "config.json"});
+  folder_.write("empty/model.gguf", "");
+  expect_refused({"inspect", folder_ / "empty"}, {"did you mean", "empty/model.gguf?"});
 }
 
 TEST_F(CommandTest, DamagedModels) {
@@ -231,6 +238,19 @@ TEST_F(CommandTest, DryRunWritesNothing) {
   EXPECT_TRUE(fs::is_empty(work_));
 }
 
+TEST_F(CommandTest, KeysThatChangeNothingAreRefused) {
+  for (const char* set : {"lora.r=8", "optim.lr=1", "train.steps=3", "parallel.trials_per_gpu=2"}) {
+    const std::string place = std::string("--set ") + set;
+    expect_refused({"eval", "synthetic:tiny", "--data", eval_, "--set", set},
+                   {place, "changes nothing here", "model, quant, data"});
+    expect_refused({"generate", "gone", "--prompt", "x", "--set", set},
+                   {place, "changes nothing here", "model, quant"});
+  }
+  expect_refused({"inspect", "synthetic:tiny", "--set", "train.steps=3"}, {"quant, lora"});
+  expect_refused({"eval", "synthetic:tiny", "--data", eval_, "--set", "model.path=x"},
+                 {"--set model.path=x", "first argument"});
+}
+
 TEST_F(CommandTest, AShardWithoutTrialsSaysSo) {
   const std::string file = run_file("train: {steps: 1}\n");
   for (const Arguments& more : {Arguments{"--dry-run"}, {"--out", folder_ / "out"}}) {
@@ -330,6 +350,8 @@ class KillTest : public CommandTest {
     const Ended whole = run(sweep("whole")), rest = run(sweep(out));
     ASSERT_EQ(whole.code, 0) << whole.err;
     ASSERT_EQ(rest.code, 0) << rest.err;
+    EXPECT_THAT(rest.out, HasSubstr(": continues at step "));
+    EXPECT_EQ(whole.out.find(": continues at step "), std::string::npos);
     EXPECT_TRUE(results(out) == results("whole"));
     EXPECT_EQ(results(out).size(), 4u);
   }
