@@ -102,6 +102,23 @@ def added_by_pages(entry, beside):
     return {"added_seconds": added} | rate
 
 
+def step_rows(raw):
+    """The file of steps; a gang's rows tell whether the run alone, where the same call had it for as
+    many steps, left the adapter of one of the gang's trials, to the bit."""
+    def steps(row):
+        config = row.get("config", {})
+        return config.get("base", config).get("train", {}).get("steps")
+    rows = []
+    for row in raw["ours"]:
+        name = row["name"].split("/")[0].rsplit("-gang", 1)
+        alone = [other for other in raw["ours"] if len(name) == 2 and "adapter_sha256" in row and
+                 other["name"].split("/")[0] == name[0] and other["call"] == row["call"] and
+                 "adapter_sha256" in other and steps(other) == steps(row)]
+        equal = all(set(other["adapter_sha256"]) <= set(row["adapter_sha256"]) for other in alone)
+        rows.append(row | ({"as_alone": int(equal)} if alone else {}))
+    return raw | {"ours": rows}
+
+
 def load(results=RESULTS):
     """The raw files by name; those that do not exist are left out."""
     raw = {}
@@ -120,7 +137,7 @@ READERS = {"cpu_step": read_cpu, "memory": memory.read_results, "long": read_lon
 
 
 def in_one_form(name, raw):
-    form = {"cpu_step": cpu_rows, "memory": memory_rows, "long": long_rows}.get(name)
+    form = {"cpu_step": cpu_rows, "step": step_rows, "memory": memory_rows, "long": long_rows}.get(name)
     return form(raw) if form else raw
 
 

@@ -8,6 +8,8 @@ import tempfile
 import unittest
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "bench"))
+import headline
 
 # Its adapter is the configuration without train.graphs, and with BY_GRAPHS all of it.
 FAKE = """#!/usr/bin/env python3
@@ -89,6 +91,25 @@ class StepsTest(unittest.TestCase):
         status, rows, runs = self.steps("--rows", "^8b-4x2048-two-gpus$", gpus="0")
         self.assertEqual((status, rows, runs), (0, [], []))
         self.assertIn("8b-4x2048-two-gpus left out: needs 2 GPUs, and 1 is here", self.output)
+
+
+class GangTest(unittest.TestCase):
+    def as_alone(self, gang, call=0, steps=20):
+        def row(name, adapters, call, train):
+            return {"name": name, "adapter_sha256": adapters, "call": call, "config": train}
+        rows = headline.step_rows({"ours": [
+            row("8b/resident", ["a"], 0, {"train": {"steps": 20}}),
+            row("8b-gang2/resident", gang, call, {"base": {"train": {"steps": steps}}})]})["ours"]
+        self.assertNotIn("as_alone", rows[0])
+        return rows[1].get("as_alone")
+
+    def test_a_gang_has_the_adapter_of_the_run_alone(self):
+        self.assertEqual(self.as_alone(["b", "a"]), 1)
+        self.assertEqual(self.as_alone(["b", "c"]), 0)
+
+    def test_only_runs_of_one_call_and_as_many_steps_are_compared(self):
+        self.assertIsNone(self.as_alone(["b", "c"], call=1))
+        self.assertIsNone(self.as_alone(["b", "c"], steps=12))
 
 
 if __name__ == "__main__":
