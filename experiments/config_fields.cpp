@@ -438,8 +438,6 @@ std::string known_elsewhere(const std::string& name) {
       {"lora_target_linear", "lora.targets"},
       {"bits", "quant.type"},
       {"quantization", "quant.type"},
-      {"bf16", "quant.compute_dtype"},
-      {"fp16", "quant.compute_dtype"},
       {"base_model", "model.path"},
       {"model_name", "model.path"},
       {"sequence_len", "data.seq_len"},
