@@ -1,7 +1,10 @@
 #include "data/checkpoint.h"
 
+#include <fmt/ranges.h>
+
 #include <cstdlib>
 #include <filesystem>
+#include <set>
 
 #include "core/error.h"
 #include "data/checkpoint_formats.h"
@@ -47,6 +50,10 @@ std::string strip(const std::string& text) {
 bool is_gguf_path(const std::string& path) { return path.ends_with(".gguf"); }
 
 std::string fetch_remedy(const std::string& directory) {
+  std::set<std::string> files;
+  for (const auto& entry : fs::directory_iterator(directory))
+    if (is_gguf_path(entry.path().string())) files.insert(entry.path().string());
+  if (!files.empty()) return fmt::format("did you mean {}?", fmt::join(files, " or "));
   const fs::path snapshot = fs::path(directory).lexically_normal();
   std::string id = snapshot.parent_path().parent_path().filename().string();
   const std::string prefix = "models--";

@@ -58,8 +58,8 @@ std::string resolve_model_path(const std::string& path, bool shapes = false);
 /// The configuration of a directory, or hub id, that has config.json and no weights yet.
 std::optional<nlohmann::json> configuration_alone(const std::string& path);
 
-/// What to do about a model directory that lacks a file: the command that fetches the whole where
-/// the directory is a snapshot of the hub's cache.
+/// What to do about a model directory that lacks a file: the .gguf files that it has; or the
+/// command that fetches the whole where the directory is a snapshot of the hub's cache.
 std::string fetch_remedy(const std::string& directory);
 
 bool is_gguf_path(const std::string& path);

@@ -36,16 +36,10 @@ void translate_to_version_4(nlohmann::json& config) {
 nlohmann::json read_config(const fs::path& directory) {
   const std::string path = (directory / "config.json").string();
   if (!fs::exists(path)) {
-    if (fs::exists(directory / "adapter_config.json"))
-      fail("{}: there is no config.json; this is an adapter, give its base model here",
-           directory.string());
-    std::set<std::string> files;
-    for (const auto& entry : fs::directory_iterator(directory))
-      if (is_gguf_path(entry.path().string())) files.insert(entry.path().string());
-    if (!files.empty())
-      fail("{}: there is no config.json; did you mean {}?", directory.string(),
-           fmt::join(files, " or "));
-    fail("{}: there is no config.json; {}", directory.string(), fetch_remedy(directory.string()));
+    const bool adapter = fs::exists(directory / "adapter_config.json");
+    fail("{}: there is no config.json; {}", directory.string(),
+         adapter ? "this is an adapter, give its base model here"
+                 : fetch_remedy(directory.string()));
   }
   nlohmann::json config = read_json_file(path);
   if (!config.is_object()) fail("{}: must be a JSON object", path);

@@ -131,7 +131,12 @@ TEST_F(CommandTest, MissingModels) {
   fs::create_directory(folder_ / "empty");
   expect_refused({"inspect", folder_ / "empty"}, {"empty", "config.json"});
   folder_.write("empty/model.gguf", "");
-  expect_refused({"inspect", folder_ / "empty"}, {"did you mean", "empty/model.gguf?"});
+  for (const Arguments& command :
+       {Arguments{"inspect"}, {"tokenize"}, {"generate", "--prompt=x"}}) {
+    Arguments arguments = command;
+    arguments.push_back(folder_ / "empty");
+    expect_refused(arguments, {"did you mean", "empty/model.gguf?"});
+  }
 }
 
 TEST_F(CommandTest, DamagedModels) {
