@@ -15,16 +15,17 @@ namespace fs = std::filesystem;
 
 namespace {
 
-/// The first line that a tab indents, or 0. The parser's own message is of whatever the tab broke.
-int indented_by_tab(const std::string& file) {
+/// What is wrong at the line where the parser stopped; its own words are of whatever that broke.
+std::string mistake(const std::string& file, const YAML::Exception& e) {
   std::ifstream in(file);
-  int number = 0;
-  for (std::string line; std::getline(in, line);) {
-    ++number;
-    const size_t text = line.find_first_not_of(" \t");
-    if (text != line.npos && line.find('\t') < text) return number;
-  }
-  return 0;
+  std::string line;
+  for (int i = 0; i <= e.mark.line; ++i) std::getline(in, line);
+  if (line.substr(0, line.find_first_not_of(" \t")).find('\t') != line.npos)
+    return "a tab indents this line; YAML takes spaces alone there";
+  if (e.msg == YAML::ErrorMsg::MAP_VALUE)
+    return "not valid YAML: no key can stand here; see that the line begins below its neighbours, "
+           "that the one above has its colon, and that each key has a line of its own";
+  return "not valid YAML: " + e.msg;
 }
 
 }  // namespace
@@ -38,9 +39,7 @@ YAML::Node load_yaml(const std::string& file) {
   } catch (const YAML::BadFile&) {
     fail("{}: cannot be read", file);
   } catch (const YAML::Exception& e) {
-    if (const int line = indented_by_tab(file); line > 0)
-      fail("{}:{}: a tab indents this line, and YAML takes blanks alone", file, line);
-    fail("{}:{}: not valid YAML: {}", file, e.mark.line + 1, e.msg);
+    fail("{}:{}: {}", file, e.mark.line + 1, mistake(file, e));
   }
   if (documents.empty() || (documents.size() == 1 && documents[0].IsNull())) {
     fail("{}: the file is empty", file);

@@ -364,6 +364,14 @@ TEST(Config, FilesAndPathsBesideThem) {
   EXPECT_THAT(error(file), HasSubstr("not valid YAML"));
   std::ofstream(file) << "# a\n\nlora:\n\tr: 8\n";
   EXPECT_THAT(error(file), HasSubstr("run.yaml:4: a tab indents this line"));
+  std::ofstream(file) << "lora:\n  r: 8\n \talpha: 8\n";
+  EXPECT_THAT(error(file), HasSubstr("run.yaml:3: a tab indents this line"));
+  std::ofstream(file) << "lora: [r\n# a\n\t# b\n";  // where a tab does no harm
+  EXPECT_THAT(error(file), HasSubstr("run.yaml:4: not valid YAML: end of sequence"));
+  for (const char* text : {"lora:\n  r 8\n  alpha: 3\n", "lora:\n  r: 8\n   alpha: 3\n"}) {
+    std::ofstream(file) << text;
+    EXPECT_THAT(error(file), HasSubstr("run.yaml:3: not valid YAML: no key can stand here"));
+  }
   std::ofstream(file) << "lora: {r:\t8}\n";
   EXPECT_EQ(error(file), "");
   std::ofstream(file) << "lora: {r: 8}\n---\ntrain: {steps: 3}\n";
