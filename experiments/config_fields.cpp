@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <map>
 
 #include "core/error.h"
 
@@ -331,6 +332,63 @@ int edit_distance(const std::string& a, const std::string& b) {
 
 std::string leaf(const std::string& key) { return key.substr(key.rfind('.') + 1); }
 
+/// What other tools call a key, where nearest() would find none or a wrong one and the values are
+/// not always ours; "" where qlab has nothing like it.
+std::optional<std::string> known_elsewhere(const std::string& name) {
+  static const std::map<std::string, std::string> keys{
+      {"base_model", "model.path"},
+      {"model_id", "model.path"},
+      {"model_name", "model.path"},
+      {"bits", "quant.type"},
+      {"quantization", "quant.type"},
+      {"quantization_config", "quant"},
+      {"dtype", "quant.compute_dtype"},
+      {"torch_dtype", "quant.compute_dtype"},
+      {"lora_model_dir", "lora.adapter"},
+      {"lora_rank", "lora.r"},
+      {"lora_target_linear", "lora.targets"},
+      {"rank", "lora.r"},
+      {"rslora", "lora.scaling"},
+      {"dataset_name", "data.train"},
+      {"dataset_path", "data.train"},
+      {"train_data", "data.train"},
+      {"eval_data", "data.eval"},
+      {"eval_dataset", "data.eval"},
+      {"test_datasets", "data.eval"},
+      {"test_file", "data.eval"},
+      {"val_set_size", "data.eval"},
+      {"cutoff_len", "data.seq_len"},
+      {"model_max_length", "data.seq_len"},
+      {"sequence_len", "data.seq_len"},
+      {"assistant_only_loss", "data.completion_only"},
+      {"train_on_inputs", "data.completion_only"},
+      {"train_on_responses_only", "data.completion_only"},
+      {"max_iters", "train.steps"},
+      {"num_steps", "train.steps"},
+      {"n_epochs", "train.epochs"},
+      {"num_epochs", "train.epochs"},
+      {"micro_batch_size", "train.batch_size"},
+      {"per_device_eval_batch_size", ""},
+      {"random_state", "train.seed"},
+      {"eval_strategy", "train.eval_every"},
+      {"evals_per_epoch", "train.eval_every"},
+      {"evaluation_strategy", "train.eval_every"},
+      {"save_strategy", "train.save_every"},
+      {"saves_per_epoch", "train.save_every"},
+      {"optimizer", "optim.type"},
+      {"beta1", "optim.betas"},
+      {"beta2", "optim.betas"},
+      {"grad_clip", "optim.max_grad_norm"},
+      {"gradient_clipping", "optim.max_grad_norm"},
+      {"lr_scheduler", "optim.schedule"},
+      {"scheduler", "optim.schedule"},
+      {"warmup", "optim.warmup_steps"},
+      {"output_dir", "--out"},
+  };
+  const auto found = keys.find(leaf(name));
+  return found == keys.end() ? std::nullopt : std::optional(found->second);
+}
+
 struct ToText {
   std::string operator()(const std::string* s) const { return *s; }
   std::string operator()(const int64_t* n) const { return std::to_string(*n); }
@@ -429,28 +487,6 @@ std::string nearest(const std::string& name, const std::vector<std::string>& nam
   return best;
 }
 
-/// What other tools call a key; too far from its name to be found by it, and not always with its
-/// values.
-std::string known_elsewhere(const std::string& name) {
-  static const std::map<std::string, std::string> keys{
-      {"rank", "lora.r"},
-      {"lora_rank", "lora.r"},
-      {"lora_target_linear", "lora.targets"},
-      {"bits", "quant.type"},
-      {"quantization", "quant.type"},
-      {"base_model", "model.path"},
-      {"model_name", "model.path"},
-      {"sequence_len", "data.seq_len"},
-      {"cutoff_len", "data.seq_len"},
-      {"val_set_size", "data.eval"},
-      {"micro_batch_size", "train.batch_size"},
-      {"num_epochs", "train.epochs"},
-      {"optimizer", "optim.type"},
-  };
-  const auto found = keys.find(leaf(name));
-  return found == keys.end() ? "" : found->second;
-}
-
 std::string suggest_key(const std::string& name) {
   const std::string block = name.substr(0, name.find('.'));
   std::vector<std::string> candidates, in_block;
@@ -465,8 +501,8 @@ std::string suggest_key(const std::string& name) {
     const std::string home = alias.key.substr(0, alias.key.find('.'));
     if (home == block && home != alias.name) candidates.push_back(home + "." + alias.name);
   }
-  std::string best = known_elsewhere(name);
-  if (best.empty()) best = nearest(name, candidates);
+  const std::optional<std::string> known = known_elsewhere(name);
+  const std::string best = known ? *known : nearest(name, candidates);
   std::string text = best.empty() ? "" : fmt::format("; did you mean \"{}\"?", best);
   if (!in_block.empty()) {
     text += fmt::format(" (keys of {}: {})", block, fmt::join(in_block, ", "));
