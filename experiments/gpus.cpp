@@ -110,14 +110,16 @@ GpuSpec find_gpu(const std::string& text) {
 int64_t parse_device_memory(const std::string& text) {
   const auto bytes = parse_bytes(text);
   if (!bytes || *bytes == 0)
-    fail("--device-memory {}: {}; give {}", text, problem_of(text, "no bytes"), bytes_wanted);
+    fail("--device-memory {}: {}; give {}", text, problem_of(text, "no number of bytes"),
+         bytes_wanted);
   return checked("--device-memory", text, *bytes);
 }
 
 int64_t parse_host_memory(const std::string& text) {
   const auto bytes = parse_bytes(text);
   if (!bytes)
-    fail("--host-memory {}: {}; give {}", text, problem_of(text, "no bytes"), bytes_wanted);
+    fail("--host-memory {}: {}; give {}", text, problem_of(text, "no number of bytes"),
+         bytes_wanted);
   return checked("--host-memory", text, *bytes);
 }
 

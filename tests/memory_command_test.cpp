@@ -48,7 +48,7 @@ TEST_F(MemoryCommandTest, WhatCannotFitIsRefusedBeforeAnythingIsWritten) {
   EXPECT_TRUE(fs::is_empty(work_));
   const Ended wrong = run({"train", run_file(), "--device-memory", "much"});
   EXPECT_EQ(wrong.code, 2);
-  EXPECT_THAT(wrong.err, HasSubstr("--device-memory much: no bytes; give bytes"));
+  EXPECT_THAT(wrong.err, HasSubstr("--device-memory much: no number of bytes; give bytes"));
 }
 
 TEST_F(MemoryCommandTest, ABudgetBelowTheMinimumIsRefusedUnlessForced) {
@@ -194,7 +194,7 @@ TEST_F(MemoryCommandTest, MemoryWithinDeviceMemory) {
                 "--set", "lora.r=4", "--set", "data.train=synthetic", "--set", "train.steps=1"});
   };
   expect_refused({"memory", "synthetic:tiny", "--device-memory", "much"},
-                 {"--device-memory much: no bytes; give bytes"});
+                 {"--device-memory much: no number of bytes; give bytes"});
   const auto roomy = nlohmann::json::parse(memory("1GiB").out);
   EXPECT_EQ(roomy["device_memory_bytes"], int64_t{1} << 30);
   EXPECT_EQ(roomy["fits"], true);
