@@ -140,17 +140,23 @@ int run(const Sweep& sweep, const SweepOptions& options, const CommonOptions& co
   return result.failed + result.elsewhere > 0 ? 1 : 0;
 }
 
-// The model of eval, generate and inspect is their argument; --set gives the rest, of the blocks
-// that they read.
+// What --set can change of a model that is loaded, and not trained.
+const std::vector<std::string> kLoading{"model.embeddings",   "model.streamed_layers",
+                                        "quant.type",         "quant.block_size",
+                                        "quant.double_quant", "quant.compute_dtype"};
+
+// The model of eval, generate and inspect is their argument; --set gives the rest, of the keys and
+// blocks that they read.
 Config config_for(const std::string& model, const CommonOptions& common,
-                  const std::vector<std::string>& blocks) {
+                  const std::vector<std::string>& reads) {
   Config config = load_config("", common.sets);
   for (const auto& [key, where] : config.origins) {
     if (key == "model.path") fail("{}: the model is the command's first argument", where);
     const std::string block = key.substr(0, key.find('.'));
-    if (std::find(blocks.begin(), blocks.end(), block) == blocks.end())
-      fail("{}: {} changes nothing here: this command reads keys of {}{}", where, key,
-           fmt::join(blocks, ", "),
+    const auto read = [&](const std::string& name) { return name == key || name == block; };
+    if (!std::ranges::any_of(reads, read))
+      fail("{}: {} changes nothing here: this command reads {}{}", where, key,
+           fmt::join(reads, ", "),
            block == "lora" ? "; an adapter comes with --adapter and has its own" : "");
   }
   config.model.path = model;
@@ -235,7 +241,7 @@ int run_generate_command(const GenerateOptions& options, const CommonOptions& co
   if (options.model.starts_with("synthetic:"))
     fail("{}: a synthetic model has random weights and no tokenizer; nothing to generate",
          options.model);
-  loaded.config = config_for(options.model, common, {"model", "quant"});
+  loaded.config = config_for(options.model, common, kLoading);
   check_computable(loaded.config, options.model);
   const Tokenizer tokenizer = Tokenizer::load(options.model);
   if (options.chat &&
@@ -262,7 +268,9 @@ int run_generate_command(const GenerateOptions& options, const CommonOptions& co
 int run_eval_command(const EvalOptions& options, const CommonOptions& common) {
   Loaded loaded;
   // Data first: a mistake there should not cost the loading of a model.
-  loaded.config = config_for(options.model, common, {"model", "quant", "data"});
+  std::vector<std::string> reads = kLoading;
+  reads.insert(reads.end(), {"data.eval_seq_len", "data.completion_only", "data.template"});
+  loaded.config = config_for(options.model, common, reads);
   check_computable(loaded.config, options.model);
   loaded.config.data.eval = options.data;
   const Dataset& data = loaded.library.eval_set(loaded.config);

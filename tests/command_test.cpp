@@ -244,13 +244,17 @@ TEST_F(CommandTest, DryRunWritesNothing) {
 }
 
 TEST_F(CommandTest, KeysThatChangeNothingAreRefused) {
-  for (const char* set : {"lora.r=8", "optim.lr=1", "train.steps=3", "parallel.trials_per_gpu=2"}) {
+  for (const char* set : {"lora.r=8", "optim.lr=1", "train.steps=3", "parallel.trials_per_gpu=2",
+                          "quant.resident=0", "data.seq_len=8", "data.eval=x"}) {
     const std::string place = std::string("--set ") + set;
     expect_refused({"eval", "synthetic:tiny", "--data", eval_, "--set", set},
-                   {place, "changes nothing here", "model, quant, data"});
+                   {place, "changes nothing here", "quant.type", "data.eval_seq_len"});
     expect_refused({"generate", "gone", "--prompt", "x", "--set", set},
-                   {place, "changes nothing here", "model, quant"});
+                   {place, "changes nothing here", "quant.type"});
   }
+  const Ended cut = run({"eval", "synthetic:tiny", "--data", "synthetic", "--set",
+                         "data.eval_seq_len=8", "--set", "quant.type=bf16"});
+  EXPECT_THAT(cut.out, HasSubstr("cut at 8 tokens")) << cut.err;
   expect_refused({"inspect", "synthetic:tiny", "--set", "train.steps=3"}, {"quant, lora"});
   expect_refused({"eval", "synthetic:tiny", "--data", eval_, "--set", "model.path=x"},
                  {"--set model.path=x", "first argument"});
