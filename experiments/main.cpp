@@ -20,6 +20,14 @@ std::string not_empty(const std::string& text) {
   return text.empty() ? "give a value, not an empty text" : "";
 }
 
+/// Without a list of what each option excludes: that is told when it happens.
+class HelpText : public CLI::Formatter {
+  std::string make_option_opts(const CLI::Option* option) const override {
+    const std::string text = CLI::Formatter::make_option_opts(option);
+    return text.substr(0, text.find(" Excludes:"));
+  }
+};
+
 void add_common(CLI::App* app, qlab::CommonOptions& common, bool computes = true) {
   if (computes) {
     app->add_option("--device", common.device, "auto, cpu, cuda or cuda:N")->capture_default_str();
@@ -27,7 +35,9 @@ void add_common(CLI::App* app, qlab::CommonOptions& common, bool computes = true
                     "take no more of the device than this, for example 24GiB")
         ->check(not_empty);
   }
-  app->add_option("--set", common.sets, "key=value, overrides the file; may be repeated")
+  app->add_option("--set", common.sets,
+                  "key=value of the configuration, over that of a file; may be repeated")
+      ->option_text("TEXT")
       ->allow_extra_args(false);
 }
 
@@ -46,7 +56,7 @@ void add_run(CLI::App* app, qlab::SweepOptions& options, qlab::CommonOptions& co
                   "train one configuration on so many GPUs, from that of --device on: the "
                   "micro-batches of train.grad_accum are shared out, and results stay the same")
       ->check(CLI::Range(1, 64))
-      ->capture_default_str();
+      ->option_text("N=1");
   app->add_flag("--profile", options.profile,
                 "print where the time of the fourth step (or of a shorter run's last) goes "
                 "on a GPU, operation by operation; of a sweep, one of every training");
@@ -59,11 +69,12 @@ std::string unknown_option(const CLI::App& app) {
   for (const CLI::App* sub : app.get_subcommands())
     for (const std::string& argument : sub->remaining()) {
       const std::string given = argument.substr(0, argument.find('='));
-      if (!given.starts_with("--") || given == "--") continue;
+      const std::string name = given.substr(std::min(given.find_first_not_of('-'), given.size()));
+      if (!given.starts_with('-') || name.empty()) continue;
       std::vector<std::string> names;
       for (const CLI::Option* option : sub->get_options())
-        for (const std::string& name : option->get_lnames()) names.push_back("--" + name);
-      const std::string near = qlab::nearest(given, names);
+        for (const std::string& known : option->get_lnames()) names.push_back("--" + known);
+      const std::string near = qlab::nearest("--" + name, names);
       return fmt::format(
           "{}: qlab {} has no such option{} (qlab {} --help lists them)", given, sub->get_name(),
           near.empty() ? "" : fmt::format("; did you mean {}?", near), sub->get_name());
@@ -73,6 +84,7 @@ std::string unknown_option(const CLI::App& app) {
 
 int run(int argc, char** argv) {
   CLI::App app("qlab: QLoRA ablations without Python in the way");
+  app.formatter(std::make_shared<HelpText>());
   app.set_version_flag("--version", fmt::format("qlab {} ({})", qlab::version, qlab::git_commit));
   app.failure_message([](const CLI::App* used, const CLI::Error& error) {
     return "qlab: " + CLI::FailureMessage::simple(used, error);
@@ -84,6 +96,7 @@ int run(int argc, char** argv) {
   qlab::SweepOptions sweep;
   auto* sweep_app = app.add_subcommand("sweep", "run every trial of a sweep file, and report");
   add_run(sweep_app, sweep, common);
+  sweep_app->get_option("--replicas")->group("");  // refused, with what to do: not in the help
   sweep_app->add_option("--shard", sweep.shard, "I/N: every N-th trial, starting with the I-th");
   sweep_app->callback([&] { code = qlab::run_sweep_command(sweep, common); });
   auto* train_app = app.add_subcommand("train", "run one configuration");
@@ -137,7 +150,8 @@ int run(int argc, char** argv) {
   add_common(memory_app, common, false);
   auto* memory_check = memory_app->add_option(
       "--check", memory.check,
-      "a results directory or a trial's: the peaks predicted for its trials, and those measured");
+      "alone: a results directory or a trial's: the peaks predicted for its trials, and those "
+      "measured");
   for (const char* other : {"target", "--gpu", "--host-memory", "--device", "--device-memory",
                             "--set", "--table", "--format", "--out", "--measured"})
     memory_check->excludes(memory_app->get_option(other));
@@ -152,7 +166,8 @@ int run(int argc, char** argv) {
   generate_app->add_option("--prompt", generate.prompt, "text to continue")->required();
   generate_app->add_option("--adapter", generate.adapter, "PEFT adapter directory");
   generate_app->add_flag("--chat", generate.chat, "wrap the prompt as a user's turn (ChatML)");
-  generate_app->add_option("--max-new-tokens", generate.sampling.max_new_tokens)
+  generate_app
+      ->add_option("--max-new-tokens", generate.sampling.max_new_tokens, "stop after so many")
       ->check([](const std::string& text) {
         const bool good = !text.empty() && text.find_first_not_of("0123456789") == text.npos &&
                           text.find_first_not_of('0') != text.npos;
@@ -166,7 +181,9 @@ int run(int argc, char** argv) {
                     : text + " is below 0; give 0 for the likeliest token, 1 for the model's own";
       })
       ->capture_default_str();
-  generate_app->add_option("--top-p", generate.sampling.top_p)
+  generate_app
+      ->add_option("--top-p", generate.sampling.top_p,
+                   "sample from the likeliest tokens that have this share of the probability")
       ->check([](const std::string& text) {
         char* end = nullptr;
         const double share = std::strtod(text.c_str(), &end);
@@ -174,7 +191,7 @@ int run(int argc, char** argv) {
         return good ? "" : text + " is no share of the probability, from 0 to 1";
       })
       ->capture_default_str();
-  generate_app->add_option("--seed", generate.sampling.seed)
+  generate_app->add_option("--seed", generate.sampling.seed, "of the sampling")
       ->check([](const std::string& text) {
         return text.starts_with('-') ? text + " is below 0; give a whole number from 0 up" : "";
       })

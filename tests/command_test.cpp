@@ -76,6 +76,11 @@ TEST_F(CommandTest, ErrorsNameThePlace) {
 
 TEST_F(CommandTest, MistakesOnTheCommandLine) {
   EXPECT_EQ(run({"--help"}).code, 0);
+  const std::string help = run({"memory", "--help"}).out;
+  EXPECT_THAT(help, HasSubstr("--gpu TEXT"));
+  EXPECT_EQ(help.find("Excludes"), help.npos);
+  EXPECT_THAT(run({"train", "--help"}).out, HasSubstr("--replicas N=1"));
+  EXPECT_EQ(run({"sweep", "--help"}).out.find("--replicas"), help.npos);
   const Ended version = run({"--version"});
   EXPECT_EQ(version.code, 0);
   EXPECT_THAT(version.out, StartsWith("qlab "));
@@ -105,6 +110,7 @@ TEST_F(CommandTest, MistakesOnTheCommandLine) {
   expect_refused({"train", run_file(), "--outt=x"},
                  {"--outt: qlab train has no such option; did you mean --out?"});
   expect_refused({"eval", "x", "--dta", "y"}, {"--dta: qlab eval", "did you mean --data?"});
+  expect_refused({"eval", "x", "-dta", "y"}, {"-dta: qlab eval", "did you mean --data?"});
   expect_refused({"eval", "x", "--frobnicate"}, {"--frobnicate: qlab eval has no such option ("});
   expect_refused({"eval", "x"}, {"--data is required"});
   expect_refused({"tokenize", "synthetic:tiny", run_file()}, {"synthetic:tiny", "tokenizer.json"});
