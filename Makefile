@@ -8,7 +8,9 @@
 #                   CHECK=all: each step also without graphs, for the bits of its adapter
 #   make gpu-bench PART=memory [FILTER=regex]   peaks beside the predicted ones, speed by memory budget
 #   make gpu-bench PART=long FILTER=regex       longest sequences, 65B paged, a checkpoint's loading
-#   make tune       choose kernels for this GPU by what gpu-bench PART=linear measured
+#   make gpu-bench PART=product     what cuBLAS proposes for a step's products, beside its own choice
+#   make tune [PART=product]        choose kernels for this GPU by what gpu-bench measured of linear
+#                   layers in NF4, or of products
 #   make clean      remove the build folder (models/, datasets/ and runs/ stay)
 # JOBS=N limits parallel compilation; CMAKE_ARGS="-DQLAB_CUDA=OFF" and the like reach CMake.
 
@@ -77,8 +79,8 @@ gpu-bench: setup
 	@tools/gpu_bench.sh $(BUILD) $(JOBS) "$(PART)" "$(FILTER)" "$(CHECK)"
 
 tune: build
-	$(call say,Choosing the kernels of NF4 linear layers)
-	@python3 bench/tune.py --tests $(BUILD)/qlab_tests
+	$(call say,Choosing kernels)
+	@python3 bench/tune.py --part $(or $(PART),linear) --tests $(BUILD)/qlab_tests
 	@$(MAKE) build
 
 clean:

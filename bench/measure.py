@@ -31,10 +31,11 @@ from gpu_state import STATE, Sampler, query
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 BENCH = ROOT / "bench"
 OPERATIONS = {"kernels": "dequantize|quantize|lora|rms_norm|swiglu|rope|cross_entropy|adamw",
-              "linear": "linear", "attention": "attention"}
+              "linear": "linear", "product": "product", "attention": "attention"}
+WITHOUT_PEERS = ("product",)
 OUR_SHARE = 0.6
 COUNTERS = ("us", "noise_percent", "GB/s", "copy_percent", "TFLOP/s", "product_percent",
-            "beside_us", "over_beside")
+            "beside_us", "over_beside", "tile", "cluster", "option")
 
 
 def nested(keys):
@@ -308,6 +309,7 @@ def main():
                         help="after these nothing new is begun; ours has 60 %% of them")
     parser.add_argument("--results", default=str(BENCH / "results"))
     options = parser.parse_args()
+    options.no_peers = options.no_peers or options.part in WITHOUT_PEERS
     with tempfile.TemporaryDirectory() as folder:
         call, ours, peers = measure(options, pathlib.Path(folder))
     print(record(options, call, ours, peers))

@@ -110,6 +110,7 @@ void report(benchmark::State& state, const Case& c, const Timing& timing) {
     state.counters["GB/s"] = c.bytes / seconds * 1e-9;
     state.counters["copy_percent"] = 100 * c.bytes / seconds / ceilings(c.device).copy;
   }
+  for (const auto& [figure, value] : c.figures) state.counters[figure] = value;
   if (c.flops > 0) {
     state.counters["TFLOP/s"] = c.flops / seconds * 1e-12;
     state.counters["product_percent"] = 100 * c.flops / seconds / ceilings(c.device).product;
@@ -129,6 +130,7 @@ void run(benchmark::State& state, Device device, const std::function<Case()>& ma
   try {
     ceilings(device);
     const Case c = make();
+    if (!c.left_out.empty()) return state.SkipWithError(("left out: " + c.left_out).c_str());
     report(state, c,
            time_calls(
                c, [&] { return state.KeepRunning(); },

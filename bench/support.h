@@ -6,6 +6,7 @@
 #include <benchmark/benchmark.h>
 
 #include <functional>
+#include <map>
 #include <memory>
 #include <string>
 #include <vector>
@@ -61,6 +62,10 @@ struct Case {
   std::function<std::string(const std::vector<Tensor>& results)> check = {};
   double bytes = 0, flops = 0;  // of one call, read and written; 0: no rate is reported
   Clock clock = Clock::graph;
+  /// What else is reported, by name.
+  std::map<std::string, double> figures = {};
+  /// Why there is nothing to measure, where there is not.
+  std::string left_out = {};
   /// What it is set beside, where a ratio of two benchmarks would be that of two states of a GPU
   /// whose power is limited: their samples take turns.
   std::shared_ptr<const Case> beside = {};

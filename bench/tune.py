@@ -1,52 +1,54 @@
-"""Chooses the kernel for NF4 linear layers by what was measured: quant/nf4_dispatch_table.inc.
+"""Chooses kernels by what was measured.
 
-    python bench/tune.py [--results bench/results/linear.json] [--tests build/qlab_tests] [--gpu NAME]
+    python bench/tune.py [--part linear|product] [--results FILE] [--tests build/qlab_tests] [--gpu NAME]
 
-From the rows linear/PASS/NxK/mM/IMPLEMENTATION of the file, for each matrix, product and number of
-rows by itself: the fused kernel where it beats decoding the weights first (`scratch`) by more than
-the noise of both and by 3 % at least, and nothing where it does not. The times of a case come from
-one call. Lines are written for the GPU that is here, or that --gpu names, or else for the only one
-of the file; those of other GPUs stay. --tests runs the test of bits first: a kernel whose rows depend
-on how many there are is not admitted, nor is anything else then.
+linear: quant/nf4_dispatch_table.inc from the rows linear/PASS/NxK/mM/IMPLEMENTATION of
+bench/results/linear.json. For each matrix, product and number of rows by itself: the fused kernel
+where it beats decoding the weights first (`scratch`) by more than the noise of both and by 3 % at
+least, and nothing where it does not.
+product: core/ops/gemm_tilings.inc from the rows product/PASS/NxK/mM/proposalI of
+bench/results/product.json: what cuBLAS proposes and what beats its own choice, measured in turns with
+it, by more than the noise and by 1.5 % at least.
+
+The times of a case come from one call. Lines are written for the GPU that is here, or that --gpu
+names, or else for the only one of the file; those of other GPUs stay. --tests runs the test of bits
+first: a kernel whose rows depend on how many there are is not admitted, nor is anything else then.
 """
 
 import argparse
+import dataclasses
 import json
 import pathlib
 import re
 import subprocess
 import sys
+import typing
 
 import gpu_state
 import measure
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-TABLE = ROOT / "quant/nf4_dispatch_table.inc"
 FUSED = ("simt", "mma", "lut", "wgmma", "wgmma2", "wgmma3")
 MARGIN = 0.03  # at least
-# Rows in products of any number of them, and in each tile of the kernels that choose among several.
-BITS = "*Nf4Linear*RowsAreIndependentOfTheirNumber*cuda*:*Nf4Linear*WarpgroupTilesAgree*cuda*"
+PROPOSAL_MARGIN = 0.015
 OPS = {"forward": "Op::transpose", "dx": "Op::none"}
 LINE = re.compile(r'\{"(.*?)", (.*)\},')
-HEAD = """// Written by `make tune` (bench/tune.py) from bench/results/linear.json. Of a GPU: the product, the
-// matrix [N, K], the largest number of rows that a line is for, and the kernel.
-"""
 
 
-def measured(result, gpu):
+def measured(result, gpu, part, needed):
     """{(pass, n, k): {M: {implementation: row}}} of one GPU: of each case what the latest call has
-    that measured `scratch`, without which there is nothing to choose by."""
+    that measured `needed`, without which there is nothing to choose by."""
     calls = {}  # {case: {call: {implementation: row}}}
     for row in result["ours"]:
-        if row["name"].startswith("linear/") and "us" in row and (
+        if row["name"].startswith(part + "/") and "us" in row and (
                 result["calls"][row["call"]]["gpu"]["name"] == gpu):
-            case, name = row["name"].removeprefix("linear/").rsplit("/", 1)
+            case, name = row["name"].removeprefix(part + "/").rsplit("/", 1)
             calls.setdefault(case, {}).setdefault(row["call"], {})[name] = row
     times = {}
     for case, found in calls.items():
         direction, shape, m = case.split("/")
         n, k = map(int, shape.split("x"))
-        whole = [call for call, rows in found.items() if "scratch" in rows]
+        whole = [call for call, rows in found.items() if needed in rows]
         if whole:
             times.setdefault((direction, n, k), {})[int(m[1:])] = found[max(whole)]
     return times
@@ -81,9 +83,59 @@ def lines_for(times):
     return lines
 
 
-def gpu_of(result, wanted, here):
+def linear_lines(times):
+    return [f"{op}, {n}, {k}, {rows}, " + (f"Nf4Kernel::{kernel}" if kernel else "std::nullopt")
+            for op, n, k, rows, kernel in lines_for(times)]
+
+
+def product_lines(times):
+    """The proposal that took the smallest share of the library's choice, where it beats it."""
+    lines = []
+    for direction in OPS:
+        for _, n, k in sorted((key for key in times if key[0] == direction),
+                              key=lambda key: (key[1] * key[2], key[1])):
+            for m, rows in sorted(times[direction, n, k].items()):
+                best = min(rows.values(), key=lambda row: row["over_beside"])
+                noise = best.get("noise_percent", 0) / 100
+                if best["over_beside"] < 1 - max(PROPOSAL_MARGIN, noise):
+                    tiling = ", ".join(str(int(best[key])) for key in ("tile", "cluster", "option"))
+                    lines.append(f"{OPS[direction]}, {n}, {k}, {m}, {{{tiling}}}")
+    return lines
+
+
+@dataclasses.dataclass
+class Part:
+    """What is chosen: by which rows, into which table, after which tests of bits."""
+    what: str
+    needed: str  # the implementation without which a case decides nothing
+    table: str
+    lines: typing.Callable
+    bits: str
+    head: str
+
+
+PARTS = {
+    "linear": Part(
+        "linear layers", "scratch", "quant/nf4_dispatch_table.inc", linear_lines,
+        # Rows in products of any number of them, and in each tile of the kernels that choose among
+        # several.
+        "*Nf4Linear*RowsAreIndependentOfTheirNumber*cuda*:*Nf4Linear*WarpgroupTilesAgree*cuda*",
+        """// Written by `make tune` (bench/tune.py) from bench/results/linear.json. Of a GPU: the product, the
+// matrix [N, K], the largest number of rows that a line is for, and the kernel.
+"""),
+    "product": Part(
+        "products", "proposal1", "core/ops/gemm_tilings.inc", product_lines,
+        "*Gemm*ProposalsHaveTheBitsOfTheLibrarysChoice*cuda*",
+        """// Written by `make tune PART=product` (bench/tune.py) from bench/results/product.json. Of a GPU: the
+// product, the matrix [N, K], the rows, and the numbers that the library gives the tile, the cluster
+// and the option of the kernel that was faster than its own choice.
+"""),
+}
+
+
+def gpu_of(result, part, wanted, here):
     """The GPU to choose for: the wanted one, the one that is here, or the file's only one."""
-    used = {row["call"] for row in result["ours"] if row["name"].startswith("linear/")}
+    used = {row["call"] for row in result["ours"] if row["name"].startswith(part + "/")}
     gpus = sorted({result["calls"][call]["gpu"]["name"] for call in used})
     if wanted or here:
         gpus = [name for name in gpus if name == (wanted or here)]
@@ -96,51 +148,52 @@ def gpu_of(result, wanted, here):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--results", default=str(ROOT / "bench/results/linear.json"))
+    parser.add_argument("--part", choices=PARTS, default="linear")
+    parser.add_argument("--results", help="bench/results/PART.json unless given")
     parser.add_argument("--tests", help="the program of tests, to check the rows' bits first")
     parser.add_argument("--gpu", help="another than the one that is here")
-    parser.add_argument("--table", default=str(TABLE))
+    parser.add_argument("--table", help="the file to write into")
     options = parser.parse_args()
+    part = PARTS[options.part]
+    path = pathlib.Path(options.results or ROOT / f"bench/results/{options.part}.json")
+    measuring = f"`make gpu-bench PART={options.part}`"
     try:
-        result = json.loads(pathlib.Path(options.results).read_text())
+        result = json.loads(path.read_text())
     except FileNotFoundError:
-        sys.exit(f"{options.results} is not there: `make gpu-bench PART=linear` writes it")
+        sys.exit(f"{path} is not there: {measuring} writes it")
     except ValueError as error:
-        sys.exit(f"{options.results} is not what `make gpu-bench PART=linear` writes: {error}")
+        sys.exit(f"{path} is not what {measuring} writes: {error}")
     if not measure.well_formed(result):
-        sys.exit(f"{options.results} is not what `make gpu-bench PART=linear` writes")
+        sys.exit(f"{path} is not what {measuring} writes")
     here = gpu_state.query("name")["name"]
-    gpu = gpu_of(result, options.gpu, here)
+    gpu = gpu_of(result, options.part, options.gpu, here)
     if gpu is None:
         of = f" of {options.gpu or here}" if options.gpu or here else ""
-        sys.exit(f"{options.results} has no linear layers{of}: measure them with "
-                 "`make gpu-bench PART=linear`")
-    times = measured(result, gpu)
+        sys.exit(f"{path} has no {part.what}{of}: measure them with {measuring}")
+    times = measured(result, gpu, options.part, part.needed)
     if not times:
-        sys.exit(f"{options.results} has no case of {gpu} with `scratch`, by which the others are "
-                 "judged: measure whole cases with `make gpu-bench PART=linear`")
+        sys.exit(f"{path} has no case of {gpu} with `{part.needed}`, by which the others are "
+                 f"judged: measure whole cases with {measuring}")
     if options.tests:
         if not pathlib.Path(options.tests).exists():
             sys.exit(f"{options.tests} is not there: `make build` makes it")
-        test = subprocess.run([options.tests, "--gtest_brief=1", "--gtest_filter=" + BITS],
+        test = subprocess.run([options.tests, "--gtest_brief=1", "--gtest_filter=" + part.bits],
                               capture_output=True, text=True)
         if test.returncode != 0 or not re.search(r"PASSED  \] [1-9]", test.stdout):
-            why = ("The rows' bits depend on their number" if test.returncode else
+            why = ("The rows' bits depend on the kernel" if test.returncode else
                    "No test of the rows' bits ran" if here else
                    "No test of the rows' bits ran, since no NVIDIA GPU was found")
             sys.exit(f"{why}: no kernel is admitted.\n" + test.stdout + test.stderr)
-    table = pathlib.Path(options.table)
+    table = pathlib.Path(options.table or ROOT / part.table)
     others = []
     if table.exists():
         for line in table.read_text().splitlines():
             match = LINE.fullmatch(line.strip())
             if match and match.group(1) != gpu:
                 others.append(line)
-    own = [f'{{"{gpu}", {op}, {n}, {k}, {rows}, '
-           + (f"Nf4Kernel::{kernel}" if kernel else "std::nullopt") + "},"
-           for op, n, k, rows, kernel in lines_for(times)]
+    own = [f'{{"{gpu}", {line}}},' for line in part.lines(times)]
     temporary = table.with_suffix(".tmp")
-    temporary.write_text(HEAD + "\n".join(others + own) + "\n")
+    temporary.write_text(part.head + "".join(line + "\n" for line in others + own))
     temporary.replace(table)
     print(f"{table}: {len(own)} lines for {gpu}")
 

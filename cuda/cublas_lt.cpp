@@ -71,6 +71,10 @@ QLAB_HAND_ON(cublasStatus_t, cublasLtMatmulAlgoGetHeuristic,
               cublasLtMatmulPreference_t preference, int requested,
               cublasLtMatmulHeuristicResult_t* results, int* found),
              (handle, desc, a, b, c, d, preference, requested, results, found))
+QLAB_HAND_ON(cublasStatus_t, cublasLtMatmulAlgoConfigGetAttribute,
+             (const cublasLtMatmulAlgo_t* algorithm, cublasLtMatmulAlgoConfigAttributes_t attribute,
+              void* value, size_t size, size_t* written),
+             (algorithm, attribute, value, size, written))
 QLAB_HAND_ON(cublasStatus_t, cublasLtMatmulAlgoCheck,
              (cublasLtHandle_t handle, cublasLtMatmulDesc_t desc, cublasLtMatrixLayout_t a,
               cublasLtMatrixLayout_t b, cublasLtMatrixLayout_t c, cublasLtMatrixLayout_t d,

@@ -6,7 +6,11 @@
 #include <array>
 #include <map>
 #include <mutex>
+#include <optional>
+#include <vector>
 
+#include "core/device.h"
+#include "core/ops/gemm_tiling.h"
 #include "cuda/initcheck.cuh"
 #include "cuda/launch.cuh"
 
@@ -28,6 +32,7 @@ struct Product {
   SplitK split_k;
   DType in, out;
   int device;
+  int proposal;  // GemmProposal::current()
 
   auto operator<=>(const Product&) const = default;
 };
@@ -120,9 +125,17 @@ Product canonical(Product p) {
   return p;
 }
 
-/// The library's first choice among the algorithms allowed; false when it offers none.
-bool first_choice(cublasLtMatmulAlgo_t& algorithm, const Product& p, Descriptors& d,
-                  uint32_t reductions) {
+struct Proposals {
+  std::array<cublasLtMatmulHeuristicResult_t, GemmProposal::most> results;
+  int count = 0;
+
+  const cublasLtMatmulAlgo_t& operator[](int i) const {
+    return results[static_cast<size_t>(i)].algo;
+  }
+};
+
+/// What the library proposes of the algorithms allowed, `most` at most, its own choice first.
+Proposals proposals(const Product& p, Descriptors& d, uint32_t reductions, int most) {
   cublasLtMatmulPreferenceOpaque_t preference;
   check_blas(cublasLtMatmulPreferenceInit(&preference), "MatmulPreferenceInit", p);
   const auto set = [&]<class V>(cublasLtMatmulPreferenceAttributes_t attribute, V value) {
@@ -135,14 +148,51 @@ bool first_choice(cublasLtMatmulAlgo_t& algorithm, const Product& p, Descriptors
   set(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES, static_cast<uint32_t>(p.a_alignment));
   set(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, static_cast<uint32_t>(p.d_alignment));
   set(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES, static_cast<uint32_t>(p.c_alignment));
-  cublasLtMatmulHeuristicResult_t result;
-  int count = 0;
-  const cublasStatus_t status = cublasLtMatmulAlgoGetHeuristic(
-      handle(p), &d.product, &d.b, &d.a, &d.d, &d.c, &preference, 1, &result, &count);
-  if (status == CUBLAS_STATUS_NOT_SUPPORTED) return false;
+  Proposals found;
+  const cublasStatus_t status =
+      cublasLtMatmulAlgoGetHeuristic(handle(p), &d.product, &d.b, &d.a, &d.d, &d.c, &preference,
+                                     most, found.results.data(), &found.count);
+  if (status == CUBLAS_STATUS_NOT_SUPPORTED) return {};
   check_blas(status, "cublasLtMatmulAlgoGetHeuristic", p);
-  if (count == 0 || result.state != CUBLAS_STATUS_SUCCESS) return false;
-  algorithm = result.algo;
+  const auto end =
+      std::remove_if(found.results.begin(), found.results.begin() + found.count,
+                     [](const auto& result) { return result.state != CUBLAS_STATUS_SUCCESS; });
+  found.count = static_cast<int>(end - found.results.begin());
+  return found;
+}
+
+GemmTiling tiling_of(const cublasLtMatmulAlgo_t& algorithm, const Product& p) {
+  const auto get = [&]<class V>(cublasLtMatmulAlgoConfigAttributes_t attribute, V value) {
+    size_t written = 0;
+    check_blas(
+        cublasLtMatmulAlgoConfigGetAttribute(&algorithm, attribute, &value, sizeof value, &written),
+        "MatmulAlgoConfigGetAttribute", p);
+    return static_cast<int>(value);
+  };
+  return {.tile = get(CUBLASLT_ALGO_CONFIG_TILE_ID, uint32_t{}),
+          .cluster = get(CUBLASLT_ALGO_CONFIG_CLUSTER_SHAPE_ID, uint16_t{}),
+          .option = get(CUBLASLT_ALGO_CONFIG_CUSTOM_OPTION, uint32_t{})};
+}
+
+/// A kernel that does not cut K: the proposal that p asks for, or the measured one if it is
+/// offered, or else the library's choice. False when it offers none.
+bool whole_sums(cublasLtMatmulAlgo_t& algorithm, const Product& p, Descriptors& d) {
+  std::optional<GemmTiling> measured;
+  if (p.proposal < 0 && p.op_a == Op::none && p.in == DType::bf16 && p.out == DType::bf16)
+    measured = gemm_tiling(measured_gemm_lines(), device_name(p.device), p.op_b, p.m, p.n, p.k);
+  const int most = measured || p.proposal > 0 ? GemmProposal::most : 1;
+  const Proposals offered = proposals(p, d, CUBLASLT_REDUCTION_SCHEME_NONE, most);
+  QLAB_CHECK(p.proposal < std::max(1, offered.count),
+             "[gemm] the library proposes {} kernels, none of number {} (M {}, N {}, K {})",
+             offered.count, p.proposal, p.m, p.n, p.k);
+  if (offered.count == 0) return false;
+  int number = std::max(0, p.proposal);
+  for (int i = 0; measured && i < offered.count; ++i)
+    if (tiling_of(offered[i], p) == *measured) {
+      number = i;
+      break;
+    }
+  algorithm = offered[number];
   return true;
 }
 
@@ -155,10 +205,12 @@ cublasLtMatmulAlgo_t choose(const Product& p, Descriptors& d) {
   const std::lock_guard lock(mutex);
   if (const auto known = chosen.find(p); known != chosen.end()) return known->second;
   cublasLtMatmulAlgo_t algorithm;
-  if ((p.split_k == SplitK::allowed || p.m == 1 ||
-       !first_choice(algorithm, p, d, CUBLASLT_REDUCTION_SCHEME_NONE)) &&
-      !first_choice(algorithm, p, d, CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE))
-    check_blas(CUBLAS_STATUS_NOT_SUPPORTED, "the search for an algorithm", p);
+  if (p.split_k == SplitK::allowed || p.m == 1 || !whole_sums(algorithm, p, d)) {
+    const Proposals offered = proposals(p, d, CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE, 1);
+    if (offered.count == 0)
+      check_blas(CUBLAS_STATUS_NOT_SUPPORTED, "the search for an algorithm", p);
+    algorithm = offered[0];
+  }
   chosen.emplace(p, algorithm);
   return algorithm;
 }
@@ -182,7 +234,8 @@ Product describe(const Tensor& c, const Tensor& a, Op op_a, const Tensor& b, Op 
           .split_k = split_k,
           .in = a.dtype(),
           .out = c.dtype(),
-          .device = c.device().index};
+          .device = c.device().index,
+          .proposal = GemmProposal::current()};
 }
 
 void multiply(const Tensor& c, const Tensor& a, Op op_a, const Tensor& b, Op op_b, float alpha,
@@ -215,6 +268,16 @@ void gemm(const Tensor& c, const Tensor& a, Op op_a, const Tensor& b, Op op_b, f
     multiply(c, a_part, op_a, b_part, op_b, alpha, begin == 0 ? beta : 1.0f,
              begin == 0 ? addend : c, split_k, workspace);
   }
+}
+
+std::vector<GemmTiling> gemm_proposals(const Tensor& c, const Tensor& a, const Tensor& b, Op op_b,
+                                       const Tensor& workspace) {
+  const Product p = describe(c, a, Op::none, b, op_b, c, SplitK::no, workspace);
+  Descriptors d(p, a, b);
+  const Proposals offered = proposals(p, d, CUBLASLT_REDUCTION_SCHEME_NONE, GemmProposal::most);
+  std::vector<GemmTiling> tilings;
+  for (int i = 0; i < offered.count; ++i) tilings.push_back(tiling_of(offered[i], p));
+  return tilings;
 }
 
 // What one product takes is asked for, and then told to repeat: another algorithm would be another

@@ -7,7 +7,7 @@
 #include "core/ops/copy.h"
 #include "core/ops/cross_entropy.h"
 #include "core/ops/dropout.h"
-#include "core/ops/gemm.h"
+#include "core/ops/gemm_tiling.h"
 #include "core/ops/rms_norm.h"
 #include "core/ops/rope.h"
 #include "core/ops/rows.h"
@@ -99,6 +99,7 @@ void cross_entropy(In, In, In, In) { missing(); }
 void dropout(In, In, In, In, DropoutKey, bool) { missing(); }
 void gemm(In, In, Op, In, Op, float, float, In, SplitK, In) { missing(); }
 void gemm_each(std::span<const Factors>, Op, Op, SplitK, In) { missing(); }
+std::vector<GemmTiling> gemm_proposals(In, In, In, Op, In) { missing(); }
 void rms_norm(In, In, In, In, float) { missing(); }
 void rms_norm_backward(In, In, In, In, In, In) { missing(); }
 void rope(In, In, In, In, int64_t, bool) { missing(); }

@@ -1,7 +1,9 @@
 #include "core/ops/gemm.h"
 
 #include <algorithm>
+#include <optional>
 
+#include "core/ops/gemm_tiling.h"
 #include "tests/support/op_test.h"
 
 namespace qlab::test {
@@ -214,6 +216,87 @@ TEST_P(GemmTest, LargeRowsOfBaseProductsAreIndependent) {
         }
       }
   EXPECT_EQ(differ, "") << "rows differ from those of a product of " << most << " rows";
+}
+
+/// x [m, in] times a base's block, whose rows have room for adapters. The first and the last rows.
+std::string some_bits(const BaseProduct& p, int64_t m, bool forward, const Tensor& pool,
+                      std::optional<int> proposal) {
+  constexpr int64_t adapter = 16, compared = 256;
+  const int64_t in = (forward ? p.k : p.n) + adapter, out = forward ? p.n : p.k;
+  const Tensor x = repeated_normals(m, in, pool);
+  const Tensor w =
+      repeated_normals(forward ? out : in, p.k + adapter, pool).slice_cols(0, forward ? in : out);
+  const Tensor y = Tensor::with_tail(m, out, forward ? adapter : 0, x.dtype(), x.device());
+  std::optional<GemmProposal> asked;
+  if (proposal) asked.emplace(*proposal);
+  gemm(y, x, Op::none, w, forward ? Op::transpose : Op::none);
+  const auto rows = [&](int64_t begin) {
+    const auto bytes = bytes_of(y.slice_rows(begin, std::min(begin + compared, m)));
+    return std::string(bytes.begin(), bytes.end());
+  };
+  return rows(0) + rows(std::max<int64_t>(0, m - compared));
+}
+
+// Whichever kernel is the fastest may be taken, since none changes a bit.
+TEST_P(GemmTest, LargeProposalsHaveTheBitsOfTheLibrarysChoice) {
+  if (!device().is_cuda() || dtype() != DType::bf16) GTEST_SKIP() << "bf16 on a GPU";
+  constexpr int64_t m = 2048;
+  const Tensor pool = random({4194301});
+  const Tensor workspace =
+      Tensor::empty({cuda::gemm_workspace(m, 1, 1, dtype())}, DType::u8, device());
+  for (const BaseProduct& p : base_products)
+    for (const bool forward : {true, false}) {
+      const std::string want = some_bits(p, m, forward, pool, 0);
+      const Tensor x = Tensor::empty({m, (forward ? p.k : p.n) + 16}, dtype(), device());
+      const Tensor w = forward ? Tensor::empty({p.n, p.k + 16}, dtype(), device())
+                               : Tensor::empty({p.n + 16, p.k}, dtype(), device());
+      const Tensor y = Tensor::empty({m, forward ? p.n : p.k}, dtype(), device());
+      const int count = static_cast<int>(
+          cuda::gemm_proposals(y, x, w, forward ? Op::transpose : Op::none, workspace).size());
+      EXPECT_GE(count, 1);
+      for (int proposal = 1; proposal < std::min(count, 5); ++proposal)
+        EXPECT_TRUE(some_bits(p, m, forward, pool, proposal) == want)
+            << p.name << (forward ? ", forward" : ", dx") << ", proposal " << proposal;
+    }
+}
+
+TEST_P(GemmTest, LargeMeasuredTilingsHaveTheBitsOfTheLibrarysChoice) {
+  if (!device().is_cuda() || dtype() != DType::bf16) GTEST_SKIP() << "bf16 on a GPU";
+  const std::string gpu = cuda::device_name(device().index);
+  const Tensor pool = random({4194301});
+  int compared = 0;
+  for (const GemmLine& line : measured_gemm_lines()) {
+    if (line.gpu != gpu || line.n * line.k > (int64_t{1} << 27)) continue;
+    const BaseProduct p{"a line", line.n, line.k, false};
+    const bool forward = line.op == Op::transpose;
+    ++compared;
+    EXPECT_TRUE(some_bits(p, line.rows, forward, pool, {}) ==
+                some_bits(p, line.rows, forward, pool, 0))
+        << line.n << " x " << line.k << (forward ? ", forward, " : ", dx, ") << line.rows
+        << " rows";
+  }
+  if (compared == 0) GTEST_SKIP() << "no product was measured on " << gpu;
+}
+
+TEST(Gemm, AProposalEndsWithItsScope) {
+  EXPECT_EQ(GemmProposal::current(), -1);
+  {
+    const GemmProposal outer(2);
+    {
+      const GemmProposal inner(0);
+      EXPECT_EQ(GemmProposal::current(), 0);
+    }
+    EXPECT_EQ(GemmProposal::current(), 2);
+  }
+  EXPECT_EQ(GemmProposal::current(), -1);
+}
+
+TEST(GemmCuda, AProposalThatIsNotThereIsRefused) {
+  if (cuda::device_count() == 0) GTEST_SKIP() << "needs a GPU";
+  const Tensor x = Tensor::zeros({64, 64}, DType::f32, Device::cuda());
+  const GemmProposal far(1000);
+  EXPECT_THAT([&] { matmul_nt(x, x); },
+              testing::ThrowsMessage<Error>(testing::HasSubstr("none of number 1000")));
 }
 
 // Products side by side have the bits of each alone, whether their matrices lie at equal distances,

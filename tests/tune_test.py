@@ -133,6 +133,24 @@ class TuneTest(unittest.TestCase):
             self.assertIn("RowsAreIndependentOfTheirNumber", asked)
             self.assertIn("WarpgroupTilesAgree", asked)
 
+    def test_the_proposal_that_beats_the_librarys_choice(self):
+        rows = [{"name": f"product/{direction}/64x32/m{m}/proposal{i}", "us": 5, "call": 0,
+                 "noise_percent": noise, "over_beside": over, "tile": 20 + i, "cluster": 3,
+                 "option": i}
+                for direction, m, i, over, noise in (
+                    ("forward", 4096, 1, 0.97, 0.1), ("forward", 4096, 2, 0.95, 0.1),
+                    ("forward", 4096, 3, 1.2, 0.1), ("forward", 8192, 1, 0.99, 0.1),
+                    ("dx", 4096, 1, 0.97, 4), ("dx", 8192, 1, 0.97, 0.1))]
+        other = '{"Another", Op::none, 5, 1, 1, {1, 2, 3}},'
+        self.table.write_text(other + "\n")
+        result, lines = self.tune(rows, options=("--part", "product"))
+        self.assertEqual(result.returncode, 0, result.stderr)
+        self.assertEqual(lines, [other, f'{{"{GPU}", Op::transpose, 64, 32, 4096, {{22, 3, 2}}}},',
+                                 f'{{"{GPU}", Op::none, 64, 32, 8192, {{21, 3, 1}}}},'])
+        result, _ = self.tune([row("dx", "8x8", 1, "scratch", 1)], options=("--part", "product"))
+        self.assertIn("has no products: measure them with `make gpu-bench PART=product`",
+                      result.stderr)
+
     def test_a_broken_file_is_said(self):
         for text in ('{"calls": [', "[]", "{}", '{"calls": [{}], "ours": [], "peers": []}'):
             self.results.write_text(text)

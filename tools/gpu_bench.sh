@@ -13,10 +13,10 @@ check=${5:-few} # of steps: the rows trained without graphs too, for their bits
 limit=460 # seconds: a part stays under 8 minutes, its build included
 
 case $part in
-  step | kernels | linear | attention) programs="qlab qlab-bench" ;;
+  step | kernels | linear | product | attention) programs="qlab qlab-bench" ;;
   memory | long) programs=qlab ;;
   *)
-    echo "make gpu-bench PART=step|kernels|linear|attention|memory|long: which part? got '$part'"
+    echo "make gpu-bench PART=step|kernels|linear|product|attention|memory|long: which part? got '$part'"
     exit 1
     ;;
 esac

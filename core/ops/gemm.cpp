@@ -2,6 +2,7 @@
 
 #include <Eigen/Core>
 #include <algorithm>
+#include <utility>
 
 #include "core/cpu/gemm_kernel.h"
 #include "core/gpu_limits.h"
@@ -13,6 +14,7 @@ namespace qlab {
 namespace {
 
 thread_local int64_t products_issued = 0;
+thread_local int proposal = -1;
 
 /// Of op(A) [m, k] and op(B) [k, n].
 struct Sizes {
@@ -54,6 +56,10 @@ Tensor workspace_of(const Sizes& z, DType dtype, Device device) {
 }  // namespace
 
 int64_t gemm_count() { return products_issued; }
+
+GemmProposal::GemmProposal(int number) : before_(std::exchange(proposal, number)) {}
+GemmProposal::~GemmProposal() { proposal = before_; }
+int GemmProposal::current() { return proposal; }
 
 void gemm(const Tensor& c, const Tensor& a, Op op_a, const Tensor& b, Op op_b, float alpha,
           float beta, const Tensor& addend, SplitK split_k) {

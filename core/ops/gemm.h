@@ -32,6 +32,24 @@ struct Factors {
 /// those that lie at equal distances from one another in one launch.
 void gemm_each(std::span<const Factors> products, Op op_a, Op op_b, SplitK split_k = SplitK::no);
 
+/// While one lives, products of its thread on a GPU take what the library proposes as number
+/// `number`, 0 being its own choice, where K is not cut; Error where it proposes fewer. For
+/// comparisons: otherwise a product takes the proposal that was measured to be the fastest
+/// (core/ops/gemm_tiling.h).
+class GemmProposal {
+ public:
+  explicit GemmProposal(int number);
+  ~GemmProposal();
+  GemmProposal(const GemmProposal&) = delete;
+  GemmProposal& operator=(const GemmProposal&) = delete;
+  static constexpr int most = 8;
+  /// The number of the innermost of this thread, -1 without one.
+  static int current();
+
+ private:
+  int before_;
+};
+
 /// x [M, K] times w [N, K] transposed: a linear layer's forward. The result has x's dtype.
 Tensor matmul_nt(const Tensor& x, const Tensor& w);
 /// dy [M, N] times w [N, K]: the gradient of its input.
