@@ -35,7 +35,8 @@ OPERATIONS = {"kernels": "dequantize|quantize|lora|rms_norm|swiglu|rope|cross_en
 WITHOUT_PEERS = ("product",)
 OUR_SHARE = 0.6
 COUNTERS = ("us", "noise_percent", "GB/s", "copy_percent", "TFLOP/s", "product_percent",
-            "beside_us", "over_beside", "tile", "cluster", "option")
+            "beside_us", "over_beside", "over_beside_noise_percent",
+            "tile", "cluster", "option")
 
 
 def nested(keys):

@@ -31,6 +31,12 @@ double median_of(std::vector<double> values) {
   return *middle;
 }
 
+/// The median absolute deviation from `middle`.
+double deviation_percent(std::vector<double> values, double middle) {
+  for (double& value : values) value = std::abs(value - middle);
+  return 100 * median_of(std::move(values)) / middle;
+}
+
 double host_seconds(Device device, const std::function<void()>& work) {
   const auto start = std::chrono::steady_clock::now();
   work();
@@ -89,10 +95,11 @@ class Caller {
 
 constexpr double most_copies = 4096;
 
-/// Calls per graph: 2 ms of them, or a walk through all inputs where that takes at most 10 ms.
+/// Calls per graph: a sample's time of them, or a walk through all inputs where that takes at most
+/// 10 ms.
 int calls_per_sample(const Case& c, double seconds) {
   const double walk = std::min<double>(c.inputs, 10e-3 / seconds);
-  return static_cast<int>(std::clamp(std::max(2e-3 / seconds, walk), 1.0, most_copies));
+  return static_cast<int>(std::clamp(std::max(c.sample_seconds / seconds, walk), 1.0, most_copies));
 }
 
 void report(benchmark::State& state, const Case& c, const Timing& timing) {
@@ -104,7 +111,9 @@ void report(benchmark::State& state, const Case& c, const Timing& timing) {
     for (size_t i = 0; i < timing.seconds.size(); ++i)
       ratios.push_back(timing.seconds[i] / timing.beside_seconds[i]);
     state.counters["beside_us"] = median_of(timing.beside_seconds) * 1e6;
-    state.counters["over_beside"] = median_of(ratios);
+    const double middle = median_of(ratios);
+    state.counters["over_beside"] = middle;
+    state.counters["over_beside_noise_percent"] = deviation_percent(ratios, middle);
   }
   if (c.bytes > 0) {
     state.counters["GB/s"] = c.bytes / seconds * 1e-9;
@@ -277,12 +286,7 @@ double tolerance(DType dtype) { return dtype == DType::f32 ? 2e-5 : 0.015; }
 
 double Timing::median() const { return median_of(seconds); }
 
-double Timing::noise_percent() const {
-  const double middle = median();
-  std::vector<double> deviations;
-  for (const double s : seconds) deviations.push_back(std::abs(s - middle));
-  return 100 * median_of(deviations) / middle;
-}
+double Timing::noise_percent() const { return deviation_percent(seconds, median()); }
 
 namespace {
 

@@ -62,6 +62,9 @@ struct Case {
   std::function<std::string(const std::vector<Tensor>& results)> check = {};
   double bytes = 0, flops = 0;  // of one call, read and written; 0: no rate is reported
   Clock clock = Clock::graph;
+  /// Of one sample's calls, at least. Where it matters that a GPU at its power limit slows down,
+  /// as training makes it, samples are long.
+  double sample_seconds = 2e-3;
   /// What else is reported, by name.
   std::map<std::string, double> figures = {};
   /// Why there is nothing to measure, where there is not.

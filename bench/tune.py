@@ -96,7 +96,7 @@ def product_lines(times):
                               key=lambda key: (key[1] * key[2], key[1])):
             for m, rows in sorted(times[direction, n, k].items()):
                 best = min(rows.values(), key=lambda row: row["over_beside"])
-                noise = best.get("noise_percent", 0) / 100
+                noise = best.get("over_beside_noise_percent", 0) / 100
                 if best["over_beside"] < 1 - max(PROPOSAL_MARGIN, noise):
                     tiling = ", ".join(str(int(best[key])) for key in ("tile", "cluster", "option"))
                     lines.append(f"{OPS[direction]}, {n}, {k}, {m}, {{{tiling}}}")

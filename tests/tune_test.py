@@ -135,7 +135,7 @@ class TuneTest(unittest.TestCase):
 
     def test_the_proposal_that_beats_the_librarys_choice(self):
         rows = [{"name": f"product/{direction}/64x32/m{m}/proposal{i}", "us": 5, "call": 0,
-                 "noise_percent": noise, "over_beside": over, "tile": 20 + i, "cluster": 3,
+                 "over_beside_noise_percent": noise, "over_beside": over, "tile": 20 + i, "cluster": 3,
                  "option": i}
                 for direction, m, i, over, noise in (
                     ("forward", 4096, 1, 0.97, 0.1), ("forward", 4096, 2, 0.95, 0.1),
