@@ -122,7 +122,7 @@ def step_rows(raw):
 def load(results=RESULTS):
     """The raw files by name; those that do not exist are left out."""
     raw = {}
-    for name in ("step", "kernels", "linear", "attention", "cpu_step", "memory", "long"):
+    for name in ("step", "kernels", "linear", "product", "attention", "cpu_step", "memory", "long"):
         path = pathlib.Path(results) / f"{name}.json"
         if path.exists():
             raw[name] = in_one_form(name, READERS.get(name, measure.read_results)(path))

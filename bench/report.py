@@ -233,6 +233,23 @@ def best_linear_table(raw):
     return table(["M ="] + [str(m) for m in rows_of_x], body)
 
 
+def product_table(raw):
+    """Per matrix and number of rows the fastest of the library's other proposals, over its choice."""
+    cases = {}
+    for case, found in by_case(raw, "product", "product/").items():
+        direction, shape, m = case.split("/")
+        timed = [row for row in found.values() if "over_beside" in row]
+        if timed:
+            best = min(timed, key=lambda row: row["over_beside"])
+            cases.setdefault((direction, shape), {})[int(m[1:])] = (
+                f"{best['over_beside']:.3f} ± {best['over_beside_noise_percent']:.1f} % "
+                f"of {shown(best['beside_us'])}")
+    rows_of_x = sorted({m for cells in cases.values() for m in cells})
+    return table(["M ="] + [f"{m:,}" for m in rows_of_x],
+                 [[f"{direction} {shape}"] + [cells.get(m, "-") for m in rows_of_x]
+                  for (direction, shape), cells in cases.items()])
+
+
 def kernel_table(raw, file, prefixes, rate):
     """One row per case: our time, rate and share of the ceiling, and the peers' times."""
     cases = {prefix + case: found for prefix in prefixes
@@ -298,6 +315,7 @@ def tables(raw, entries, memory_runs, budget_runs):
         "ceilings": ceiling_table(raw) + "\n\n" + provenance(raw, "kernels"),
         "linear": linear_table(raw) + "\n\n" + provenance(raw, "linear"),
         "linear-best": best_linear_table(raw),
+        "product": product_table(raw) + "\n\n" + provenance(raw, "product"),
         "nf4": kernel_table(raw, "kernels", ("dequantize/", "quantize/"),
                             "GB/s"),
         "attention": kernel_table(raw, "attention", ("attention/",), "TFLOP/s") + "\n\n" +
