@@ -14,21 +14,20 @@ std::span<const GemmLine> measured_gemm_lines() {
 
 std::optional<GemmTiling> gemm_tiling(std::span<const GemmLine> lines, std::string_view gpu,
                                       Op op_b, int64_t m, int64_t n, int64_t k) {
-  const GemmLine* nearest = nullptr;
-  const auto apart = [m](const GemmLine& line) {
-    const auto [few, many] = std::minmax(line.rows, m);
+  // Of dy W the weight's columns are those of C.
+  const auto cols = [](const GemmLine& l) { return l.op == Op::transpose ? l.n : l.k; };
+  const auto terms = [](const GemmLine& l) { return l.op == Op::transpose ? l.k : l.n; };
+  const auto apart = [m](const GemmLine& l) {
+    const auto [few, many] = std::minmax(l.rows, m);
     return static_cast<double>(many) / static_cast<double>(few);
   };
+  const GemmLine* nearest = nullptr;
   for (const GemmLine& line : lines) {
-    // Of dy W the weight's columns are those of C.
-    const int64_t cols = op_b == Op::transpose ? line.n : line.k;
-    const int64_t terms = op_b == Op::transpose ? line.k : line.n;
-    if (line.gpu != gpu || line.op != op_b || cols != n || terms > k || 3 * terms < 2 * k ||
-        m < 1 || apart(line) > 1.5)
+    if (line.gpu != gpu || line.op != op_b || cols(line) != n || terms(line) > k ||
+        3 * terms(line) < 2 * k || m < 1 || apart(line) > 1.5)
       continue;
-    const auto terms_of = [&](const GemmLine& l) { return op_b == Op::transpose ? l.k : l.n; };
-    if (nearest == nullptr || terms > terms_of(*nearest) ||
-        (terms == terms_of(*nearest) && apart(line) < apart(*nearest)))
+    if (nearest == nullptr || terms(line) > terms(*nearest) ||
+        (terms(line) == terms(*nearest) && apart(line) < apart(*nearest)))
       nearest = &line;
   }
   return nearest == nullptr ? std::nullopt : std::optional(nearest->tiling);
