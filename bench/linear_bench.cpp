@@ -216,6 +216,8 @@ void register_shape(const Shape& shape, Device device) {
 // The longest part of the program, hence last.
 const Register registered(90, [] {
   std::ranges::sort(kernels(), {}, &LinearKernel::name);
+  const auto twice = std::ranges::adjacent_find(kernels(), {}, &LinearKernel::name);
+  QLAB_CHECK(twice == kernels().end(), "two kernels of bench/linear/ are called '{}'", twice->name);
   for (const Device device : devices())
     for (const Shape& shape : shapes(device)) register_shape(shape, device);
 });

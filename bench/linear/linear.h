@@ -1,6 +1,7 @@
 // The comparison of kernels for a frozen linear layer whose weights are in NF4 with double
 // quantization: y = x W^T and dx = dy W, W [N, K], M rows. To compare a kernel of your own, add one
-// file to this folder that does what scratch.cpp does: no other line changes.
+// file to this folder that does what scratch.cpp does, a .cu where it launches kernels itself
+// (HACKING.md has one): no other line changes.
 #pragma once
 #include <functional>
 #include <string>
@@ -24,7 +25,8 @@ struct LinearWeights {
 };
 
 /// y [M, N] from x [M, K], and dx [M, K] from dy [M, N], with weight number i. Scratch comes from
-/// Tensor::empty; y.device() may be meta, which plans that scratch.
+/// Tensor::empty. Each is also called with tensors on a meta device, for the plan of that scratch:
+/// these have no values, and nothing may be launched on them (on_device does not).
 struct LinearCalls {
   std::function<void(const Tensor& y, const Tensor& x, int i)> forward;
   std::function<void(const Tensor& dx, const Tensor& dy, int i)> dx;
