@@ -78,7 +78,10 @@ gpu-check: setup
 gpu-bench: setup
 	@tools/gpu_bench.sh $(BUILD) $(JOBS) "$(PART)" "$(FILTER)" "$(CHECK)"
 
-tune: build
+tune:
+	@nvidia-smi --query-gpu=name --format=csv,noheader 2>/dev/null || { echo "No NVIDIA GPU was found: \
+	make tune needs a GPU with its driver, for the tests of the kernels' bits."; exit 1; }
+	@$(MAKE) build
 	$(call say,Choosing kernels)
 	@python3 bench/tune.py --part $(or $(PART),linear) --tests $(BUILD)/qlab_tests
 	@$(MAKE) build
