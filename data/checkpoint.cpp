@@ -66,11 +66,13 @@ std::string fetch_remedy(const std::string& directory) {
 
 std::string resolve_model_path(const std::string& path, bool shapes) {
   if (fs::exists(path)) return path;
-  if (!looks_like_hub_id(path))
+  const auto no_such_file = [&] {
     fail(
         "{}: there is no such file or directory (a model is a directory with config.json, a .gguf "
         "file, or a hub id org/name)",
         path);
+  };
+  if (!looks_like_hub_id(path)) no_such_file();
   std::string folder = "models--" + path;
   folder.replace(folder.find('/'), 1, "--");
   const fs::path cached = hub_cache() / folder;
@@ -79,6 +81,7 @@ std::string resolve_model_path(const std::string& path, bool shapes) {
     const fs::path snapshot = cached / "snapshots" / strip(read_text_file(reference.string()));
     if (fs::is_directory(snapshot)) return snapshot.string();
   }
+  if (fs::is_directory(fs::path(path).parent_path())) no_such_file();  // models/name
   fail(
       "{}: neither a file or directory nor a model in the local cache {}; {} with:\n"
       "  hf download {}{}",

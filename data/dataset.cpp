@@ -211,8 +211,10 @@ Dataset load_dataset(const std::string& path, const Tokenizer& tokenizer,
   }
   if (dataset.lines == 0) fail("{}: holds no example", path);
   if (dataset.examples.empty())
-    fail("{}: none of its {} examples has a token to train within seq_len {}: {}", path,
-         dataset.lines, options.seq_len,
+    fail("{}: {} a token to train within seq_len {}: {}", path,
+         dataset.lines == 1 ? "its one example does not have"
+                            : fmt::format("none of its {} examples has", dataset.lines),
+         options.seq_len,
          dataset.truncated > 0
              ? "raise data.seq_len, or data.eval_seq_len for data.eval"
              : "give each a completion, a message of the assistant, or labels other than -100");

@@ -92,7 +92,7 @@ int run(const Sweep& sweep, const SweepOptions& options, const CommonOptions& co
   const Config& first = sweep.trials.front().config;
   if (options.replicas > 1) check_replicas(options.replicas, first, common);
   Terminal terminal;
-  catch_interrupts();
+  catch_interrupts(true);
   std::unique_ptr<ReplicaProcesses> processes;
   if (options.replicas > 1 && !options.dry_run) processes = start_replicas(options.replicas, first);
   Replicas* const others = processes != nullptr ? &processes->replicas() : nullptr;
@@ -254,7 +254,7 @@ int run_generate_command(const GenerateOptions& options, const CommonOptions& co
   std::vector<int32_t> ids = tokenizer.encode(text);
   ids.insert(ids.begin(), tokenizer.prefix_ids().begin(), tokenizer.prefix_ids().end());
   if (!options.chat) write_out(options.prompt);
-  catch_interrupts();
+  catch_interrupts(false);
   generate(*loaded.model, loaded.adapter.get(), ids, tokenizer.stop_ids(), options.sampling,
            [&](int32_t id) {
              if (!tokenizer.is_special(id)) write_out(tokenizer.token_bytes(id));
@@ -276,7 +276,7 @@ int run_eval_command(const EvalOptions& options, const CommonOptions& common) {
   const Dataset& data = loaded.library.eval_set(loaded.config);
   load(loaded, options.adapter, common);
   Stepper stepper(*loaded.model, Recompute::none);
-  catch_interrupts();
+  catch_interrupts(false);
   const Evaluation result = evaluate(
       stepper, data, loaded.adapter.get(), [](size_t) { return interrupted(); },
       evaluation_tokens(loaded.model->device()));

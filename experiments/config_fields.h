@@ -60,7 +60,8 @@ std::vector<std::string> excluded_by(const std::string& key);
 /// The value as text, numbers in their shortest form; "" for an optional without a value.
 std::string field_text(const Field& field, const Config& config);
 
-/// ` did you mean "x"?` and the known keys of the block, or "".
+/// ` did you mean "x"?` and the known keys of the block, or "". Of a key of other tools for what qlab
+/// does in one way alone, which way that is.
 std::string suggest_key(const std::string& name);
 /// The nearest of `names`, or "" when none is near.
 std::string nearest(const std::string& name, const std::vector<std::string>& names);

@@ -176,9 +176,10 @@ int run(int argc, char** argv) {
       ->capture_default_str();
   generate_app->add_option("--temperature", generate.sampling.temperature, "0: the likeliest token")
       ->check([](const std::string& text) {
-        const bool good = std::strtod(text.c_str(), nullptr) >= 0;
+        char* end = nullptr;
+        const bool good = std::strtod(text.c_str(), &end) >= 0 && end != text.c_str() && *end == 0;
         return good ? ""
-                    : text + " is below 0; give 0 for the likeliest token, 1 for the model's own";
+                    : text + " is no temperature: 0 for the likeliest token, 1 for the model's own";
       })
       ->capture_default_str();
   generate_app
@@ -197,7 +198,15 @@ int run(int argc, char** argv) {
       })
       ->capture_default_str();
   add_common(generate_app, common);
-  generate_app->callback([&] { code = qlab::run_generate_command(generate, common); });
+  generate_app->callback([&] {
+    for (const char* name : {"--top-p", "--seed"})
+      if (generate.sampling.temperature == 0 && generate_app->count(name) > 0)
+        qlab::fail(
+            "{} changes nothing at --temperature 0, which takes the likeliest token: give a "
+            "--temperature above 0, or leave {} out",
+            name, name);
+    code = qlab::run_generate_command(generate, common);
+  });
 
   qlab::EvalOptions eval;
   auto* eval_app = app.add_subcommand("eval", "loss and perplexity on a file");
@@ -222,6 +231,20 @@ int run(int argc, char** argv) {
   for (const CLI::App* sub : app.get_subcommands([](const CLI::App*) { return true; }))
     names.push_back(sub->get_name());
   const std::string first = argc > 1 ? argv[1] : "-";
+  if (first.starts_with("-") && first != "-" && first != "-h" && first != "--help" &&
+      first != "--version") {
+    const std::string name = first.substr(0, first.find('='));
+    const auto has = [&](const std::string& sub) {
+      return app.get_subcommand(sub)->get_option_no_throw(name) != nullptr;
+    };
+    const std::string near = qlab::nearest(name, {"--help", "--version"});
+    qlab::fail("{}: {}", name,
+               name.starts_with("--") && std::ranges::any_of(names, has)
+                   ? "options come behind the subcommand, as in qlab train FILE " + name
+                   : "there is no such option" +
+                         (near.empty() ? std::string(" (qlab --help lists what there is)")
+                                       : "; did you mean " + near + "?"));
+  }
   if (!first.starts_with('-') && std::find(names.begin(), names.end(), first) == names.end()) {
     const std::string near = qlab::nearest(first, names);
     qlab::fail("{}: there is no such subcommand{} ({})", first,

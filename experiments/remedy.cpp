@@ -356,7 +356,10 @@ std::string way_out(const std::optional<Remedy>& remedy, const MemoryTarget& tar
                        barely.empty() ? "" : "; ", barely);
   }
   const bool small = peak > target.capacity.value_or(MemoryLimits::none);
-  std::string way = small ? "take a larger GPU or a smaller model" : "";
+  std::string way = !small ? ""
+                    : target.device.is_cuda()
+                        ? "take a larger GPU or a smaller model"
+                        : "take a machine with more memory or a smaller model";
   if (!small && peak > budget)
     way = fmt::format("set train.memory_budget to {} or more", format_minimum(peak));
   if (host_peak > target.host.value_or(MemoryLimits::none))

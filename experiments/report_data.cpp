@@ -228,6 +228,7 @@ Results read_plan(const YAML::Node& plan, const std::string& dir) {
 
 Results read_results(const std::string& dir) {
   const std::string file = dir + "/plan.yaml";
+  if (!fs::is_directory(dir)) fail("{}: there is no such directory", dir);
   if (!fs::exists(file)) fail("{}: there is no plan.yaml: not a results directory of qlab", dir);
   try {
     return read_plan(load_yaml(file), dir);

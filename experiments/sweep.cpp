@@ -310,8 +310,9 @@ class Expansion {
 
   void finish() {
     if (duplicates_ > 0) {
-      sweep_.notes.push_back(fmt::format(
-          "{} duplicate trials dropped: their settings mean the same run", duplicates_));
+      sweep_.notes.push_back(
+          fmt::format("{} duplicate trial{} dropped: their settings mean the same run", duplicates_,
+                      duplicates_ == 1 ? "" : "s"));
     }
     if (sweep_.trials.empty()) {
       fail("{}: the sweep is empty: exclude removes all {} trials", in_.file, excluded_);

@@ -134,7 +134,10 @@ class SweepReader {
   void read_method(const YAML::Node& value, const std::string& where) {
     out_.head.method = text_of(value, where, "method");
     if (out_.head.method != "grid" && out_.head.method != "random") {
-      fail("{}: method: expected grid or random, got \"{}\"", where, out_.head.method);
+      fail(
+          "{}: method: expected grid or random, got \"{}\": trials are chosen before the first one "
+          "runs",
+          where, out_.head.method);
     }
   }
 

@@ -7,6 +7,7 @@
 #include <cerrno>
 #include <csignal>
 #include <cstdio>
+#include <cstring>
 
 #include "data/file.h"
 
@@ -15,9 +16,18 @@ namespace {
 
 volatile std::sig_atomic_t interrupt_flag = 0;
 
+bool saves_at_interrupt = false;
+
+/// What may be called where a signal came in.
+void tell(const char* text) {
+  [[maybe_unused]] const ssize_t written = write(STDERR_FILENO, text, std::strlen(text));
+}
+
 void on_signal(int number) {
   if (interrupt_flag) std::signal(number, SIG_DFL), std::raise(number);
   interrupt_flag = 1;
+  if (saves_at_interrupt)
+    tell("\nqlab: stopping after this step; what was trained is saved (once more stops at once)\n");
 }
 
 std::string duration(double seconds) {
@@ -124,7 +134,8 @@ TrainCallbacks Terminal::callbacks() {
   return callbacks;
 }
 
-void catch_interrupts() {
+void catch_interrupts(bool saves) {
+  saves_at_interrupt = saves;
   std::signal(SIGINT, on_signal);
   std::signal(SIGTERM, on_signal);
 }

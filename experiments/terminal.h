@@ -38,8 +38,9 @@ class Terminal {
 /// To the standard output; Error when it cannot be written.
 void write_out(const std::string& text);
 
-/// From now on Ctrl-C and SIGTERM only set a flag; a second one ends the program at once.
-void catch_interrupts();
+/// From now on Ctrl-C and SIGTERM only set a flag, and tell so where the command then saves what it
+/// trained; a second one ends the program at once.
+void catch_interrupts(bool saves);
 bool interrupted();
 
 }  // namespace qlab

@@ -95,10 +95,19 @@ TEST_F(CommandTest, MistakesOnTheCommandLine) {
   }
   expect_refused({"trian", "x.yaml"},
                  {"trian: there is no such subcommand; did you mean train? (sweep, train, "});
+  expect_refused({"--verion"}, {"--verion: there is no such option; did you mean --version?"});
+  expect_refused({"--set", "lora.r=8", "train", run_file()},
+                 {"--set: options come behind the subcommand, as in qlab train FILE --set"});
+  expect_refused({"-q", "train", run_file()}, {"-q: there is no such option (qlab --help"});
   expect_refused({"frobnicate"}, {"frobnicate: there is no such subcommand (sweep, train, "});
   expect_refused({"train", run_file(), "--out", ""}, {"--out", "not an empty text"});
   expect_refused({"generate", "x", "--prompt", "x", "--temperature", "-1"},
-                 {"--temperature", "-1 is below 0"});
+                 {"--temperature", "-1 is no temperature"});
+  expect_refused({"generate", "x", "--prompt", "x", "--temperature", "warm"},
+                 {"--temperature", "warm is no temperature"});
+  for (const char* option : {"--top-p=0.5", "--seed=3"})
+    expect_refused({"generate", "x", "--prompt", "x", option},
+                   {std::string(option).substr(0, 6), "changes nothing at --temperature 0"});
   for (const char* count : {"0", "-1", "many", "1.5", ""})
     expect_refused({"generate", "x", "--prompt", "x", "--max-new-tokens", count},
                    {"--max-new-tokens", "is no whole number from 1 up"});
@@ -135,6 +144,8 @@ TEST_F(CommandTest, MissingModels) {
   expect_refused({"inspect", "some-org/Some-Model"},
                  {"some-org/Some-Model", "hf download some-org/Some-Model"});
   fs::create_directory(folder_ / "empty");
+  expect_refused({"report", folder_ / "gone"}, {"gone: there is no such directory"});
+  expect_refused({"report", folder_ / "empty"}, {"empty: there is no plan.yaml"});
   expect_refused({"inspect", folder_ / "empty"}, {"empty", "config.json"});
   folder_.write("empty/model.gguf", "");
   for (const Arguments& command :

@@ -165,6 +165,9 @@ TEST(Checkpoint, FindsHubIdsInTheCache) {
     EXPECT_THAT(test::error_of([] { Checkpoint::open("org/name"); }),
                 AllOf(HasSubstr(file), HasSubstr("hf download org/name")));
   }
+  // Of a folder that is here, what is missing is a file.
+  EXPECT_THAT(test::error_of([] { Checkpoint::open("tests/name"); }),
+              AllOf(HasSubstr("no such file or directory"), Not(HasSubstr("hf download"))));
   ::unsetenv("HF_HUB_CACHE");
   ::setenv("HF_HOME", (cache / "home").c_str(), 1);
   EXPECT_THAT(test::error_of([] { Checkpoint::open("org/name"); }), HasSubstr(cache / "home/hub"));

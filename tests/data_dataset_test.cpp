@@ -197,14 +197,17 @@ TEST_F(DatasetTest, ErrorsInMessages) {
   EXPECT_THAT(message(R"({"messages": [{"role": "bot", "content": "x"}]})"), HasSubstr("\"bot\""));
   EXPECT_THAT(message(R"({"text": "x"})"), HasSubstr("eos_token"));
   EXPECT_THAT(message(R"({"messages": [{"role": "user", "content": "x"}]})"),
-              HasSubstr("none of its 1"));
+              HasSubstr("its one example does not have a token to train"));
+  EXPECT_THAT(message(R"({"messages": [{"role": "user", "content": "x"}]}
+{"messages": [{"role": "user", "content": "y"}]})"),
+              HasSubstr("none of its 2 examples has a token to train"));
 }
 
 TEST_F(DatasetTest, ErrorsOfTheWholeSet) {
   EXPECT_THAT(error(""), HasSubstr("no example"));
   EXPECT_THAT(error("\n\n"), HasSubstr("no example"));
   EXPECT_THAT(error(R"({"prompt": "a b c d e f g", "completion": "h"})", {.seq_len = 3}),
-              AllOf(HasSubstr("none of its 1"), HasSubstr("seq_len 3"),
+              AllOf(HasSubstr("its one example"), HasSubstr("seq_len 3"),
                     HasSubstr("data.eval_seq_len for data.eval")));
   EXPECT_THAT(error(R"({"text": "a"})", {.seq_len = 1}), HasSubstr("seq_len"));
   EXPECT_THAT(error(R"({"text": "a"})", {.chat_template = "llama3"}), HasSubstr("llama3"));

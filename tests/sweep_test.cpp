@@ -362,7 +362,9 @@ TEST_F(SweepTest, SweptPathsAreLookedUpBesideTheFile) {
 }
 
 TEST_F(SweepTest, Errors) {
-  EXPECT_THAT(error("method: bayes"), HasSubstr("ranks.yaml:7: method: expected grid or random"));
+  EXPECT_THAT(
+      error("method: bayes"),
+      HasSubstr("ranks.yaml:7: method: expected grid or random, got \"bayes\": trials are"));
   EXPECT_THAT(error("early_terminate: {type: hyperband}"), HasSubstr("not supported"));
   EXPECT_THAT(error("paramters: {}"), HasSubstr("did you mean \"parameters\"?"));
   EXPECT_THAT(error("lora: {r: 4}"), HasSubstr("move it under base"));
