@@ -512,7 +512,7 @@ std::string nearest(const std::string& name, const std::vector<std::string>& nam
 
 std::string suggest_key(const std::string& name) {
   if (const std::string way = one_way(name); !way.empty())
-    return fmt::format(": no key of qlab, {}", way);
+    return fmt::format("; remove it: {}", way);
   const std::string block = name.substr(0, name.find('.'));
   std::vector<std::string> candidates, in_block;
   for (const Field& field : config_fields()) {
