@@ -158,12 +158,8 @@ struct Entry {
   std::string where, spelled, text;
 };
 
-const Field* find_known(const std::string& name, const std::string& where) {
-  const Field* field = find_field(name);
-  if (field == nullptr || field->hidden) {
-    fail("{}: unknown key \"{}\"{}", where, name, suggest_key(name));
-  }
-  return field;
+std::string unknown_key(const std::string& name, const std::string& where) {
+  return fmt::format("{}: unknown key \"{}\"{}", where, name, suggest_key(name));
 }
 
 /// Settings that come from one place (a file, the options, a point of a sweep) and may not
@@ -190,6 +186,7 @@ class Layer {
   }
 
   void apply(Config& config) const {
+    if (!unknown_.empty()) fail("{}", fmt::join(unknown_, "\n"));
     for (const Entry& e : entries_) {
       std::visit(Reader{*e.field, e.value, e.where, e.spelled}, e.field->slot(config));
       config.origins[e.field->key] = e.where;
@@ -221,7 +218,12 @@ class Layer {
 
   void add_key(const std::string& name, const YAML::Node& value, const std::string& where) {
     const Alias* alias = find_alias(name);
-    if (alias == nullptr) return insert({find_known(name, where), value, where, name, ""});
+    if (alias == nullptr) {
+      const Field* field = find_field(name);
+      if (field != nullptr && !field->hidden) return insert({field, value, where, name, ""});
+      unknown_.push_back(unknown_key(name, where));
+      return;
+    }
     YAML::Node meant(value);
     const std::string text = value.IsScalar() ? value.Scalar() : "";
     const std::optional<bool> flag = parse_bool(text);
@@ -256,6 +258,7 @@ class Layer {
   }
 
   std::vector<Entry> entries_;
+  std::vector<std::string> unknown_;  // a line each: who moves a file here sees all at once
   bool lora_ = false;
 };
 
@@ -382,7 +385,7 @@ std::string value_text(const std::string& key, const std::string& value,
 std::string canonical_key(const std::string& key, const std::string& origin) {
   if (const Alias* alias = find_alias(key)) return alias->key;
   if (const Field* field = find_field(key)) return field->key;
-  return find_known(key, origin)->key;
+  fail("{}", unknown_key(key, origin));
 }
 
 bool changes_numbers(const std::string& key) {

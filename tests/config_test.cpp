@@ -14,6 +14,7 @@ namespace qlab {
 namespace {
 
 using testing::HasSubstr;
+using testing::MatchesRegex;
 
 Config parse(const std::string& text) {
   Config config = parse_config(YAML::Load(text), "run.yaml");
@@ -198,6 +199,13 @@ TEST(Config, KeysOfOtherTools) {
     EXPECT_THAT(
         error_of(std::string(name) + ": x"),
         AllOf(HasSubstr(std::string(name) + "\"; remove it: "), Not(HasSubstr("did you mean"))));
+}
+
+TEST(Config, AllUnknownKeysAreNamedAtOnce) {
+  EXPECT_THAT(error_of("lora:\n  r: 8\n  bias: none\n  alhpa: 4\nreport_to: none\n"),
+              MatchesRegex("run.yaml:3: unknown key \"lora.bias\"; remove it: [^\n]*\n"
+                           "run.yaml:4: unknown key \"lora.alhpa\"; did you mean [^\n]*\n"
+                           "run.yaml:5: unknown key \"report_to\"; remove it: [^\n]*"));
 }
 
 TEST(Config, WrongTypesNameLineAndValue) {
