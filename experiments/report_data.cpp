@@ -67,6 +67,7 @@ void read_status(const std::string& file, TrialResult& trial) {
   trial.predicted_peak_bytes = number_at(json, "predicted_peak_bytes");
   if (trial.status == "running") return;
   trial.tokens_per_s = number_at(json, "tokens_per_s");
+  if (trial.tokens_per_s == 0) trial.tokens_per_s.reset();  // it ended before its first step
   trial.peak_bytes = number_at(json, "peak_bytes");
   if (const auto paging = json.find("paging"); paging != json.end() && paging->is_object()) {
     trial.moved_bytes = number_at(*paging, "step_moved_bytes");

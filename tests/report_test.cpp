@@ -217,6 +217,18 @@ TEST_F(ReportTest, OfARunningTrialWhatIsKnownSoFar) {
   EXPECT_EQ(page_data()["trials"][1]["status_text"], "pending");
 }
 
+TEST_F(ReportTest, ATrialWithoutAStepHasNoSpeed) {
+  plan();
+  fs::create_directories(trial_dir(0));
+  std::ofstream(trial_dir(0) / "status.json")
+      << R"({"status": "interrupted", "trainable_params": 1000, "steps": 0, "total_steps": 20,
+             "trained_tokens": 0, "tokens_per_s": 0.0, "peak_bytes": 5, "gang_size": 1})";
+  write_report(out());
+  EXPECT_EQ(lines(read(fs::path(out()) / "summary.csv"))[1],
+            "r4-s0,4,\"[q_proj, v_proj]\",0,1000,0,0,,,,,,5,1,interrupted");
+  EXPECT_EQ(page_data()["trials"][0]["tokens_per_s"], nullptr);
+}
+
 TEST_F(ReportTest, GangsHaveNumbersWhereThereAreSome) {
   plan();
   for (size_t i = 0; i < 4; ++i) run(i, 20, 4.0, "finished");
