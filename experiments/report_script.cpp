@@ -78,9 +78,8 @@ if (best) {
       'from ' + show('eval_loss', best.eval_loss_0) + ' before the first step');
   }
 }
-const speeds = trials.map((t) => t.tokens_per_s).filter((x) => x !== null).sort((a, b) => a - b);
-if (speeds.length) {
-  tile('median tokens/s', show('tokens_per_s', speeds[speeds.length >> 1]),
+if (data.median_tokens_per_s !== null) {
+  tile('median tokens/s', show('tokens_per_s', data.median_tokens_per_s),
     'per trial; highest peak ' + bytes(Math.max(...trials.map((t) => t.peak_bytes || 0))));
 }
 

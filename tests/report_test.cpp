@@ -229,6 +229,25 @@ TEST_F(ReportTest, ATrialWithoutAStepHasNoSpeed) {
   EXPECT_EQ(page_data()["trials"][0]["tokens_per_s"], nullptr);
 }
 
+TEST_F(ReportTest, TheMedianSpeedIsOfTrialsThatHaveOne) {
+  plan();
+  const auto median = [&] {
+    write_report(out());
+    return page_data()["median_tokens_per_s"];
+  };
+  EXPECT_EQ(median(), nullptr);
+  const double speeds[] = {1000, 0, 400, 500};  // 0: interrupted before its first step
+  for (size_t i = 0; i < 4; ++i) {
+    run(i, 20, 4.0, "finished");
+    nlohmann::json status = nlohmann::json::parse(read(trial_dir(i) / "status.json"));
+    status["tokens_per_s"] = speeds[i];
+    std::ofstream(trial_dir(i) / "status.json") << status.dump();
+  }
+  EXPECT_EQ(median(), 500);
+  fs::remove_all(trial_dir(2));
+  EXPECT_EQ(median(), 750);
+}
+
 TEST_F(ReportTest, GangsHaveNumbersWhereThereAreSome) {
   plan();
   for (size_t i = 0; i < 4; ++i) run(i, 20, 4.0, "finished");
