@@ -8,6 +8,7 @@
 #include <set>
 
 #include "core/error.h"
+#include "data/file.h"
 #include "experiments/config.h"
 #include "experiments/config_fields.h"
 #include "experiments/yaml_input.h"
@@ -109,6 +110,9 @@ void read_trial(const std::string& dir, TrialResult& trial) {
   trial.status = "pending";
   if (!fs::is_directory(dir)) return;
   read_status(dir + "/status.json", trial);
+  // A process that was killed leaves "running" behind; one that ended just now has replaced it.
+  const bool ended = trial.status == "running" && !FileLock::held(dir + "/lock");
+  if (ended) read_status(dir + "/status.json", trial);
   read_metrics(dir + "/metrics.jsonl", trial);
   read_memory(dir + "/memory.jsonl", trial);
   if (!trial.train_loss) trial.train_loss = last_tenth(trial.train);
@@ -121,6 +125,7 @@ void read_trial(const std::string& dir, TrialResult& trial) {
     trial.best_eval_loss = std::min(trial.best_eval_loss.value_or(p.loss), p.loss);
   }
   if (trial.status == "finished" && !trial.eval.empty()) trial.eval_loss = trial.eval.back().loss;
+  if (ended && trial.status == "running") trial.status = "interrupted";
 }
 
 /// What a trial was last run with; of one that was not, what the plan has. They differ where a

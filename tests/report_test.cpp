@@ -204,6 +204,7 @@ TEST_F(ReportTest, OfARunningTrialWhatIsKnownSoFar) {
   std::ofstream(trial_dir(0) / "status.json")
       << R"({"status": "running", "trainable_params": 1000, "steps": 4, "total_steps": 20,
              "trained_tokens": 400, "tokens_per_s": 0.0, "peak_bytes": 5, "gang_size": 1})";
+  auto lock = FileLock::take((trial_dir(0) / "lock").string(), false);
   const auto row = [&] {
     write_report(out());
     return lines(read(fs::path(out()) / "summary.csv"))[1];
@@ -215,6 +216,13 @@ TEST_F(ReportTest, OfARunningTrialWhatIsKnownSoFar) {
   EXPECT_THAT(summary_table(out()), HasSubstr("running, step 7 of 20\n"));
   EXPECT_EQ(page_data()["trials"][0]["status_text"], "running, step 7 of 20");
   EXPECT_EQ(page_data()["trials"][1]["status_text"], "pending");
+  // Its process was killed.
+  lock.reset();
+  EXPECT_THAT(row(), HasSubstr(",7,700,3.3,,4,3.3,,6000005,1,interrupted"));
+  EXPECT_EQ(page_data()["trials"][0]["status_text"], "interrupted, step 7 of 20");
+  fs::remove(trial_dir(0) / "lock");
+  EXPECT_THAT(row(), HasSubstr(",interrupted"));
+  EXPECT_FALSE(fs::exists(trial_dir(0) / "lock"));
 }
 
 TEST_F(ReportTest, ATrialWithoutAStepHasNoSpeed) {
