@@ -198,6 +198,7 @@ Results read_plan(const YAML::Node& plan, const std::string& dir) {
   results.metric = text_at(sweep, "metric");
   results.goal = text_at(sweep, "goal");
   for (const auto& key : sweep["swept_keys"]) results.keys.push_back(key.as<std::string>(""));
+  for (const auto& key : sweep["derived_keys"]) results.derived.push_back(key.as<std::string>(""));
   for (const auto& pair : plan["environment"]) {
     results.environment[pair.first.as<std::string>("")] = pair.second.as<std::string>("");
   }

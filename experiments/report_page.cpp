@@ -132,6 +132,7 @@ std::string page_data(const Results& results) {
             {"metric", results.metric}, {"goal", results.goal},
             {"keys", results.keys},     {"environment", results.environment},
             {"shared", results.shared}, {"several_seeds", results.several_seeds}};
+  json["derived"] = results.derived;
   json["median_tokens_per_s"] = number(median_speed(results));
   json["categories"] = Json::array();
   for (int i = 0; i < category_count; ++i)

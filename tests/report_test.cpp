@@ -374,6 +374,29 @@ TEST_F(ReportTest, PageIsSelfContainedAndSafe) {
   EXPECT_EQ(data["environment"]["device"], "a \"CPU\"");
 }
 
+// They have no chart of their own; an alpha that one trial sets itself has.
+TEST_F(ReportTest, ThePageKnowsDerivedKeys) {
+  const auto derived = [&](const std::string& more) {
+    const std::string file = (dir_ / "sweep.yaml").string();
+    std::ofstream(file) << R"(
+base: {model: {path: "synthetic:tiny"}, data: {train: synthetic}}
+parameters: {lora.r: {values: [4, 8]}}
+derived: {lora.alpha: 2*lora.r}
+)" << more;
+    sweep_ = load_sweep(file, {});
+    std::vector<std::string> directories;
+    for (const Trial& trial : sweep_.trials) directories.push_back(trial.name);
+    write_plan(out(), sweep_, directories, {});
+    write_report(out());
+    const nlohmann::json data = page_data();
+    EXPECT_EQ(data["keys"], nlohmann::json({"lora.r", "lora.alpha"}));
+    return data["derived"];
+  };
+  EXPECT_EQ(derived(""), nlohmann::json::array({"lora.alpha"}));
+  EXPECT_EQ(derived("include: [{lora.r: 16}]"), nlohmann::json::array({"lora.alpha"}));
+  EXPECT_EQ(derived("include: [{lora.r: 4, lora.alpha: 1}]"), nlohmann::json::array());
+}
+
 TEST_F(ReportTest, LongCurvesAreThinned) {
   plan();
   run(0, 5000, 1000.0, "finished");
