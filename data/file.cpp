@@ -10,8 +10,10 @@
 #include <algorithm>
 #include <bit>
 #include <cerrno>
+#include <chrono>
 #include <cstring>
 #include <filesystem>
+#include <thread>
 #include <utility>
 #include <vector>
 
@@ -120,11 +122,20 @@ void AtomicFile::commit() {
 std::optional<FileLock> FileLock::take(const std::string& path, bool wait) {
   FileLock lock(::open(path.c_str(), O_CREAT | O_RDWR | O_CLOEXEC, 0644));
   if (lock.descriptor_ < 0) fail("{}: cannot be written to: {}", path, reason());
-  while (::flock(lock.descriptor_, LOCK_EX | (wait ? 0 : LOCK_NB)) != 0) {
-    if (errno == EWOULDBLOCK) return std::nullopt;
-    if (errno != EINTR) fail("{}: cannot be locked: {}", path, reason());
+  for (int tries = 0; ::flock(lock.descriptor_, LOCK_EX | (wait ? 0 : LOCK_NB)) != 0;) {
+    if (errno == EINTR) continue;
+    if (errno != EWOULDBLOCK) fail("{}: cannot be locked: {}", path, reason());
+    // Who asks whether it is held has it for an instant.
+    if (++tries == 10) return std::nullopt;
+    std::this_thread::sleep_for(std::chrono::milliseconds(10));
   }
   return lock;
+}
+
+bool FileLock::held(const std::string& path) {
+  const Descriptor file{::open(path.c_str(), O_RDONLY | O_CLOEXEC)};
+  if (file.value < 0) return errno != ENOENT;
+  return ::flock(file.value, LOCK_SH | LOCK_NB) != 0;  // shared: two may ask at once
 }
 
 FileLock::FileLock(FileLock&& other) noexcept : descriptor_(std::exchange(other.descriptor_, -1)) {}

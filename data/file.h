@@ -53,6 +53,8 @@ class FileLock {
  public:
   /// nullopt when another holds it and `wait` is false. Makes the file.
   static std::optional<FileLock> take(const std::string& path, bool wait);
+  /// True where it cannot be asked, too; not without the file, which is only read.
+  static bool held(const std::string& path);
   FileLock(FileLock&& other) noexcept;
   FileLock& operator=(FileLock&&) = delete;
   ~FileLock();

@@ -154,8 +154,9 @@ std::string memory_text(const MemoryQuestion& question, const Config& config,
 Json memory_json(const MemoryQuestion& question, const MemoryPrediction& p,
                  const std::optional<Remedy>& remedy) {
   const ResidentBytes& r = p.resident;
-  const bool computes = question.refused.empty();
-  const auto seconds = [computes](double s) { return computes ? Json(s) : Json(); };
+  const bool computes = question.refused.empty(), trains = p.trainable_params > 0;
+  const auto of_step = [trains](auto value) { return trains ? Json(value) : Json(); };
+  const auto seconds = [&](double s) { return computes ? of_step(s) : Json(); };
   RunPlan plan = question.plan;  // as training tells it
   plan.resident = p.held_expanded;
   Json json = {{"model", question.model},
@@ -174,12 +175,12 @@ Json memory_json(const MemoryQuestion& question, const MemoryPrediction& p,
                {"categories", category_json(p.highest().at_peak)},
                {"peak_bytes", p.peak()},
                {"peak_moment", p.moment},
-               {"plan", describe(plan)},
+               {"plan", of_step(describe(plan))},
                {"step_seconds", seconds(question.plan.step_seconds)},
                {"micro_batch_seconds", seconds(question.plan.seconds.micro)},
                {"update_seconds", seconds(question.plan.seconds.update)},
                {"rates", rates_origin(question.target).word},
-               {"step_tokens", question.tokens},
+               {"step_tokens", of_step(question.tokens)},
                {"step_bytes", p.step_bytes},
                {"host_bytes", p.host_peak},
                {"streamed_layers", question.plan.streamed_layers},
@@ -206,7 +207,7 @@ Json memory_json(const MemoryQuestion& question, const MemoryPrediction& p,
       json["fits_with"] = {{"set", remedy->sets},
                            {"peak_bytes", remedy->peak},
                            {"host_bytes", remedy->host_peak},
-                           {"step_seconds", remedy->step_seconds},
+                           {"step_seconds", of_step(remedy->step_seconds)},
                            {"trials", remedy->trials}};
   }
   json["largest"] = Json::array();

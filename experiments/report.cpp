@@ -181,15 +181,18 @@ void write_plan(const std::string& dir, const Sweep& sweep,
                 const std::map<std::string, std::string>& environment) {
   QLAB_CHECK(directories.size() == sweep.trials.size(), "{} directories for {} trials",
              directories.size(), sweep.trials.size());
-  std::vector<std::string> keys;
-  for (const std::string& key : sweep.swept_keys) keys.push_back(yaml_text(key));
+  const auto list = [](std::vector<std::string> keys) {
+    for (std::string& key : keys) key = yaml_text(key);
+    return fmt::format("[{}]", fmt::join(keys, ", "));
+  };
   std::string out = "sweep:\n";
   out += fmt::format("  name: {}\n", yaml_text(sweep.name));
   out += fmt::format("  source: {}\n", yaml_text(sweep.source_file));
   out += fmt::format("  method: {}\n  metric: {}\n  goal: {}\n", sweep.method, sweep.metric,
                      sweep.goal);
   out += fmt::format("  seeds: [{}]\n", fmt::join(sweep.seeds, ", "));
-  out += fmt::format("  swept_keys: [{}]\n", fmt::join(keys, ", "));
+  out += fmt::format("  swept_keys: {}\n", list(sweep.swept_keys));
+  out += fmt::format("  derived_keys: {}\n", list(sweep.derived_keys));
   out += "environment:\n";
   for (const auto& [key, value] : environment) {
     out += fmt::format("  {}: {}\n", yaml_text(key), yaml_text(value));

@@ -8,6 +8,7 @@
 #include <set>
 
 #include "core/error.h"
+#include "data/file.h"
 #include "experiments/config.h"
 #include "experiments/config_fields.h"
 #include "experiments/yaml_input.h"
@@ -67,6 +68,7 @@ void read_status(const std::string& file, TrialResult& trial) {
   trial.predicted_peak_bytes = number_at(json, "predicted_peak_bytes");
   if (trial.status == "running") return;
   trial.tokens_per_s = number_at(json, "tokens_per_s");
+  if (trial.tokens_per_s == 0) trial.tokens_per_s.reset();  // it ended before its first step
   trial.peak_bytes = number_at(json, "peak_bytes");
   if (const auto paging = json.find("paging"); paging != json.end() && paging->is_object()) {
     trial.moved_bytes = number_at(*paging, "step_moved_bytes");
@@ -108,6 +110,9 @@ void read_trial(const std::string& dir, TrialResult& trial) {
   trial.status = "pending";
   if (!fs::is_directory(dir)) return;
   read_status(dir + "/status.json", trial);
+  // A process that was killed leaves "running" behind; one that ended just now has replaced it.
+  const bool ended = trial.status == "running" && !FileLock::held(dir + "/lock");
+  if (ended) read_status(dir + "/status.json", trial);
   read_metrics(dir + "/metrics.jsonl", trial);
   read_memory(dir + "/memory.jsonl", trial);
   if (!trial.train_loss) trial.train_loss = last_tenth(trial.train);
@@ -120,6 +125,7 @@ void read_trial(const std::string& dir, TrialResult& trial) {
     trial.best_eval_loss = std::min(trial.best_eval_loss.value_or(p.loss), p.loss);
   }
   if (trial.status == "finished" && !trial.eval.empty()) trial.eval_loss = trial.eval.back().loss;
+  if (ended && trial.status == "running") trial.status = "interrupted";
 }
 
 /// What a trial was last run with; of one that was not, what the plan has. They differ where a
@@ -192,6 +198,7 @@ Results read_plan(const YAML::Node& plan, const std::string& dir) {
   results.metric = text_at(sweep, "metric");
   results.goal = text_at(sweep, "goal");
   for (const auto& key : sweep["swept_keys"]) results.keys.push_back(key.as<std::string>(""));
+  for (const auto& key : sweep["derived_keys"]) results.derived.push_back(key.as<std::string>(""));
   for (const auto& pair : plan["environment"]) {
     results.environment[pair.first.as<std::string>("")] = pair.second.as<std::string>("");
   }

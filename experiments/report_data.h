@@ -40,7 +40,8 @@ struct SeedGroup {
 
 struct Results {
   std::string name, method, metric, goal;
-  std::vector<std::string> keys;  // swept
+  std::vector<std::string> keys;     // swept
+  std::vector<std::string> derived;  // of these, those that follow others
   std::map<std::string, std::string> environment;
   std::vector<std::pair<std::string, std::string>> shared;  // settings that no trial changes
   std::vector<TrialResult> trials;                          // in the order of the plan

@@ -4,6 +4,8 @@
 #include <cmath>
 #include <nlohmann/json.hpp>
 
+#include "experiments/throughput.h"
+
 namespace qlab {
 namespace {
 
@@ -118,11 +120,20 @@ Json group_json(const SeedGroup& group) {
   return json;
 }
 
+std::optional<double> median_speed(const Results& results) {
+  std::vector<double> speeds;
+  for (const TrialResult& trial : results.trials)
+    if (trial.tokens_per_s) speeds.push_back(*trial.tokens_per_s);
+  return speeds.empty() ? std::nullopt : std::optional(median(std::move(speeds)));
+}
+
 std::string page_data(const Results& results) {
   Json json{{"name", results.name},     {"method", results.method},
             {"metric", results.metric}, {"goal", results.goal},
             {"keys", results.keys},     {"environment", results.environment},
             {"shared", results.shared}, {"several_seeds", results.several_seeds}};
+  json["derived"] = results.derived;
+  json["median_tokens_per_s"] = number(median_speed(results));
   json["categories"] = Json::array();
   for (int i = 0; i < category_count; ++i)
     json["categories"].push_back(name_of(static_cast<Category>(i)));

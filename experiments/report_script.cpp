@@ -47,11 +47,13 @@ const compareText = (a, b) => isNumber(a) && isNumber(b) ? Number(a) - Number(b)
   : a.localeCompare(b, undefined, {numeric: true});
 
 // ---- head ----
+// A derived key says nothing that those it follows do not.
+const freeKeys = data.keys.filter((key) => !data.derived.includes(key));
 el('title').textContent = data.name;
 const count = (status) => trials.filter((t) => t.status === status).length;
 const parts = unique(trials.map((t) => t.status)).map((s) => count(s) + ' ' + s);
 el('subtitle').textContent = trials.length + (trials.length === 1 ? ' trial' : ' trials') + ' (' +
-  parts.join(', ') + ')' + (data.keys.length ? ' over ' + data.keys.join(', ') : '');
+  parts.join(', ') + ')' + (freeKeys.length ? ' over ' + freeKeys.join(', ') : '');
 const order = ['sweep', 'model', 'data', 'device', 'date', 'commit', 'version'];
 const facts = Object.entries(data.environment).filter(([, v]) => v !== '');
 const rank = (key) => order.includes(key) ? order.indexOf(key) : order.length;
@@ -78,9 +80,8 @@ if (best) {
       'from ' + show('eval_loss', best.eval_loss_0) + ' before the first step');
   }
 }
-const speeds = trials.map((t) => t.tokens_per_s).filter((x) => x !== null).sort((a, b) => a - b);
-if (speeds.length) {
-  tile('median tokens/s', show('tokens_per_s', speeds[speeds.length >> 1]),
+if (data.median_tokens_per_s !== null) {
+  tile('median tokens/s', show('tokens_per_s', data.median_tokens_per_s),
     'per trial; highest peak ' + bytes(Math.max(...trials.map((t) => t.peak_bytes || 0))));
 }
 
@@ -411,11 +412,16 @@ function keyChart(key, k, canvas) {
 function drawKeys() {
   for (const chart of keyCharts) chart.destroy();
   keyCharts = [];
-  const keys = data.keys.map((key, k) => [key, k]);
+  const keys = freeKeys.map((key) => [key, keyIndex(key)]);
   if (data.several_seeds) keys.push(['seed', -1]);
   const shown = keys.filter(([, k]) => keyValues(k).length > 1);
   el('by-key').hidden = shown.length === 0;
   el('keys').replaceChildren();
+  const missing = trials.every((t) => t[state.result] === null);
+  el('key-hint').textContent = !missing ? 'One point per trial; the line joins the means.'
+    : trials.every((t) => t.eval.length === 0) && state.result.includes('eval')
+    ? 'Nothing has been evaluated yet.' : 'No trial has ' + state.result + ' yet.';
+  if (missing) return;
   for (const [key, k] of shown) {
     const plot = node('div', undefined, 'plot');
     const canvas = node('canvas');

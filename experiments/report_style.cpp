@@ -131,7 +131,7 @@ directory again.</p></section>
   <div class="bar"><h2>Result against each swept key</h2>
     <label>result <select id="result"></select></label></div>
   <div class="keys" id="keys"></div>
-  <p class="hint" id="key-hint">One point per trial; the line joins the means.</p>
+  <p class="hint" id="key-hint"></p>
 </section>
 <section id="memory" hidden>
   <div class="bar"><h2>Memory</h2>

@@ -327,8 +327,19 @@ class Expansion {
       if (!contains(sweep_.seeds, trial.seed)) sweep_.seeds.push_back(trial.seed);
     }
     std::vector<std::string> derived;
-    for (const Formula& formula : in_.derived) derived.push_back(formula.key);
+    for (const Formula& formula : in_.derived) {
+      derived.push_back(formula.key);
+      if (contains(sweep_.swept_keys, formula.key) && !is_given(formula))
+        sweep_.derived_keys.push_back(formula.key);
+    }
     name_trials(sweep_, derived);
+  }
+
+  /// Points of `include` may have their own value.
+  bool is_given(const Formula& formula) const {
+    return std::ranges::any_of(in_.include, [&](const Point& point) {
+      return std::ranges::any_of(point, [&](const Setting& s) { return replaces(formula, s); });
+    });
   }
 
   SweepFile in_;

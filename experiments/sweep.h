@@ -25,7 +25,8 @@ struct Sweep {
   std::string goal = "minimize";     // minimize | maximize
   std::vector<int64_t> seeds;
   std::vector<std::string> swept_keys;
-  std::vector<Trial> trials;  // never empty
+  std::vector<std::string> derived_keys;  // of these, those that follow others in every trial
+  std::vector<Trial> trials;              // never empty
   std::string source_file;
   bool single = false;  // one run of a plain file, which joins those before it in its directory
   std::vector<std::string> notes;  // ignored W&B keys, dropped duplicates: to be printed

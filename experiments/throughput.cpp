@@ -1,5 +1,6 @@
 #include "experiments/throughput.h"
 
+#include <algorithm>
 #include <cctype>
 #include <string_view>
 #include <utility>
@@ -53,6 +54,12 @@ double peak_flops(const std::string& device_name) {
   for (const auto& [name, teraflops] : known)
     if (whole_words(name)) return teraflops * 1e12;
   return 0;
+}
+
+double median(std::vector<double> values) {
+  std::sort(values.begin(), values.end());
+  const size_t n = values.size();
+  return (values[(n - 1) / 2] + values[n / 2]) / 2;
 }
 
 }  // namespace qlab

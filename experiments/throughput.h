@@ -1,6 +1,7 @@
 // How fast a run is against the hardware.
 #pragma once
 #include <string>
+#include <vector>
 
 #include "nn/llama_config.h"
 
@@ -16,5 +17,8 @@ double model_flops(const LlamaConfig& config, int64_t length);
 /// The datasheet's dense bf16 FLOP/s (fp16 where there is no bf16) of a GPU by the name that its
 /// driver gives; 0 when unknown.
 double peak_flops(const std::string& device_name);
+
+/// Of at least one value; of an even number the mean of the middle two.
+double median(std::vector<double> values);
 
 }  // namespace qlab

@@ -1,10 +1,14 @@
 #include "data/file.h"
 
+#include <fcntl.h>
+#include <sys/file.h>
 #include <sys/resource.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include <chrono>
 #include <csignal>
+#include <thread>
 
 #include "core/parallel.h"
 #include "tests/support/files.h"
@@ -68,6 +72,33 @@ TEST(File, OnlyTemporaryFilesAreRemoved) {
   remove_temporary_files(folder.path());
   EXPECT_EQ(entries(folder.path()), 3);
   remove_temporary_files(folder / "gone");
+}
+
+TEST(FileLock, IsHeldUntilItGoes) {
+  const test::TemporaryFolder folder;
+  EXPECT_FALSE(FileLock::held(folder / "lock"));
+  EXPECT_EQ(entries(folder.path()), 0);
+  {
+    const auto lock = FileLock::take(folder / "lock", false);
+    EXPECT_TRUE(FileLock::held(folder / "lock"));
+    EXPECT_FALSE(FileLock::take(folder / "lock", false));
+  }
+  EXPECT_FALSE(FileLock::held(folder / "lock"));
+  EXPECT_TRUE(FileLock::take(folder / "lock", false));
+}
+
+// A report that is made just then must not make a sweep skip the trial.
+TEST(FileLock, AskingKeepsNobodyFromTakingIt) {
+  const test::TemporaryFolder folder;
+  const int asks = ::open((folder / "lock").c_str(), O_CREAT | O_RDWR, 0644);
+  ASSERT_EQ(::flock(asks, LOCK_SH), 0);
+  EXPECT_FALSE(FileLock::held(folder / "lock"));  // by one who asks as well
+  std::thread ending([&] {
+    std::this_thread::sleep_for(std::chrono::milliseconds(2));
+    ::close(asks);
+  });
+  EXPECT_TRUE(FileLock::take(folder / "lock", false));
+  ending.join();
 }
 
 TEST(File, ErrorsNamePathAndReason) {

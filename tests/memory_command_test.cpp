@@ -226,6 +226,12 @@ TEST_F(MemoryCommandTest, MemoryNeedsNoGpu) {
   EXPECT_EQ(said["footprint_bytes"], 5591539712);
   EXPECT_EQ(said["trainable_params"], 0);
   EXPECT_EQ(said["peak_bytes"], said["timeline"][0]["peak_bytes"]);
+  for (const char* of_step :
+       {"plan", "step_seconds", "micro_batch_seconds", "update_seconds", "step_tokens"})
+    EXPECT_EQ(said.at(of_step), nullptr) << of_step;
+  const Ended small = run(
+      {"memory", "synthetic:llama-3.1-8b", "--gpu", "4GiB", "--set", "quant.type=nf4", "--json"});
+  EXPECT_EQ(nlohmann::json::parse(small.out)["fits_with"]["step_seconds"], nullptr);
   const Ended table = run({"memory",
                            folder_.write("sweep.yaml",
                                          "base: {model: {path: \"synthetic:tiny\"}, lora: {r: 4}, "

@@ -204,6 +204,7 @@ TEST_F(ReportTest, OfARunningTrialWhatIsKnownSoFar) {
   std::ofstream(trial_dir(0) / "status.json")
       << R"({"status": "running", "trainable_params": 1000, "steps": 4, "total_steps": 20,
              "trained_tokens": 400, "tokens_per_s": 0.0, "peak_bytes": 5, "gang_size": 1})";
+  auto lock = FileLock::take((trial_dir(0) / "lock").string(), false);
   const auto row = [&] {
     write_report(out());
     return lines(read(fs::path(out()) / "summary.csv"))[1];
@@ -215,6 +216,44 @@ TEST_F(ReportTest, OfARunningTrialWhatIsKnownSoFar) {
   EXPECT_THAT(summary_table(out()), HasSubstr("running, step 7 of 20\n"));
   EXPECT_EQ(page_data()["trials"][0]["status_text"], "running, step 7 of 20");
   EXPECT_EQ(page_data()["trials"][1]["status_text"], "pending");
+  // Its process was killed.
+  lock.reset();
+  EXPECT_THAT(row(), HasSubstr(",7,700,3.3,,4,3.3,,6000005,1,interrupted"));
+  EXPECT_EQ(page_data()["trials"][0]["status_text"], "interrupted, step 7 of 20");
+  fs::remove(trial_dir(0) / "lock");
+  EXPECT_THAT(row(), HasSubstr(",interrupted"));
+  EXPECT_FALSE(fs::exists(trial_dir(0) / "lock"));
+}
+
+TEST_F(ReportTest, ATrialWithoutAStepHasNoSpeed) {
+  plan();
+  fs::create_directories(trial_dir(0));
+  std::ofstream(trial_dir(0) / "status.json")
+      << R"({"status": "interrupted", "trainable_params": 1000, "steps": 0, "total_steps": 20,
+             "trained_tokens": 0, "tokens_per_s": 0.0, "peak_bytes": 5, "gang_size": 1})";
+  write_report(out());
+  EXPECT_EQ(lines(read(fs::path(out()) / "summary.csv"))[1],
+            "r4-s0,4,\"[q_proj, v_proj]\",0,1000,0,0,,,,,,5,1,interrupted");
+  EXPECT_EQ(page_data()["trials"][0]["tokens_per_s"], nullptr);
+}
+
+TEST_F(ReportTest, TheMedianSpeedIsOfTrialsThatHaveOne) {
+  plan();
+  const auto median = [&] {
+    write_report(out());
+    return page_data()["median_tokens_per_s"];
+  };
+  EXPECT_EQ(median(), nullptr);
+  const double speeds[] = {1000, 0, 400, 500};  // 0: interrupted before its first step
+  for (size_t i = 0; i < 4; ++i) {
+    run(i, 20, 4.0, "finished");
+    nlohmann::json status = nlohmann::json::parse(read(trial_dir(i) / "status.json"));
+    status["tokens_per_s"] = speeds[i];
+    std::ofstream(trial_dir(i) / "status.json") << status.dump();
+  }
+  EXPECT_EQ(median(), 500);
+  fs::remove_all(trial_dir(2));
+  EXPECT_EQ(median(), 750);
 }
 
 TEST_F(ReportTest, GangsHaveNumbersWhereThereAreSome) {
@@ -333,6 +372,29 @@ TEST_F(ReportTest, PageIsSelfContainedAndSafe) {
   EXPECT_EQ(data["trials"][0]["eval"], nlohmann::json::parse("[[0,0,4.0],[20,2000,2.0]]"));
   EXPECT_EQ(data["trials"][1]["eval_loss"], nullptr);
   EXPECT_EQ(data["environment"]["device"], "a \"CPU\"");
+}
+
+// They have no chart of their own; an alpha that one trial sets itself has.
+TEST_F(ReportTest, ThePageKnowsDerivedKeys) {
+  const auto derived = [&](const std::string& more) {
+    const std::string file = (dir_ / "sweep.yaml").string();
+    std::ofstream(file) << R"(
+base: {model: {path: "synthetic:tiny"}, data: {train: synthetic}}
+parameters: {lora.r: {values: [4, 8]}}
+derived: {lora.alpha: 2*lora.r}
+)" << more;
+    sweep_ = load_sweep(file, {});
+    std::vector<std::string> directories;
+    for (const Trial& trial : sweep_.trials) directories.push_back(trial.name);
+    write_plan(out(), sweep_, directories, {});
+    write_report(out());
+    const nlohmann::json data = page_data();
+    EXPECT_EQ(data["keys"], nlohmann::json({"lora.r", "lora.alpha"}));
+    return data["derived"];
+  };
+  EXPECT_EQ(derived(""), nlohmann::json::array({"lora.alpha"}));
+  EXPECT_EQ(derived("include: [{lora.r: 16}]"), nlohmann::json::array({"lora.alpha"}));
+  EXPECT_EQ(derived("include: [{lora.r: 4, lora.alpha: 1}]"), nlohmann::json::array());
 }
 
 TEST_F(ReportTest, LongCurvesAreThinned) {

@@ -41,5 +41,11 @@ TEST(Throughput, FlopsOfAModel) {
   EXPECT_DOUBLE_EQ(model_flops(config, 5), 5 * 4 * (3 * layer + 80) + 3 * 6 * 25 * 8);
 }
 
+TEST(Throughput, MedianOfAnEvenNumber) {
+  EXPECT_EQ(median({7}), 7);
+  EXPECT_EQ(median({9, 1, 4}), 4);
+  EXPECT_EQ(median({4, 1, 10, 2}), 3);
+}
+
 }  // namespace
 }  // namespace qlab::test
