@@ -159,7 +159,9 @@ struct Entry {
 };
 
 std::string unknown_key(const std::string& name, const std::string& where) {
-  return fmt::format("{}: unknown key \"{}\"{}", where, name, suggest_key(name));
+  const std::string way = only_way(name);
+  return fmt::format("{}: unknown key \"{}\"{}", where, name,
+                     way.empty() ? suggest_key(name) : "; remove it: " + way);
 }
 
 /// Settings that come from one place (a file, the options, a point of a sweep) and may not

@@ -342,9 +342,7 @@ std::optional<std::string> known_elsewhere(const std::string& name) {
       {"bits", "quant.type"},
       {"quantization", "quant.type"},
       {"quantization_config", "quant"},
-      {"bf16", "quant.compute_dtype"},
       {"dtype", "quant.compute_dtype"},
-      {"fp16", "quant.compute_dtype"},
       {"torch_dtype", "quant.compute_dtype"},
       {"lora_model_dir", "lora.adapter"},
       {"lora_rank", "lora.r"},
@@ -388,28 +386,6 @@ std::optional<std::string> known_elsewhere(const std::string& name) {
   };
   const auto found = keys.find(leaf(name));
   return found == keys.end() ? std::nullopt : std::optional(found->second);
-}
-
-/// Of other tools' keys for what qlab does in one way alone: which, so that one knows whether the
-/// line may go. "" of any other.
-std::string one_way(const std::string& name) {
-  static const std::map<std::string, std::string> keys{
-      {"bias", "biases are not trained, as with 'none'"},
-      {"dataloader_num_workers", "data are read before the first step"},
-      {"fan_in_fan_out", "weights are [out, in], as with false"},
-      {"group_by_length", "examples come in random order, as with false"},
-      {"inference_mode", "an adapter is trained, as with false"},
-      {"logging_steps", "every step is logged"},
-      {"modules_to_save", "adapters alone are trained, as with null"},
-      {"per_device_eval_batch_size", "evaluation takes batches as training does"},
-      {"remove_unused_columns", "fields without a use are not read"},
-      {"report_to", "everything is in the results directory"},
-      {"task_type", "models are causal language models, as with CAUSAL_LM"},
-      {"trust_remote_code", "no code of a model is run"},
-      {"use_dora", "adapters are LoRA's, as with false"},
-  };
-  const auto found = keys.find(leaf(name));
-  return found == keys.end() ? "" : found->second;
 }
 
 struct ToText {
@@ -511,8 +487,6 @@ std::string nearest(const std::string& name, const std::vector<std::string>& nam
 }
 
 std::string suggest_key(const std::string& name) {
-  if (const std::string way = one_way(name); !way.empty())
-    return fmt::format("; remove it: {}", way);
   const std::string block = name.substr(0, name.find('.'));
   std::vector<std::string> candidates, in_block;
   for (const Field& field : config_fields()) {
@@ -535,6 +509,27 @@ std::string suggest_key(const std::string& name) {
     text += fmt::format(" (blocks: {})", fmt::join(config_blocks(), ", "));
   }
   return text;
+}
+
+std::string only_way(const std::string& name) {
+  static const std::map<std::string, std::string> keys{
+      {"bf16", "quant.compute_dtype is bf16 where the device computes in it"},
+      {"bias", "biases are not trained, as with 'none'"},
+      {"dataloader_num_workers", "data are read before the first step"},
+      {"fan_in_fan_out", "weights are [out, in], as with false"},
+      {"group_by_length", "examples come in random order, as with false"},
+      {"inference_mode", "an adapter is trained, as with false"},
+      {"logging_steps", "every step is logged"},
+      {"modules_to_save", "adapters alone are trained, as with null"},
+      {"per_device_eval_batch_size", "evaluation takes batches as training does"},
+      {"remove_unused_columns", "fields without a use are not read"},
+      {"report_to", "everything is in the results directory"},
+      {"task_type", "models are causal language models, as with CAUSAL_LM"},
+      {"trust_remote_code", "no code of a model is run"},
+      {"use_dora", "adapters are LoRA's, as with false"},
+  };
+  const auto found = keys.find(leaf(name));
+  return found == keys.end() ? "" : found->second;
 }
 
 std::string shortest(double x) {

@@ -60,9 +60,11 @@ std::vector<std::string> excluded_by(const std::string& key);
 /// The value as text, numbers in their shortest form; "" for an optional without a value.
 std::string field_text(const Field& field, const Config& config);
 
-/// ` did you mean "x"?` and the known keys of the block, or "". Of a key of other tools for what qlab
-/// does in one way alone, which way that is.
+/// ` did you mean "x"?` and the known keys of the block, or "".
 std::string suggest_key(const std::string& name);
+/// Of a key of other tools for what qlab does in one way alone: which, so that one knows whether the
+/// line may go; "" of any other.
+std::string only_way(const std::string& name);
 /// The nearest of `names`, or "" when none is near.
 std::string nearest(const std::string& name, const std::vector<std::string>& names);
 std::string shortest(double x);  // 0.0002, 64, 1e-08

@@ -387,7 +387,7 @@ TEST_F(KillTest, CtrlCSavesTheStateAndTheNextRunContinues) {
   const Ended ended = interrupt("stopped", SIGINT, 7);
   EXPECT_EQ(ended.code, 130) << ended.out << ended.err;
   EXPECT_THAT(ended.out, HasSubstr("interrupted"));
-  EXPECT_EQ(ended.err, "");
+  EXPECT_THAT(ended.err, HasSubstr("qlab: stopping after this step; what was trained is saved"));
   for (const auto& entry : fs::directory_iterator(work_ + "/stopped/trials")) {
     const auto status =
         nlohmann::json::parse(read_text_file(entry.path().string() + "/status.json"));
