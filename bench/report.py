@@ -242,7 +242,7 @@ def product_table(raw):
         if timed:
             best = min(timed, key=lambda row: row["over_beside"])
             cases.setdefault((direction, shape), {})[int(m[1:])] = (
-                f"{best['over_beside']:.3f} ± {best['over_beside_noise_percent']:.1f} % "
+                f"{best['over_beside']:.3f} ± {best.get('over_beside_noise_percent', 0):.1f} % "
                 f"of {shown(best['beside_us'])}")
     rows_of_x = sorted({m for cells in cases.values() for m in cells})
     return table(["M ="] + [f"{m:,}" for m in rows_of_x],

@@ -95,7 +95,9 @@ def product_lines(times):
         for _, n, k in sorted((key for key in times if key[0] == direction),
                               key=lambda key: (key[1] * key[2], key[1])):
             for m, rows in sorted(times[direction, n, k].items()):
-                best = min(rows.values(), key=lambda row: row["over_beside"])
+                rows = [row for row in rows.values() if {"over_beside", "tile", "cluster", "option"}
+                        <= row.keys()]
+                best = min(rows, key=lambda row: row["over_beside"], default={"over_beside": 1})
                 noise = best.get("over_beside_noise_percent", 0) / 100
                 if best["over_beside"] < 1 - max(PROPOSAL_MARGIN, noise):
                     tiling = ", ".join(str(int(best[key])) for key in ("tile", "cluster", "option"))

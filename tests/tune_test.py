@@ -141,6 +141,8 @@ class TuneTest(unittest.TestCase):
                     ("forward", 4096, 1, 0.97, 0.1), ("forward", 4096, 2, 0.95, 0.1),
                     ("forward", 4096, 3, 1.2, 0.1), ("forward", 8192, 1, 0.99, 0.1),
                     ("dx", 4096, 1, 0.97, 4), ("dx", 8192, 1, 0.97, 0.1))]
+        # Not timed in turns.
+        rows.append({"name": "product/dx/64x32/m2048/proposal1", "us": 5, "call": 0})
         other = '{"Another", Op::none, 5, 1, 1, {1, 2, 3}},'
         self.table.write_text(other + "\n")
         result, lines = self.tune(rows, options=("--part", "product"))
