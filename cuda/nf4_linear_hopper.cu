@@ -9,21 +9,38 @@
 namespace qlab::cuda {
 namespace hopper {
 
-// Tiles are those of the transposed product, y^T = W x^T or dx^T = W^T dy^T: 128 outputs, 64 for
-// each of the two warpgroups that multiply, by `tokens` rows of x, in steps of 64 along the sum.
-template <bool forward_, int tokens_, int pair_>
+constexpr int depth = chunk_width;
+constexpr int slot_steps = 2;  // whose codes come in one copy
+
+// Tiles are those of the transposed product, y^T = W x^T or dx^T = W^T dy^T: `outputs` by `tokens`
+// rows of x, in steps of 64 along the sum. Of 128 outputs each of the two warpgroups that multiply
+// has 64; 64 outputs have half of the rows of x in each, unless there are only 64.
+template <bool forward_, int outputs_, int tokens_, int pair_>
 struct Nf4Plan {
   static constexpr bool forward = forward_;
-  static constexpr int tokens = tokens_;
-  static constexpr int consumers = 2, decoders = tokens == 256 ? 2 : 3;  // warpgroups
+  static constexpr int outputs = outputs_, tokens = tokens_;
+  static constexpr bool narrow = outputs == 64;
+  static constexpr int consumers = narrow && tokens == 64 ? 1 : 2;  // warpgroups
+  static constexpr int decoders = !narrow && tokens == 256 ? 2 : 3;
   static constexpr int pair = pair_;  // blocks that share rows of x
-  static constexpr int group_outputs = 64;
-  static constexpr int outputs = consumers * group_outputs;
+  static constexpr int group_outputs = 64, group_tokens = narrow ? tokens / consumers : tokens;
   static constexpr int threads = (consumers + decoders) * warpgroup_size;
   static constexpr int box_rows = tokens == 64 ? 32 : 64;  // of a copy of x
   static constexpr int boxes = tokens / box_rows;
-  static constexpr int stages = tokens == 256 ? 4 : tokens == 128 ? 5 : 6;
-  static constexpr int code_slots = tokens == 256 ? 4 : tokens == 128 ? 6 : 8;
+  static constexpr int stages = tokens == 256   ? (narrow ? 5 : 4)
+                                : tokens == 128 ? (narrow ? 6 : 5)
+                                                : (narrow ? 8 : 6);
+  static constexpr int code_slots = tokens == 256   ? (narrow ? 6 : 4)
+                                    : tokens == 128 ? (narrow ? 10 : 6)
+                                                    : (narrow ? 12 : 8);
+  // Of a copy of codes: rows of W by two steps, or two steps of rows by columns.
+  static constexpr int slot_row_bytes = forward ? slot_steps * depth / 2 : outputs / 2;
+  static constexpr int slot_rows = forward ? outputs : slot_steps * depth;
+  static constexpr int slot_bytes = slot_row_bytes * slot_rows;
+  // Weights that a thread of a warpgroup that decodes has of a step, in 16-byte pieces of codes.
+  static constexpr int pieces = outputs * depth / warpgroup_size / 32;
+  // Parts of a sum meet in memory, instead of shared memory of a cluster.
+  static constexpr bool parts_in_memory = narrow;
   // Registers a thread, of all that the block has at its start.
   static constexpr int consumer_registers = decoders == 2 ? 168 : 128;
   static constexpr int decoder_registers = decoders == 2 ? 88 : 72;
@@ -31,11 +48,7 @@ struct Nf4Plan {
 
 namespace {
 
-constexpr int depth = chunk_width;
 constexpr int most_parts = 3;  // of a sum
-constexpr int slot_steps = 2;  // whose codes come in one copy
-constexpr int slot_row_bytes = slot_steps * depth / 2, slot_rows = slot_steps * depth;
-constexpr int slot_bytes = slot_row_bytes * slot_rows;
 
 /// A decoder that waits for the codes of step t has filled a stage for step t - decoders, so step
 /// t - decoders - stages and all before it have been multiplied, and their codes had come. Those
@@ -51,6 +64,7 @@ struct Nf4Arguments {
   Scales scales;
   bf16* y_data;
   const bf16* addend_data;
+  float4* sums;  // of the parts that came first, where they meet in memory
   int64_t y_pitch, addend_pitch;
   uint32_t runs_per_row;  // of 64 weights
   int steps;              // of 64 terms of a sum
@@ -69,10 +83,11 @@ struct Nf4Shared {
   };
   static constexpr int stages = P::stages, code_slots = P::code_slots;
   Stage ring[stages];
-  uint8_t codes[code_slots][slot_bytes];
+  uint8_t codes[code_slots][P::slot_bytes];
   float map[map_size];
   Barrier full[stages], empty[stages], codes_full[code_slots], codes_empty[code_slots],
       addend[P::consumers];
+  bool second;  // of the two parts of the tile, to start
 
   __device__ void init() {
     constexpr int warps = warpgroup_size / 32;
@@ -89,22 +104,38 @@ struct Nf4Shared {
   }
 };
 
-/// What a block works on. Those of a cluster have the same rows of x: `parts` times a pair with
-/// neighbouring outputs, each with its part of the sum.
+/// What a block works on. A pair with neighbouring outputs has the same rows of x. Parts of their
+/// sums are further pairs, of the same cluster unless they meet in memory.
 struct Nf4Tile {
-  int rank, part, place;  // in the cluster: itself, its part and its place in the pair
-  int output, token;
+  int rank, place;  // in the cluster, in the pair
+  int part;
+  int pair_rank;  // of the first of the pair
+  int number, output, token;
   int first_step, steps;
-  __device__ Nf4Tile(const Nf4Arguments& a, int outputs, int tokens, int pair) {
-    const int cluster = static_cast<int>(blockIdx.x) / (pair * a.parts);
+  template <class P>
+  __device__ Nf4Tile(const Nf4Arguments& a, P) {
+    const int pairs = static_cast<int>(blockIdx.x) / P::pair, tile = pairs / a.parts;
     rank = static_cast<int>(cluster_rank());
-    part = rank / pair, place = rank % pair;
-    output = (cluster / a.token_tiles * pair + place) * outputs;
-    token = cluster % a.token_tiles * tokens;
+    place = rank % P::pair;
+    part = pairs % a.parts;
+    pair_rank = rank - place;
+    const int column = tile / a.token_tiles * P::pair + place, row = tile % a.token_tiles;
+    number = column * a.token_tiles + row;
+    output = column * P::outputs;
+    token = row * P::tokens;
     first_step = part * a.part_steps;
     steps = min(a.part_steps, a.steps - first_step);
   }
 };
+
+/// Two parts of a sum that meet in memory: the block that started first leaves its sums there, the
+/// other adds its own, so that a block waits for none that has yet to start. All is 0 between
+/// launches, which follow each other on a device's one stream.
+struct Meeting {
+  uint32_t started, written[2];  // a count, and whether a warpgroup's sums are there
+};
+constexpr int max_meetings = 1024;
+__device__ Meeting meetings[max_meetings];
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 
@@ -151,15 +182,17 @@ struct ValueTable {
   }
 };
 
-/// Into row `row` of a swizzled tile.
-__device__ inline void put_weights(bf16* tile, int row, const uint4 (&words)[2], float scale) {
+/// Into row `row` of a swizzled tile, from its piece `first` on.
+template <int pieces>
+__device__ inline void put_weights(bf16* tile, int row, int first, const uint4 (&words)[pieces],
+                                   float scale) {
   const ValueTable table(scale);
   char* const base = reinterpret_cast<char*>(tile) + row * row_bytes;
   const auto put = [&](int p, uint32_t word) {
-    *reinterpret_cast<uint4*>(base + ((p ^ row % 8) * 16)) = table.look_up(word);
+    *reinterpret_cast<uint4*>(base + (((first + p) ^ row % 8) * 16)) = table.look_up(word);
   };
 #pragma unroll
-  for (int i = 0; i < 2; ++i) {
+  for (int i = 0; i < pieces; ++i) {
     put(4 * i, words[i].x);
     put(4 * i + 1, words[i].y);
     put(4 * i + 2, words[i].z);
@@ -173,7 +206,7 @@ template <class P>
 __device__ void copy_rows(const Nf4Arguments& a, bf16* x, Barrier& full, const Nf4Tile& tile,
                           int present, int step) {
   constexpr int pair = P::pair;
-  const auto blocks = static_cast<uint16_t>(((1 << pair) - 1) << tile.part * pair);
+  const auto blocks = static_cast<uint16_t>(((1 << pair) - 1) << tile.pair_rank);
   arrive_expect(full, present * P::box_rows * row_bytes);
 #pragma unroll
   for (int j = 0; j < P::boxes / pair; ++j)
@@ -182,13 +215,12 @@ __device__ void copy_rows(const Nf4Arguments& a, bf16* x, Barrier& full, const N
                tile.token + i * P::box_rows);
 }
 
-/// The codes of slot `slot` of this block's part: 128 rows of W by two steps, or two steps of rows
-/// by 128 columns.
+/// The codes of slot `slot` of this block's part.
 template <class P>
 __device__ void copy_codes(const Nf4Arguments& a, Nf4Shared<P>& shared, const Nf4Tile& tile,
                            int slot) {
   Barrier& full = shared.codes_full[slot % P::code_slots];
-  arrive_expect(full, slot_bytes);
+  arrive_expect(full, P::slot_bytes);
   const int step = tile.first_step + slot * slot_steps;
   constexpr int words = 2;  // bytes of an element of the map
   load_box(shared.codes[slot % P::code_slots], a.codes, full, static_cast<uint16_t>(1 << tile.rank),
@@ -196,16 +228,18 @@ __device__ void copy_codes(const Nf4Arguments& a, Nf4Shared<P>& shared, const Nf
            P::forward ? tile.output : step * depth);
 }
 
-/// One of the warpgroups that decode, which take steps in turn: 64 weights a thread. The first of
-/// them also has codes copied.
+/// One of the warpgroups that decode, which take steps in turn: 64 weights a thread, of 64 outputs
+/// 32. The first of them also has codes copied.
 template <class P>
 __device__ void decode(const Nf4Arguments& a, Nf4Shared<P>& shared, const Nf4Tile& tile,
                        int decoder) {
   constexpr int batch = 4;  // own steps whose scales are loaded together, a batch ahead
   const int thread = threadIdx.x % warpgroup_size, lane = threadIdx.x % 32;
   const float offset = a.scales.offset != nullptr ? *a.scales.offset : 0.0f;
-  const uint32_t row = P::forward ? tile.output + thread : thread % depth;
-  const uint32_t column = P::forward ? 0 : tile.output / depth + thread / depth;
+  // Of the tile in shared memory, whose rows are outputs or, for dx, 64 terms of each 64 outputs.
+  const int tile_row = thread % P::outputs, first_piece = thread / P::outputs * 4;
+  const uint32_t row = P::forward ? tile.output + tile_row : thread % depth;
+  const uint32_t column = P::forward ? 0 : tile.output / depth + tile_row / depth;
   const uint32_t stride = P::forward ? 1 : depth * a.runs_per_row;
   const uint32_t first = row * a.runs_per_row + column + tile.first_step * stride;
   const int boxes = min(P::boxes, (a.rows - tile.token + P::box_rows - 1) / P::box_rows);
@@ -220,13 +254,15 @@ __device__ void decode(const Nf4Arguments& a, Nf4Shared<P>& shared, const Nf4Til
       next[u].fetch(a.scales, (first + min(from + u * P::decoders, tile.steps - 1) * stride) >>
                                   (a.scales.shift - 6));
   };
-  const auto read = [&](uint4(&words)[2], const uint8_t* slot, int half) {
-    const int r = P::forward ? thread : half * depth + thread % depth;
-    const int piece = 2 * (P::forward ? half : thread / depth);
-    const uint8_t* const from = slot + r * slot_row_bytes;
+  const auto read = [&](uint4(&words)[P::pieces], const uint8_t* slot, int half) {
+    const int r = P::forward ? tile_row : half * depth + thread % depth;
+    const int piece = P::narrow ? thread / depth + (P::forward ? 2 * half : 0)
+                                : 2 * (P::forward ? half : thread / depth);
+    const uint8_t* const from = slot + r * P::slot_row_bytes;
+    const int swizzle = P::slot_row_bytes == 64 ? r / 2 % 4 : r / 4 % 2;
 #pragma unroll
-    for (int i = 0; i < 2; ++i)
-      words[i] = *reinterpret_cast<const uint4*>(from + ((piece + i) ^ (r / 2 % 4)) * 16);
+    for (int i = 0; i < P::pieces; ++i)
+      words[i] = *reinterpret_cast<const uint4*>(from + ((piece + i) ^ swizzle) * 16);
   };
 
   int copied = 0;
@@ -253,13 +289,13 @@ __device__ void decode(const Nf4Arguments& a, Nf4Shared<P>& shared, const Nf4Til
         }
       const int slot = step / slot_steps, place = slot % P::code_slots;
       wait(shared.codes_full[place], slot / P::code_slots & 1);
-      uint4 words[2];
+      uint4 words[P::pieces];
       read(words, shared.codes[place], step % slot_steps);
       auto& stage = shared.ring[ring.stage];
       Barrier& full = shared.full[ring.stage];
       wait(shared.empty[ring.stage], ring.parity ^ 1);
       if (leader) copy_rows<P>(a, stage.x, full, tile, boxes, tile.first_step + step);
-      put_weights(stage.w, thread, words, scale[u]);
+      put_weights(stage.w, tile_row, first_piece, words, scale[u]);
       // Not before the codes have been used: an arrival does not wait for reads under way, and with
       // cold caches some took longer than the next copy into the slot.
       arrive_warp(shared.codes_empty[place], lane);
@@ -270,30 +306,31 @@ __device__ void decode(const Nf4Arguments& a, Nf4Shared<P>& shared, const Nf4Til
   }
 }
 
-/// d [64, tokens] of one warpgroup. The fence between the decoders' writes and the products that
-/// read them stands on this side of the barrier, where no loads are under way: 3 to 5 % faster.
+/// d [64, group_tokens] of one warpgroup. The fence between the decoders' writes and the products
+/// that read them stands on this side of the barrier, where no loads are under way: 3 to 5 %
+/// faster.
 template <class P>
-__device__ void multiply(float (&d)[P::tokens / 2], Nf4Shared<P>& shared, const Nf4Tile& tile,
+__device__ void multiply(float (&d)[P::group_tokens / 2], Nf4Shared<P>& shared, const Nf4Tile& tile,
                          int group) {
   const auto release = [&](int stage) {
     __syncwarp();
     if (const uint32_t lane = threadIdx.x % 32; lane < P::pair)
-      arrive_in(shared.empty[stage], tile.part * P::pair + lane);
+      arrive_in(shared.empty[stage], tile.pair_rank + lane);
   };
   Ring<Nf4Shared<P>::stages> ring;
   for (int step = 0; step < tile.steps; ++step) {
     wait(shared.full[ring.stage], ring.parity);
     fence_async();
     const auto& stage = shared.ring[ring.stage];
-    const uint64_t w = operand(stage.w + group * P::group_outputs * depth, 0);
-    const uint64_t x = operand(stage.x, 0);
+    const uint64_t w = operand(stage.w + (P::narrow ? 0 : group * P::group_outputs * depth), 0);
+    const uint64_t x = operand(stage.x + (P::narrow ? group * P::group_tokens * depth : 0), 0);
     products_begin();
 #pragma unroll
     for (int k = 0; k < depth / 16; ++k) {
       const uint64_t left = advanced(w, k * (P::forward ? 32 : 16 * row_bytes));
       const uint64_t right = advanced(x, k * 32);
       const bool more = step != 0 || k != 0;
-      if constexpr (P::tokens == 256) {
+      if constexpr (P::group_tokens == 256) {
         product<P::forward ? 0 : 1>(reinterpret_cast<float(&)[64]>(d[0]), left, right, more);
         product<P::forward ? 0 : 1>(reinterpret_cast<float(&)[64]>(d[64]), left,
                                     advanced(right, 128 * row_bytes), more);
@@ -312,25 +349,26 @@ __device__ void multiply(float (&d)[P::tokens / 2], Nf4Shared<P>& shared, const 
   pin(d);
 }
 
-/// Writes the tile [64, tokens] of a warpgroup to y, turned around in `rows`, which may first
+/// Writes the tile [64, group_tokens] of a warpgroup to y, turned around in `rows`, which may first
 /// receive what is to be added.
 template <class P>
-__device__ void put_rows(const Nf4Arguments& a, float (&d)[P::tokens / 2], char* rows,
+__device__ void put_rows(const Nf4Arguments& a, float (&d)[P::group_tokens / 2], char* rows,
                          Barrier& addend, const Nf4Tile& tile, int group) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4, matrix = lane / 8;
-  const int output = tile.output + group * P::group_outputs;
+  const int output = tile.output + (P::narrow ? 0 : group * P::group_outputs);
+  const int token = tile.token + (P::narrow ? group * P::group_tokens : 0);
   const bool leader = threadIdx.x % warpgroup_size == 0;
   char* const place =
       rows + (matrix / 2 * 8 + lane % 8) * row_bytes + ((2 * warp + matrix % 2) ^ lane % 8) * 16;
   if (a.add) {
     if (leader) {
-      arrive_expect(addend, P::tokens * row_bytes);
-      load_box(rows, a.addend, addend, static_cast<uint16_t>(1 << tile.rank), output, tile.token);
+      arrive_expect(addend, P::group_tokens * row_bytes);
+      load_box(rows, a.addend, addend, static_cast<uint16_t>(1 << tile.rank), output, token);
     }
     wait(addend, 0);
   }
 #pragma unroll
-  for (int i = 0; i < P::tokens / 2; i += 8) {
+  for (int i = 0; i < P::group_tokens / 2; i += 8) {
     char* const tiles = place + i / 4 * 8 * row_bytes;
     if (a.add) {
       uint32_t more[4];
@@ -348,7 +386,7 @@ __device__ void put_rows(const Nf4Arguments& a, float (&d)[P::tokens / 2], char*
   fence_async();
   named_sync(1 + group, warpgroup_size);
   if (leader) {
-    store_box(a.y, rows, output, tile.token);
+    store_box(a.y, rows, output, token);
     commit_stores_and_wait();
   }
 }
@@ -361,7 +399,7 @@ struct Nf4Sums {
 };
 
 template <class P>
-__device__ void put_sums(float* sums, const float (&d)[P::tokens / 2], int group) {
+__device__ void put_sums(float* sums, const float (&d)[P::group_tokens / 2], int group) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4;
   float* const place =
       sums + lane % 4 * 2 * Nf4Sums<P>::pitch + group * P::group_outputs + warp * 16 + lane / 4;
@@ -405,11 +443,54 @@ __device__ void add_parts(const Nf4Arguments& a, const float* sums, const Nf4Til
   }
 }
 
+/// Whether d now is the whole sum, which falls to this block.
+template <class P>
+__device__ bool meet(const Nf4Arguments& a, float (&d)[P::group_tokens / 2], const Nf4Tile& tile,
+                     int group, bool second) {
+  constexpr int vectors = P::group_tokens / 8, batch = 8;
+  const int thread = threadIdx.x % warpgroup_size;
+  uint32_t* const written = &meetings[tile.number].written[group];
+  float4* const place =
+      a.sums + (tile.number * P::consumers + group) * vectors * warpgroup_size + thread;
+  if (!second) {
+#pragma unroll
+    for (int i = 0; i < vectors; ++i)
+      __stcg(place + i * warpgroup_size,
+             make_float4(d[4 * i], d[4 * i + 1], d[4 * i + 2], d[4 * i + 3]));
+    __threadfence();
+    named_sync(1 + group, warpgroup_size);
+    if (thread == 0) asm volatile("st.release.gpu.global.u32 [%0], 1;" ::"l"(written) : "memory");
+    return false;
+  }
+  if (thread == 0) {
+    uint32_t there = 0;
+    while (there == 0)
+      asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(there) : "l"(written) : "memory");
+    *written = 0;
+    if (group == 0) meetings[tile.number].started = 0;
+  }
+  named_sync(1 + group, warpgroup_size);
+#pragma unroll
+  for (int first = 0; first < vectors; first += batch) {
+    float4 other[batch];
+#pragma unroll
+    for (int i = 0; i < batch; ++i) other[i] = __ldcg(place + (first + i) * warpgroup_size);
+#pragma unroll
+    for (int i = 0; i < batch; ++i) {
+      float* const own = d + 4 * (first + i);
+      // From 0 on, as add_parts does.
+      own[0] = (0.0f + own[0]) + other[i].x, own[1] = (0.0f + own[1]) + other[i].y;
+      own[2] = (0.0f + own[2]) + other[i].z, own[3] = (0.0f + own[3]) + other[i].w;
+    }
+  }
+  return true;
+}
+
 #endif
 
-// One block per 128 outputs, `tokens` rows of x and part of the sum: the first warpgroups multiply,
-// the others decode W into shared memory in bf16. W is read (0.52 bytes a weight) and decoded once
-// per `tokens` rows, x once per pair of blocks.
+// One block per tile and part of the sum: the first warpgroups multiply, the others decode W into
+// shared memory in bf16. W is read (0.52 bytes a weight) and decoded once per `tokens` rows, x once
+// per pair of blocks.
 template <class P>
 __global__ void __launch_bounds__(P::threads, 1)
     nf4_linear_kernel(const __grid_constant__ Nf4Arguments arguments) {
@@ -418,7 +499,7 @@ __global__ void __launch_bounds__(P::threads, 1)
   auto& shared = *reinterpret_cast<Nf4Shared<P>*>(memory);
   auto* const sums = reinterpret_cast<float*>(shared.ring);
   static_assert(sizeof shared.ring >= Nf4Sums<P>::bytes);
-  const Nf4Tile tile(arguments, P::outputs, P::tokens, P::pair);
+  const Nf4Tile tile(arguments, P{});
   const int group = __shfl_sync(~0u, static_cast<int>(threadIdx.x) / warpgroup_size, 0);
   if (threadIdx.x == 0) shared.init();
   if (arguments.scales.map != nullptr && threadIdx.x < map_size)
@@ -427,15 +508,18 @@ __global__ void __launch_bounds__(P::threads, 1)
   if (group < P::consumers) {
     take_registers<P::consumer_registers>();
     await_previous();
-    float d[P::tokens / 2];
+    if (P::parts_in_memory && threadIdx.x == 0)
+      shared.second = atomicAdd(&meetings[tile.number].started, 1) == 1;
+    float d[P::group_tokens / 2];
     multiply<P>(d, shared, tile, group);
     named_sync(1 + P::consumers, P::consumers * warpgroup_size);
-    if (arguments.parts == 1) {
+    if (P::parts_in_memory || arguments.parts == 1) {
       cluster_arrive();
-      put_rows<P>(arguments, d,
-                  reinterpret_cast<char*>(shared.ring) + group * P::tokens * row_bytes,
-                  shared.addend[group], tile, group);
-    } else {
+      if (!P::parts_in_memory || meet<P>(arguments, d, tile, group, shared.second))
+        put_rows<P>(arguments, d,
+                    reinterpret_cast<char*>(shared.ring) + group * P::group_tokens * row_bytes,
+                    shared.addend[group], tile, group);
+    } else if constexpr (!P::parts_in_memory) {
       put_sums<P>(sums, d, group);
       __syncwarp();
       cluster_sync();
@@ -447,7 +531,7 @@ __global__ void __launch_bounds__(P::threads, 1)
     give_registers<P::decoder_registers>();
     decode<P>(arguments, shared, tile, group - P::consumers);
     __syncwarp();
-    if (arguments.parts > 1) cluster_sync();
+    if (!P::parts_in_memory && arguments.parts > 1) cluster_sync();
     cluster_arrive();
   }
   __syncwarp();
@@ -475,31 +559,34 @@ struct Nf4Matrix {
 };
 
 /// Copies of codes, as elements of two bytes.
+template <class P>
 CUtensorMap code_map(const Nf4Matrix& w) {
   constexpr int weights = 4;  // of an element
   const cuuint64_t sizes[] = {static_cast<cuuint64_t>(w.cols / weights),
                               static_cast<cuuint64_t>(w.rows)};
   const cuuint64_t pitch = static_cast<cuuint64_t>(w.cols / 2);
-  const cuuint32_t box[] = {slot_row_bytes / 2, slot_rows};
-  return tensor_map("nf4_matmul", const_cast<uint8_t*>(w.codes), sizes, &pitch, box,
-                    CU_TENSOR_MAP_SWIZZLE_64B);
+  const cuuint32_t box[] = {P::slot_row_bytes / 2, P::slot_rows};
+  return tensor_map(
+      "nf4_matmul", const_cast<uint8_t*>(w.codes), sizes, &pitch, box,
+      P::slot_row_bytes == 64 ? CU_TENSOR_MAP_SWIZZLE_64B : CU_TENSOR_MAP_SWIZZLE_32B);
 }
 
 template <class P>
 void launch_nf4(const Matrix16& y, const Matrix16& x, const Nf4Matrix& w, const Matrix16& addend,
-                int parts) {
+                int parts, float* sums) {
   static_assert(tells_phases_apart<P>() && P::stages >= P::decoders);
   const auto token_tiles = static_cast<int>(ceil_div<int64_t>(y.rows, P::tokens));
   const bool add = addend.data != nullptr;
   const auto steps = static_cast<int>(x.cols / depth);
   const Nf4Arguments arguments{
       .x = box_map(x, P::box_rows),
-      .y = box_map(y, P::tokens),
-      .addend = box_map(add ? addend : y, P::tokens),
-      .codes = code_map(w),
+      .y = box_map(y, P::group_tokens),
+      .addend = box_map(add ? addend : y, P::group_tokens),
+      .codes = code_map<P>(w),
       .scales = w.scales,
       .y_data = static_cast<bf16*>(y.data),
       .addend_data = static_cast<const bf16*>(addend.data),
+      .sums = reinterpret_cast<float4*>(sums),
       .y_pitch = y.pitch,
       .addend_pitch = addend.pitch,
       .runs_per_row = static_cast<uint32_t>(w.cols / depth),
@@ -516,7 +603,8 @@ void launch_nf4(const Matrix16& y, const Matrix16& x, const Nf4Matrix& w, const 
         "cudaFuncSetAttribute");
   cudaLaunchAttribute attributes[2]{};
   attributes[0].id = cudaLaunchAttributeClusterDimension;
-  attributes[0].val.clusterDim = {static_cast<unsigned>(P::pair * parts), 1, 1};
+  attributes[0].val.clusterDim = {
+      static_cast<unsigned>(P::parts_in_memory ? P::pair : P::pair * parts), 1, 1};
   attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
   attributes[1].val.programmaticStreamSerializationAllowed = may_overlap() ? 1 : 0;
   cudaLaunchConfig_t config{};
@@ -535,31 +623,48 @@ void launch_nf4(const Matrix16& y, const Matrix16& x, const Nf4Matrix& w, const 
 /// in clocks. All give the same bits.
 template <bool forward, int pair>
 void launch_fastest(const Matrix16& y, const Matrix16& x, const Nf4Matrix& w,
-                    const Matrix16& addend, int parts) {
+                    const Matrix16& addend, int parts, float* sums) {
   // Few larger clusters find room side by side: of six blocks 17 on the 132 multiprocessors.
   const int64_t at_once = multiprocessor_count() * (pair * parts > 2 ? 3 : 4) / 4;
   const auto time = [&](int tokens, int64_t step) {
-    const int64_t blocks =
-        y.cols / Nf4Plan<forward, 64, pair>::outputs * ceil_div<int64_t>(y.rows, tokens) * parts;
+    const int64_t blocks = y.cols / Nf4Plan<forward, 128, 64, pair>::outputs *
+                           ceil_div<int64_t>(y.rows, tokens) * parts;
     return ceil_div(blocks, at_once) * step;
   };
   const int64_t few = time(64, 814), some = time(128, 934), many = time(256, 1293);
-  if (few <= std::min(some, many))
-    return launch_nf4<Nf4Plan<forward, 64, pair>>(y, x, w, addend, parts);
-  if (some <= many) return launch_nf4<Nf4Plan<forward, 128, pair>>(y, x, w, addend, parts);
-  launch_nf4<Nf4Plan<forward, 256, pair>>(y, x, w, addend, parts);
+  const int64_t wide = std::min({few, some, many});
+  if constexpr (pair == 1) {
+    const auto narrow = [&](auto plan, int64_t step) {
+      using P = decltype(plan);
+      if (parts != 2 || sums == nullptr || y.rows > P::tokens || y.cols / P::outputs > max_meetings)
+        return false;
+      const int64_t pairs = y.cols / P::outputs / P::pair * parts;
+      if (ceil_div(pairs, int64_t{multiprocessor_count() / P::pair}) * step >= wide) return false;
+      launch_nf4<P>(y, x, w, addend, parts, sums);
+      return true;
+    };
+    if (y.rows <= 64    ? narrow(Nf4Plan<forward, 64, 64, 2>{}, 640)
+        : y.rows <= 128 ? narrow(Nf4Plan<forward, 64, 128, 2>{}, 700)
+                        : narrow(Nf4Plan<forward, 64, 256, 2>{}, 880))
+      return;
+  }
+  if (few == wide)
+    return launch_nf4<Nf4Plan<forward, 128, 64, pair>>(y, x, w, addend, parts, nullptr);
+  if (some == wide)
+    return launch_nf4<Nf4Plan<forward, 128, 128, pair>>(y, x, w, addend, parts, nullptr);
+  launch_nf4<Nf4Plan<forward, 128, 256, pair>>(y, x, w, addend, parts, nullptr);
 }
 
 /// Pairs that share rows of x are faster by 1 to 8 %, but two parts each would make clusters of
 /// four, of which 30 at once leave twelve multiprocessors without work.
 template <bool forward>
 void multiply_nf4(const Matrix16& y, const Matrix16& x, const Nf4Matrix& w, const Matrix16& addend,
-                  int wanted) {
+                  int wanted, float* sums) {
   const auto steps = static_cast<int>(x.cols / depth);
   const int parts = ceil_div(steps, ceil_div(steps, wanted));  // none is empty
   QLAB_CHECK(parts <= most_parts, "[nf4_matmul] {} parts of a sum, at most {}", parts, most_parts);
   const auto multiply = parts == 2 ? launch_fastest<forward, 1> : launch_fastest<forward, 2>;
-  multiply(y, x, w, addend, parts);
+  multiply(y, x, w, addend, parts, sums);
 }
 
 Matrix16 matrix_of(const Tensor& x) {
@@ -570,7 +675,7 @@ Matrix16 matrix_of(const Tensor& x) {
 bool nf4_kernels_present() {
   static const bool present = [] {
     cudaFuncAttributes attributes{};
-    check(cudaFuncGetAttributes(&attributes, nf4_linear_kernel<Nf4Plan<true, 256, 2>>),
+    check(cudaFuncGetAttributes(&attributes, nf4_linear_kernel<Nf4Plan<true, 128, 256, 2>>),
           "cudaFuncGetAttributes");
     return attributes.numRegs > 64;
   }();
@@ -585,13 +690,14 @@ bool nf4_wgmma_available() {
 }
 
 void nf4_matmul_wgmma(const Tensor& y, const Tensor& x, const Nf4Tensor& w, Op op, int parts,
-                      const Tensor& addend) {
+                      const Tensor& addend, const Tensor& workspace) {
   const auto multiply =
       op == Op::transpose ? hopper::multiply_nf4<true> : hopper::multiply_nf4<false>;
   if (!addend.defined() || addend.raw() != y.raw()) fill_for_initcheck(y);
   multiply(hopper::matrix_of(y), hopper::matrix_of(x),
            {w.codes.data<uint8_t>(), scales_of(w), w.shape[0], w.shape[1]},
-           addend.defined() ? hopper::matrix_of(addend) : hopper::Matrix16{}, parts);
+           addend.defined() ? hopper::matrix_of(addend) : hopper::Matrix16{}, parts,
+           workspace.defined() ? workspace.data<float>() : nullptr);
 }
 
 }  // namespace qlab::cuda

@@ -116,7 +116,7 @@ void nf4_matmul_simt(In, In, const Nf4Tensor&, Op, In, In) { missing(); }
 void nf4_matmul_mma(In, In, const Nf4Tensor&, Op, In, In) { missing(); }
 bool nf4_wgmma_available() { return true; }
 void nf4_matmul_lut(In, In, const Nf4Tensor&, In) { missing(); }
-void nf4_matmul_wgmma(In, In, const Nf4Tensor&, Op, int, In) { missing(); }
+void nf4_matmul_wgmma(In, In, const Nf4Tensor&, Op, int, In, In) { missing(); }
 void grad_norm(std::span<const GradNorm>) { missing(); }
 void adamw(std::span<const AdamWUpdate>) { missing(); }
 void adamw8bit(std::span<const AdamW8Update>) { missing(); }

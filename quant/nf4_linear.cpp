@@ -104,8 +104,8 @@ void nf4_matmul(const Tensor& y, const Tensor& x, const Nf4Tensor& w, Op op, Nf4
     if (device.target == DeviceType::cpu) {
       weight = Tensor::empty(w.shape, x.dtype(), device);
       workspace = Tensor::empty({cpu::gemm_workspace(m, out, in, x.dtype())}, DType::u8, device);
-    } else if (const int64_t parts = cuda::nf4_splits(kernel, op, n, k); parts > 1) {
-      workspace = Tensor::empty({parts, m, out}, DType::f32, device);
+    } else if (const int64_t rows = cuda::nf4_workspace_rows(kernel, op, n, k, m); rows > 0) {
+      workspace = Tensor::empty({rows, out}, DType::f32, device);
     }
   }
   const OpScope scope(
@@ -127,11 +127,11 @@ void nf4_matmul(const Tensor& y, const Tensor& x, const Nf4Tensor& w, Op op, Nf4
           case Nf4Kernel::lut:
             return cuda::nf4_matmul_lut(y, x, w, addend);
           case Nf4Kernel::wgmma:
-            return cuda::nf4_matmul_wgmma(y, x, w, op, 1, addend);
+            return cuda::nf4_matmul_wgmma(y, x, w, op, 1, addend, workspace);
           case Nf4Kernel::wgmma2:
-            return cuda::nf4_matmul_wgmma(y, x, w, op, 2, addend);
+            return cuda::nf4_matmul_wgmma(y, x, w, op, 2, addend, workspace);
           case Nf4Kernel::wgmma3:
-            return cuda::nf4_matmul_wgmma(y, x, w, op, 3, addend);
+            return cuda::nf4_matmul_wgmma(y, x, w, op, 3, addend, workspace);
         }
       });
 }
@@ -162,6 +162,16 @@ int64_t nf4_splits(Nf4Kernel kernel, Op op, int64_t n, int64_t k) {
   const int64_t wanted =
       std::clamp<int64_t>(blocks / tiles, 1, std::min(most, ceil_div(steps, shortest)));
   return ceil_div(steps, ceil_div(steps, wanted));
+}
+
+int64_t nf4_workspace_rows(Nf4Kernel kernel, Op op, int64_t n, int64_t k, int64_t m) {
+  if (kernel == Nf4Kernel::wgmma2) {
+    for (const int64_t tile : nf4_wgmma_tiles)
+      if (m <= tile) return tile;
+    return 0;
+  }
+  const int64_t parts = nf4_splits(kernel, op, n, k);
+  return parts > 1 ? parts * m : 0;
 }
 
 }  // namespace cuda

@@ -45,17 +45,21 @@ inline constexpr int64_t nf4_simt_rows = 8, nf4_mma_rows = 1024, nf4_mma_outputs
 inline constexpr int64_t nf4_lut_rows = 8, nf4_lut_columns = 64;
 /// What outputs and contraction of wgmma are multiples of, and its blocks at least.
 inline constexpr int64_t nf4_wgmma_outputs = 256, nf4_wgmma_depth = 64;
+/// Rows of x in its tiles.
+inline constexpr int64_t nf4_wgmma_tiles[] = {64, 128, 256};
 /// Whether this build, device and driver have it; true where there is no GPU to ask.
 bool nf4_wgmma_available();
-/// Parts into which the kernel cuts the contraction, by the matrix alone. Of several each needs
-/// fp32 [M, outputs] in `workspace`; wgmma2 and wgmma3, for which this is 1, need none.
+/// Parts into which simt and mma cut the contraction, by the matrix alone.
 int64_t nf4_splits(Nf4Kernel kernel, Op op, int64_t n, int64_t k);
+/// Rows of fp32 [rows, outputs] that a call with `m` rows of x needs as `workspace`: for every part
+/// of simt and mma; for one of the two of wgmma2, up to the rows that its narrow tiles have.
+int64_t nf4_workspace_rows(Nf4Kernel kernel, Op op, int64_t n, int64_t k, int64_t m);
 void nf4_matmul_simt(const Tensor& y, const Tensor& x, const Nf4Tensor& w, Op op,
                      const Tensor& addend, const Tensor& workspace);
 void nf4_matmul_mma(const Tensor& y, const Tensor& x, const Nf4Tensor& w, Op op,
                     const Tensor& addend, const Tensor& workspace);
 void nf4_matmul_lut(const Tensor& y, const Tensor& x, const Nf4Tensor& w, const Tensor& addend);
 void nf4_matmul_wgmma(const Tensor& y, const Tensor& x, const Nf4Tensor& w, Op op, int parts,
-                      const Tensor& addend);
+                      const Tensor& addend, const Tensor& workspace);
 }  // namespace cuda
 }  // namespace qlab

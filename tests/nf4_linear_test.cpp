@@ -289,6 +289,33 @@ TEST_P(Nf4LinearTest, LookUpKeepsTheRangeOfX) {
   }
 }
 
+// Once in each tile, few enough for racecheck: the wide ones of 64, 128 and 256 rows, and the
+// narrow ones whose two parts meet in memory.
+TEST_P(Nf4LinearTest, EachWarpgroupTile) {
+  using enum Nf4Kernel;
+  struct Tile {
+    Nf4Kernel kernel;
+    int64_t outputs, rows;
+  };
+  const Nf4Tensor one = quantize_nf4(random({256, 256}, 0.05), 64, true);
+  if (!device().is_cuda() || !nf4_matmul_supported(wgmma, one, Op::none, 1, dtype(), device()))
+    GTEST_SKIP() << "no such kernel";
+  for (const auto& [kernel, out, rows] :
+       {Tile{wgmma, 512, 40}, Tile{wgmma, 4096, 257}, Tile{wgmma, 16384, 257},
+        Tile{wgmma3, 512, 70}, Tile{wgmma2, 256, 40}, Tile{wgmma2, 256, 100},
+        Tile{wgmma2, 4096, 200}, Tile{wgmma2, 256, 257}})
+    for (const Op op : ops) {
+      SCOPED_TRACE(fmt::format("{} op {} outputs {} M {}", name_of(kernel), static_cast<int>(op),
+                               out, rows));
+      const Shape shape = op == Op::transpose ? Shape{out, 256} : Shape{256, out};
+      const Nf4Tensor w = quantize_nf4(random(shape, 0.05), 64, true);
+      const Tensor x = random({rows, 256}), y = product(x, w, op, kernel);
+      expect_close(y, reference(x, w, op), 256, 0.05 * std::sqrt(256.0));
+      expect_same_bits(product(x, w, op, kernel), y);
+      expect_same_bits(product(x.slice_rows(0, 30), w, op, kernel), y.slice_rows(0, 30));
+    }
+}
+
 // Each of their tiles takes part, of 64, 128 and 256 rows of x, with the contraction in one to
 // three parts; many outputs make the wider tiles the faster ones.
 TEST_P(Nf4LinearTest, WarpgroupTilesAgree) {
@@ -477,7 +504,21 @@ TEST(Nf4Linear, PartsCoverTheContraction) {
           ASSERT_GE(parts, 1);
           const int64_t own = (steps + parts - 1) / parts;
           EXPECT_LT((parts - 1) * own, steps) << n << " x " << k;
+          EXPECT_EQ(cuda::nf4_workspace_rows(kernel, op, n, k, 3), parts > 1 ? 3 * parts : 0);
         }
+}
+
+// One of two parts of a whole tile lies in memory; with more rows tiles are wide.
+TEST(Nf4Linear, WorkspaceOfTwoParts) {
+  const auto rows = [](Nf4Kernel kernel, int64_t m) {
+    return cuda::nf4_workspace_rows(kernel, Op::none, 4096, 4096, m);
+  };
+  EXPECT_EQ(rows(Nf4Kernel::wgmma2, 1), 64);
+  EXPECT_EQ(rows(Nf4Kernel::wgmma2, 65), 128);
+  EXPECT_EQ(rows(Nf4Kernel::wgmma2, 256), 256);
+  EXPECT_EQ(rows(Nf4Kernel::wgmma2, 257), 0);
+  EXPECT_EQ(rows(Nf4Kernel::wgmma, 64), 0);
+  EXPECT_EQ(rows(Nf4Kernel::wgmma3, 64), 0);
 }
 
 TEST(Nf4Linear, RejectsWhatDoesNotFit) {
