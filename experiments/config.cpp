@@ -120,7 +120,8 @@ struct Reader {
       refuse("bytes, for example 14.3GB or 24GiB, or auto");
     if (const std::string missing = missing_unit(node.Scalar()); !missing.empty())
       refuse(fmt::format("bytes with their unit ({})", missing));
-    out->text = node.Scalar();
+    // One trial, however nothing is spelled: 0GB, -0.
+    out->text = parse_bytes(node.Scalar()) == 0 ? "0" : node.Scalar();
   }
 
   void operator()(LayerCount* out) const {

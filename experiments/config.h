@@ -28,7 +28,7 @@ struct ModelConfig {
 /// Of bytes without a unit that are too few to be meant, "did you mean 24GiB?"; otherwise "".
 std::string missing_unit(const std::string& text);
 
-/// "14.3GB", "24GiB", a number of bytes, or "auto".
+/// "14.3GB", "24GiB", a number of bytes ("0" is the only spelling of none), or "auto".
 struct MemoryBudget {
   std::string text;
   bool operator==(const MemoryBudget&) const = default;

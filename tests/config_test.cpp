@@ -440,6 +440,8 @@ TEST(Config, ReadsBytes) {
   for (const char* wrong : {"", "GB", "nan", "-1", "5XB", "3G", "1e30GB", "7 GBs"})
     EXPECT_EQ(parse_bytes(wrong), std::nullopt) << wrong;
   EXPECT_EQ(load_config("", {"quant.resident=auto"}).quant.resident.text, "auto");
+  for (const char* none : {"0", "0GB", "-0", "0.0"})
+    EXPECT_EQ(load_config("", {fmt::format("quant.resident={}", none)}).quant.resident.text, "0");
   EXPECT_THROW(load_config("", {"quant.resident=much"}), Error);
   EXPECT_FALSE(changes_numbers("quant.resident"));
   EXPECT_FALSE(changes_numbers("train.graphs"));
