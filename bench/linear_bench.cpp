@@ -145,6 +145,9 @@ Case make_case(const LinearKernel& kernel, const LinearShape& shape, Device devi
     layer->calls[kernel.name] = kernel.prepare(layer->weights);
   const LinearCalls& calls = layer->calls[kernel.name];
   const auto& compute = shape.forward ? calls.forward : calls.dx;
+  if (!compute)
+    fail("kernel {} says that it supports {}, and has no call for it", kernel.name,
+         shape.forward ? "forward" : "dx");
   const int64_t in = shape.forward ? shape.k : shape.n, out = shape.forward ? shape.n : shape.k;
   const DType dtype = layer->weights.compute;
   const auto [x, want] = direction_of(*layer, shape.forward);

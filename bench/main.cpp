@@ -15,6 +15,7 @@ int main(int argc, char** argv) {
   std::string flags;
   for (int i = 1; i < argc; ++i) flags += (i > 1 ? " " : "") + std::string(argv[i]);
   try {
+    bench::seconds_allowed();
     for (const Device device : bench::devices())
       benchmark::AddCustomContext(bench::name(device, "device"), device_description(device));
     benchmark::AddCustomContext("qlab_commit", std::string(git_commit));
@@ -25,7 +26,7 @@ int main(int argc, char** argv) {
     if (benchmark::ReportUnrecognizedArguments(argc, argv)) return 2;
     const size_t found = benchmark::RunSpecifiedBenchmarks();
     benchmark::Shutdown();
-    if (found == 0 && flags.find("--benchmark_list_tests") == std::string::npos) return 2;
+    if (found == 0) return 2;
   } catch (const std::exception& error) {
     std::fprintf(stderr, "qlab-bench: %s\n", error.what());
     return 2;

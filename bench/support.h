@@ -17,6 +17,9 @@
 
 namespace qlab::bench {
 
+/// Of QLAB_BENCH_SECONDS; without end where it is not set. Throws where it is no positive number.
+double seconds_allowed();
+
 /// The CPU, and the first GPU where there is one. Choose with --benchmark_filter=^cuda.
 std::vector<Device> devices();
 /// "cuda/linear/forward": the beginning of a benchmark's name.
