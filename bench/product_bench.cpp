@@ -34,9 +34,8 @@ struct Product {
     const bool forward = s.op == Op::transpose;
     const auto matrix = [&](int64_t rows, int64_t cols, int64_t tail, float scale) {
       const Shape block{rows, (cols + tail + 63) / 64 * 64};
-      const DType dtype = device.is_meta() ? DType::bf16 : compute_dtype(device);
-      const Tensor whole = device.is_meta() ? Tensor::empty(block, dtype, device)
-                                            : random(block, dtype, device, scale);
+      const Tensor whole = device.is_meta() ? Tensor::empty(block, DType::bf16, device)
+                                            : random(block, DType::bf16, device, scale);
       return whole.slice_cols(0, cols);
     };
     a = matrix(s.m, s.in(), 48, 1.0f);
@@ -132,17 +131,19 @@ constexpr std::array<std::array<int64_t, 2>, 16> weights = {{{6144, 4096},
 constexpr std::array<int64_t, 4> rows = {2048, 4096, 8192, 16384};
 
 const Register registered(85, [] {
-  for (const Device device : devices())
+  for (const Device device : devices()) {
+    const bool multiplies = device.is_cuda() && cuda::supports_bf16(device.index);
     for (const auto& [n, k] : weights)
       for (const Op op : {Op::transpose, Op::none})
         for (const int64_t m : rows)
-          for (int proposal = 1; device.is_cuda() && proposal < GemmProposal::most; ++proposal)
+          for (int proposal = 1; multiplies && proposal < GemmProposal::most; ++proposal)
             add(device,
                 fmt::format("product/{}/{}x{}/m{}/proposal{}",
                             op == Op::transpose ? "forward" : "dx", n, k, m, proposal),
                 [=] {
                   return make_case({n, k, m, op}, proposal, device);
                 });
+  }
 });
 
 }  // namespace
