@@ -237,27 +237,31 @@ std::string some_bits(const BaseProduct& p, int64_t m, bool forward, const Tenso
   return rows(0) + rows(std::max<int64_t>(0, m - compared));
 }
 
-// Whichever kernel is the fastest may be taken, since none changes a bit.
+// Whichever kernel is the fastest may be taken, since none changes a bit: all that `make tune` can
+// choose among.
 TEST_P(GemmTest, LargeProposalsHaveTheBitsOfTheLibrarysChoice) {
   if (!device().is_cuda() || dtype() != DType::bf16) GTEST_SKIP() << "bf16 on a GPU";
-  constexpr int64_t m = 2048;
   const Tensor pool = random({4194301});
   const Tensor workspace =
-      Tensor::empty({cuda::gemm_workspace(m, 1, 1, dtype())}, DType::u8, device());
-  for (const BaseProduct& p : base_products)
-    for (const bool forward : {true, false}) {
-      const std::string want = some_bits(p, m, forward, pool, 0);
-      const Tensor x = Tensor::empty({m, (forward ? p.k : p.n) + 16}, dtype(), device());
-      const Tensor w = forward ? Tensor::empty({p.n, p.k + 16}, dtype(), device())
-                               : Tensor::empty({p.n + 16, p.k}, dtype(), device());
-      const Tensor y = Tensor::empty({m, forward ? p.n : p.k}, dtype(), device());
-      const int count = static_cast<int>(
-          cuda::gemm_proposals(y, x, w, forward ? Op::transpose : Op::none, workspace).size());
-      EXPECT_GE(count, 1);
-      for (int proposal = 1; proposal < std::min(count, 5); ++proposal)
-        EXPECT_TRUE(some_bits(p, m, forward, pool, proposal) == want)
-            << p.name << (forward ? ", forward" : ", dx") << ", proposal " << proposal;
-    }
+      Tensor::empty({cuda::gemm_workspace(2048, 1, 1, dtype())}, DType::u8, device());
+  std::vector<BaseProduct> products(std::begin(base_products), std::end(base_products));
+  products.push_back({"8B gate", 14336, 4096, false});
+  for (const BaseProduct& p : products)
+    for (const bool forward : {true, false})
+      for (const int64_t m : {2048, 4096, 8192, 16384}) {
+        const std::string want = some_bits(p, m, forward, pool, 0);
+        const Tensor x = Tensor::empty({m, (forward ? p.k : p.n) + 16}, dtype(), device());
+        const Tensor w = forward ? Tensor::empty({p.n, p.k + 16}, dtype(), device())
+                                 : Tensor::empty({p.n + 16, p.k}, dtype(), device());
+        const Tensor y = Tensor::empty({m, forward ? p.n : p.k}, dtype(), device());
+        const int count = static_cast<int>(
+            cuda::gemm_proposals(y, x, w, forward ? Op::transpose : Op::none, workspace).size());
+        EXPECT_GE(count, 1);
+        for (int proposal = 1; proposal < count; ++proposal)
+          EXPECT_TRUE(some_bits(p, m, forward, pool, proposal) == want)
+              << p.name << (forward ? ", forward, " : ", dx, ") << m << " rows, proposal "
+              << proposal;
+      }
 }
 
 TEST_P(GemmTest, LargeMeasuredTilingsHaveTheBitsOfTheLibrarysChoice) {
