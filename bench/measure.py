@@ -18,6 +18,7 @@ import argparse
 import datetime
 import importlib.util
 import json
+import math
 import os
 import pathlib
 import re
@@ -33,6 +34,7 @@ BENCH = ROOT / "bench"
 OPERATIONS = {"kernels": "dequantize|quantize|lora|rms_norm|swiglu|rope|cross_entropy|adamw",
               "linear": "linear", "product": "product", "attention": "attention"}
 WITHOUT_PEERS = ("product",)
+ROWS_OF_STEPS = BENCH / "step_rows.json"
 OUR_SHARE = 0.6
 COUNTERS = ("us", "noise_percent", "GB/s", "copy_percent", "TFLOP/s", "product_percent",
             "beside_us", "over_beside", "over_beside_noise_percent",
@@ -224,15 +226,51 @@ def write(path, result):
     os.replace(temporary, path)
 
 
-def well_formed(result):
-    def has_place(row):
-        return (isinstance(row, dict) and isinstance(row.get("name"), str) and
-                row.get("call") in range(len(result["calls"])))
-    return (isinstance(result, dict) and
-            all(isinstance(result.get(key), list) for key in ("calls", "ours", "peers")) and
-            all(isinstance(call, dict) and isinstance(call.get("gpu"), dict)
-                for call in result["calls"]) and
-            all(map(has_place, result["ours"] + result["peers"])))
+NUMBERS = (*COUNTERS, "step_seconds", "tokens_per_s", "peak_bytes", "mfu")
+ABOVE_ZERO = ("us", "beside_us", "over_beside", "step_seconds", "tokens_per_s")
+GPU_NAME = re.compile(r"[\w .,:()/+-]+")
+LAYER = re.compile(r"(linear|product)/(forward|dx)/\d+x\d+/m\d+/\w[\w.+-]*")
+
+
+def wrong_in(result):
+    """Why this is no file of measured calls; None where it is one."""
+    if not isinstance(result, dict) or not all(
+            isinstance(result.get(key), list) for key in ("calls", "ours", "peers")):
+        return "not the rows of measured calls"
+    for number, call in enumerate(result["calls"]):
+        gpu = call.get("gpu") if isinstance(call, dict) else None
+        if not isinstance(gpu, dict):
+            return f"call {number} says nothing of its GPU"
+        name = gpu.get("name")
+        if name is not None and not (isinstance(name, str) and GPU_NAME.fullmatch(name)):
+            return f"call {number}: {name!r} is no name of a GPU"
+    for row in result["ours"] + result["peers"]:
+        wrong = wrong_in_row(row, len(result["calls"]))
+        if wrong:
+            return wrong
+    return None
+
+
+def wrong_in_row(row, calls):
+    if not isinstance(row, dict) or not isinstance(row.get("name"), str) or "/" not in row["name"]:
+        return "a row without a name"
+    name, call = row["name"], row.get("call")
+    if type(call) is not int or not 0 <= call < calls:
+        return f"{name}: call {call!r} is not one of the {calls} of the file"
+    if re.match("(linear|product)/", name) and not LAYER.fullmatch(name):
+        return f"{name}: not PART/PASS/NxK/mM/IMPLEMENTATION"
+    for key in (key for key in NUMBERS if key in row):
+        number = row[key]
+        if type(number) not in (int, float) or not math.isfinite(number):
+            return f"{name}: {key} is no number: {number!r}"
+        if key in ABOVE_ZERO and number <= 0:
+            return f"{name}: {key} is not above 0: {number}"
+    if "over_beside" in row and "beside_us" not in row:
+        return f"{name}: over_beside without beside_us"
+    hashes = row.get("adapter_sha256", [])
+    if not isinstance(hashes, list) or not all(isinstance(text, str) for text in hashes):
+        return f"{name}: adapter_sha256 is no list of hashes"
+    return None
 
 
 def read_results(path):
@@ -244,8 +282,11 @@ def read_results(path):
         return {}
     except ValueError as error:
         sys.exit(f"{path}: not read: {error}; move it away to measure anew")
-    if not well_formed(result):
-        sys.exit(f"{path}: not the rows of measured calls; move it away to measure anew")
+    except OSError as error:
+        sys.exit(f"{path}: not read: {error.strerror}")
+    wrong = wrong_in(result)
+    if wrong:
+        sys.exit(f"{path}: {wrong}; move it away to measure anew")
     return result
 
 
@@ -275,6 +316,9 @@ def measure(options, folder):
     program = build / ("qlab" if options.part == "step" else "qlab-bench")
     if not program.exists():
         sys.exit(f"{program} is not there: `make build` makes it")
+    if options.part == "step" and found_rows(ROWS_OF_STEPS, options.filter) and (
+            call["gpu"]["name"] is None):
+        sys.exit("steps are measured on an NVIDIA GPU, and nvidia-smi found none")
     share = options.seconds * (1 if options.no_peers else OUR_SHARE)
     with Sampler() as samples:
         if options.part == "step":

@@ -19,6 +19,7 @@ import argparse
 import collections
 import datetime
 import json
+import math
 import os
 import pathlib
 import re
@@ -44,6 +45,8 @@ NEEDED = ("model", "set", "device", "commit", "date", "peak_bytes", "predicted_b
           "training_peak_bytes", "predicted_training_bytes", "load_peak_bytes",
           "predicted_load_bytes", "device_used_bytes")
 
+
+TEXTS = ("name", "model", "device", "commit", "date")
 
 Group = collections.namedtuple("Group", "name model rows device_memory", defaults=[None])
 
@@ -204,6 +207,14 @@ def read_results(path, needed=NEEDED):
     if not isinstance(entries, list) or not all(
             isinstance(entry, dict) and all(key in entry for key in needed) for entry in entries):
         sys.exit(f"{path}: not a list of measured runs; move it away to measure anew")
+    for entry in entries:
+        wrong = [key for key, value in entry.items() if not (
+            isinstance(value, str) if key in TEXTS else
+            type(value) in (int, float) and math.isfinite(value)
+            if key in needed and key.endswith("_bytes") else True)]
+        if wrong:
+            sys.exit(f"{path}: {wrong[0]} of a run is {entry[wrong[0]]!r}; move the file away to "
+                     "measure anew")
     return entries
 
 

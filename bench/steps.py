@@ -178,7 +178,7 @@ def main():
     parser.add_argument("--output")
     options = parser.parse_args()
     rows, failed = [], 0
-    for row in measure.found_rows(ROOT / "bench/step_rows.json", options.rows):
+    for row in measure.found_rows(measure.ROWS_OF_STEPS, options.rows):
         if why := too_few_gpus(row, options.device):
             print(f"{row['name']} left out: {why}", flush=True)
             continue

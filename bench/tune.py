@@ -5,7 +5,8 @@
 linear: quant/nf4_dispatch_table.inc from the rows linear/PASS/NxK/mM/IMPLEMENTATION of
 bench/results/linear.json. For each matrix, product and number of rows by itself: the fused kernel
 where it beats decoding the weights first (`scratch`) by more than the noise of both and by 3 % at
-least, and nothing where it does not.
+least, and nothing where it does not; by the ratios to the dense layer that was timed in turns with
+each, where there are any.
 product: core/ops/gemm_tilings.inc from the rows product/PASS/NxK/mM/proposalI of
 bench/results/product.json: what cuBLAS proposes and what beats its own choice, measured in turns with
 it, by more than the noise and by 1.5 % at least.
@@ -18,6 +19,7 @@ first: a kernel whose rows depend on how many there are is not admitted, nor is 
 import argparse
 import dataclasses
 import json
+import os
 import pathlib
 import re
 import subprocess
@@ -41,7 +43,7 @@ def measured(result, gpu, part, needed):
     calls = {}  # {case: {call: {implementation: row}}}
     for row in result["ours"]:
         if row["name"].startswith(part + "/") and "us" in row and (
-                result["calls"][row["call"]]["gpu"]["name"] == gpu):
+                result["calls"][row["call"]]["gpu"].get("name") == gpu):
             case, name = row["name"].removeprefix(part + "/").rsplit("/", 1)
             calls.setdefault(case, {}).setdefault(row["call"], {})[name] = row
     times = {}
@@ -54,16 +56,21 @@ def measured(result, gpu, part, needed):
     return times
 
 
-def beats(row, other):
-    """By more than the noise of both, and by the least margin."""
-    noise = (row.get("noise_percent", 0) + other.get("noise_percent", 0)) / 100
-    return row["us"] * (1 + max(MARGIN, noise)) < other["us"]
-
-
 def fastest(rows):
-    """The fused kernel that beats `scratch`, the fastest of them; None otherwise."""
+    """The fused kernel that beats `scratch` by more than the noise of both, and by the least margin;
+    the fastest of them; None otherwise. By what they take of the dense layer in turns with it, where
+    all have that, since times by themselves are those of several states of a GPU."""
+    there = [name for name in (*FUSED, "scratch") if name in rows]
+    paired = all("over_beside" in rows[name] for name in there)
+    time, noise = (("over_beside", "over_beside_noise_percent") if paired else
+                   ("us", "noise_percent"))
+
+    def beats(row, other):
+        margin = max(MARGIN, (row.get(noise, 0) + other.get(noise, 0)) / 100)
+        return row[time] * (1 + margin) < other[time]
+
     better = [name for name in FUSED if name in rows and beats(rows[name], rows["scratch"])]
-    return min(better, key=lambda name: rows[name]["us"], default=None)
+    return min(better, key=lambda name: rows[name][time], default=None)
 
 
 def lines_for(times):
@@ -127,7 +134,7 @@ PARTS = {
 """),
     "product": Part(
         "products", "proposal1", "core/ops/gemm_tilings.inc", product_lines,
-        "*Gemm*ProposalsHaveTheBitsOfTheLibrarysChoice*cuda*",
+        "*Gemm*Large*HaveTheBitsOfTheLibrarysChoice*cuda*",
         """// Written by `make tune PART=product` (bench/tune.py) from bench/results/product.json. Of a GPU: the
 // product, the matrix [N, K], the rows, and the numbers that the library gives the tile, the cluster
 // and the option of the kernel that was faster than its own choice.
@@ -138,7 +145,7 @@ PARTS = {
 def gpu_of(result, part, wanted, here):
     """The GPU to choose for: the wanted one, the one that is here, or the file's only one."""
     used = {row["call"] for row in result["ours"] if row["name"].startswith(part + "/")}
-    gpus = sorted({result["calls"][call]["gpu"]["name"] for call in used})
+    gpus = sorted({result["calls"][call]["gpu"].get("name") for call in used} - {None})
     if wanted or here:
         gpus = [name for name in gpus if name == (wanted or here)]
     if not gpus:
@@ -163,22 +170,28 @@ def main():
         result = json.loads(path.read_text())
     except FileNotFoundError:
         sys.exit(f"{path} is not there: {measuring} writes it")
+    except OSError as error:
+        sys.exit(f"{path} cannot be read: {error.strerror}")
     except ValueError as error:
         sys.exit(f"{path} is not what {measuring} writes: {error}")
-    if not measure.well_formed(result):
-        sys.exit(f"{path} is not what {measuring} writes")
+    wrong = measure.wrong_in(result)
+    if wrong:
+        sys.exit(f"{path} is not what {measuring} writes: {wrong}")
     here = gpu_state.query("name")["name"]
     gpu = gpu_of(result, options.part, options.gpu, here)
     if gpu is None:
         of = f" of {options.gpu or here}" if options.gpu or here else ""
         sys.exit(f"{path} has no {part.what}{of}: measure them with {measuring}")
+    table = pathlib.Path(options.table or ROOT / part.table)
+    if not table.parent.is_dir():
+        sys.exit(f"{table}: the folder is not there")
     times = measured(result, gpu, options.part, part.needed)
     if not times:
         sys.exit(f"{path} has no case of {gpu} with `{part.needed}`, by which the others are "
                  f"judged: measure whole cases with {measuring}")
     if options.tests:
-        if not pathlib.Path(options.tests).exists():
-            sys.exit(f"{options.tests} is not there: `make build` makes it")
+        if not pathlib.Path(options.tests).is_file() or not os.access(options.tests, os.X_OK):
+            sys.exit(f"{options.tests} is no program: `make build` makes the tests")
         test = subprocess.run([options.tests, "--gtest_brief=1", "--gtest_filter=" + part.bits],
                               capture_output=True, text=True)
         if test.returncode != 0 or not re.search(r"PASSED  \] [1-9]", test.stdout):
@@ -186,7 +199,6 @@ def main():
                    "No test of the rows' bits ran" if here else
                    "No test of the rows' bits ran, since no NVIDIA GPU was found")
             sys.exit(f"{why}: no kernel is admitted.\n" + test.stdout + test.stderr)
-    table = pathlib.Path(options.table or ROOT / part.table)
     others = []
     if table.exists():
         for line in table.read_text().splitlines():

@@ -288,6 +288,29 @@ class WholeTest(unittest.TestCase):
         self.assertEqual(len(file["ours"]), 4)
         self.assertTrue(file["calls"][0]["missing_peers"])
 
+    def test_a_report_of_broken_rows_names_them_and_writes_nothing(self):
+        results = ROOT / "bench/results"
+        for file, change, why in (("linear", {"us": "9"}, "us is no number: '9'"),
+                                  ("linear", {"name": "linear/dx/8x8/mX/mma"}, "not PART/PASS"),
+                                  ("linear", {"over_beside": 1.0, "beside_us": float("inf")},
+                                   "beside_us is no number"),
+                                  ("step", {"tokens_per_s": None}, "tokens_per_s is no number"),
+                                  ("step", {"adapter_sha256": 5}, "no list of hashes"),
+                                  ("kernels", {"call": 1.0}, "call 1.0 is not one of"),
+                                  ("long", {"date": 3}, "date of a run is 3"),
+                                  ("memory", {"device": None}, "device of a run is None")):
+            broken = json.loads((results / f"{file}.json").read_text())
+            (broken["ours"] if isinstance(broken, dict) else broken)[0].update(change)
+            (self.folder / f"{file}.json").write_text(json.dumps(broken))
+            result = subprocess.run([sys.executable, ROOT / "bench/report.py", "--results",
+                                     self.folder, "--docs", self.folder], capture_output=True,
+                                    text=True)
+            self.assertEqual(result.returncode, 1)
+            self.assertIn(why, result.stderr)
+            self.assertEqual(result.stderr.count("\n"), 1, result.stderr)
+            self.assertFalse((self.folder / "headline.json").exists())
+            (self.folder / f"{file}.json").unlink()
+
     def test_what_cannot_be_read_is_said_before_anything_is_measured(self):
         path = self.folder / "linear.json"
         for text in ('{"calls": [', "[]", "{}", '{"calls": [], "ours": [], "peers": [{}]}',

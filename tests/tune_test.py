@@ -153,6 +153,47 @@ class TuneTest(unittest.TestCase):
         self.assertIn("has no products: measure them with `make gpu-bench PART=product`",
                       result.stderr)
 
+    def test_ratios_in_turns_come_before_times(self):
+        def paired(name, us, ratio):
+            return row("forward", "64x32", 64, name, us) | {"over_beside": ratio}
+        # By itself mma took less, beside the dense layer it takes more.
+        _, lines = self.tune([paired("mma", 5, 1.3), paired("scratch", 9, 1.2)])
+        self.assertEqual(lines, [f'{{"{GPU}", Op::transpose, 64, 32, 64, std::nullopt}},'])
+        _, lines = self.tune([paired("mma", 5, 1.3), row("forward", "64x32", 64, "scratch", 9)])
+        self.assertEqual(lines, [f'{{"{GPU}", Op::transpose, 64, 32, 64, Nf4Kernel::mma}},'])
+
+    def test_a_broken_row_is_named_and_nothing_written(self):
+        good = row("forward", "64x32", 1, "scratch", 9)
+        for change, why in (({"us": float("nan")}, "us is no number: nan"),
+                            ({"us": "9"}, "us is no number: '9'"),
+                            ({"us": -9}, "us is not above 0: -9"),
+                            ({"us": True}, "us is no number: True"),
+                            ({"call": 1}, "call 1 is not one of the 1"),
+                            ({"call": 0.0}, "call 0.0 is not one of the 1"),
+                            ({"tile": "x"}, "tile is no number"),
+                            ({"name": "linear/forward/axb/m1/scratch"}, "not PART/PASS/NxK"),
+                            ({"name": "linear/forward/8x8/mX/scratch"}, "not PART/PASS/NxK")):
+            result, _ = self.tune([good, row("forward", "64x32", 1, "simt", 3) | change])
+            self.assertEqual(result.returncode, 1, change)
+            self.assertRegex(result.stderr, r"^\S+linear.json is not what `make gpu-bench PART=")
+            self.assertIn(why, result.stderr)
+            self.assertEqual(result.stderr.count("\n"), 1)
+            self.assertFalse(self.table.exists())
+        result, _ = self.tune([good], gpus=('A "quoted" GPU',))
+        self.assertIn("is no name of a GPU", result.stderr)
+
+    def test_folders_and_other_files_for_files_are_said(self):
+        rows = [row("forward", "64x32", 1, name, us) for name, us in (("simt", 3), ("scratch", 9))]
+        folder = self.folder.name
+        for options, why in ((("--tests", folder), "is no program"),
+                             (("--tests", str(self.results)), "is no program"),
+                             (("--table", folder + "/no/table.inc"), "the folder is not there"),
+                             (("--results", folder), "cannot be read")):
+            result, _ = self.tune(rows, options=options)
+            self.assertEqual(result.returncode, 1)
+            self.assertIn(why, result.stderr)
+            self.assertNotIn("Traceback", result.stderr)
+
     def test_a_broken_file_is_said(self):
         for text in ('{"calls": [', "[]", "{}", '{"calls": [{}], "ours": [], "peers": []}'):
             self.results.write_text(text)
