@@ -87,6 +87,10 @@ int run(int argc, char** argv) {
   app.formatter(std::make_shared<HelpText>());
   app.set_version_flag("--version", fmt::format("qlab {} ({})", qlab::version, qlab::git_commit));
   app.failure_message([](const CLI::App* used, const CLI::Error& error) {
+    const std::string text = error.what(), twice = ": At Most 1 required but received ";
+    if (const size_t at = text.find(twice); at != text.npos)
+      return fmt::format("qlab: {} is given {} times: keep one\n", text.substr(0, at),
+                         text.substr(at + twice.size()));
     return "qlab: " + CLI::FailureMessage::simple(used, error);
   });
   app.require_subcommand(1);

@@ -128,6 +128,8 @@ TEST_F(CommandTest, MistakesOnTheCommandLine) {
   expect_refused({"tokenize", tokenizer, "."}, {".: is a directory; give a text file"});
   expect_refused({"tokenize", tokenizer, "gone.txt"}, {"gone.txt: cannot be read"});
   expect_refused({"train", run_file(), "--device", "gpu"}, {"gpu", "cuda"});
+  expect_refused({"train", run_file(), "--device=cpu", "--device=cpu"},
+                 {"--device is given 2 times: keep one"});
 }
 
 TEST_F(CommandTest, NoGpu) {
