@@ -6,6 +6,7 @@
 #include <fstream>
 
 #include "core/error.h"
+#include "data/file.h"
 #include "experiments/memory_log.h"
 #include "experiments/report_data.h"
 #include "experiments/sweep_names.h"
@@ -25,12 +26,21 @@ std::optional<int64_t> bytes_at(const Json& json, const char* key) {
 
 TrialMemoryCheck check_trial(const std::string& name, const std::string& dir) {
   TrialMemoryCheck check{name, dir, "pending", {}, {}, {}};
-  std::ifstream in(dir + "/status.json");
-  if (!in) return check;
-  const Json status = Json::parse(in, nullptr, false);
-  check.status = "unreadable";
-  if (!status.is_object() || !status.value("status", Json()).is_string()) return check;
-  check.status = status["status"].get<std::string>();
+  Json status;
+  const auto read = [&] {
+    std::ifstream in(dir + "/status.json");
+    if (!in) return;
+    status = Json::parse(in, nullptr, false);
+    const bool told = status.is_object() && status.value("status", Json()).is_string();
+    check.status = told ? status["status"].get<std::string>() : "unreadable";
+  };
+  read();
+  // A process that was killed leaves "running" behind; one that ended just now has replaced it.
+  if (check.status == "running" && !FileLock::held(dir + "/lock")) {
+    read();
+    if (check.status == "running") check.status = "interrupted";
+  }
+  if (check.status == "pending" || check.unreadable()) return check;
   check.training = {bytes_at(status, "predicted_peak_bytes"), bytes_at(status, "peak_bytes")};
   check.loading = {bytes_at(status, "predicted_load_peak_bytes"),
                    bytes_at(status, "load_peak_bytes")};

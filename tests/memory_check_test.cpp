@@ -163,6 +163,9 @@ TEST_P(MemoryCheckTest, DifferencesAreNamed) {
   // A trial that did not finish decides nothing.
   change_status(trial, [](Json& s) { s["status"] = "interrupted"; });
   EXPECT_TRUE(all_equal(check()));
+  // Nor does one whose process was killed: nobody holds its lock.
+  change_status(trial, [](Json& s) { s["status"] = "running"; });
+  EXPECT_EQ(check_json(check())["trials"][0]["status"], "interrupted");
   // Of one that cannot be read nothing is known, which is said.
   const std::string file = trial + "/status.json";
   write_file_atomically(file, std::string_view("half"));
