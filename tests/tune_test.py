@@ -135,8 +135,8 @@ class TuneTest(unittest.TestCase):
 
     def test_the_proposal_that_beats_the_librarys_choice(self):
         rows = [{"name": f"product/{direction}/64x32/m{m}/proposal{i}", "us": 5, "call": 0,
-                 "over_beside_noise_percent": noise, "over_beside": over, "tile": 20 + i, "cluster": 3,
-                 "option": i}
+                 "over_beside_noise_percent": noise, "over_beside": over, "beside_us": 1 / over,
+                 "tile": 20 + i, "cluster": 3, "option": i}
                 for direction, m, i, over, noise in (
                     ("forward", 4096, 1, 0.97, 0.1), ("forward", 4096, 2, 0.95, 0.1),
                     ("forward", 4096, 3, 1.2, 0.1), ("forward", 8192, 1, 0.99, 0.1),
@@ -155,7 +155,8 @@ class TuneTest(unittest.TestCase):
 
     def test_ratios_in_turns_come_before_times(self):
         def paired(name, us, ratio):
-            return row("forward", "64x32", 64, name, us) | {"over_beside": ratio}
+            return row("forward", "64x32", 64, name, us) | {"over_beside": ratio,
+                                                                 "beside_us": us / ratio}
         # By itself mma took less, beside the dense layer it takes more.
         _, lines = self.tune([paired("mma", 5, 1.3), paired("scratch", 9, 1.2)])
         self.assertEqual(lines, [f'{{"{GPU}", Op::transpose, 64, 32, 64, std::nullopt}},'])
